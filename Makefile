@@ -1,0 +1,32 @@
+# make setup       create .venv and install the pinned packages (once; about 5 GB of downloads)
+# make quickstart  train a small CNN under four reducers with two workers; ends with a table and a picture
+# make test        the test suite                 make check       test, lint, format and types
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+QUICKSTART := runs/quickstart/$(shell date +%Y%m%d-%H%M%S)
+
+.PHONY: setup quickstart test check
+
+setup: $(VENV)/.complete
+
+# The mark is written last, so that an interrupted installation is taken up again.
+$(VENV)/.complete: requirements.txt
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --requirement requirements.txt
+	touch $@
+
+quickstart: setup
+	@for reducer in exact topk threshold sage; do \
+	  $(RUN) run.py configs/digits.yaml reducer.name=$$reducer --workers 2 --runs $(QUICKSTART) || exit $$?; \
+	done
+	@$(RUN) -m sage.report $(QUICKSTART)
+
+test: setup
+	$(RUN) -m pytest $(PYTEST)
+
+check: setup
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+	$(MAKE) test

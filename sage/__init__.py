@@ -1,0 +1,1 @@
+"""The engine of SAGE. It imports neither reducers nor tasks."""
