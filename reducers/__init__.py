@@ -1,0 +1,16 @@
+"""Every reducer by its name in the configuration."""
+
+from reducers.exact import Exact
+from reducers.global_topk import GlobalTopK
+from reducers.sage import Sage
+from reducers.threshold import HardThreshold
+from reducers.topk import TopK
+from sage.interfaces import Reducer
+
+REDUCERS: dict[str, type[Reducer]] = {
+    "exact": Exact,
+    "topk": TopK,
+    "global_topk": GlobalTopK,
+    "threshold": HardThreshold,
+    "sage": Sage,
+}

@@ -1,0 +1,255 @@
+"""Collectives and their ledger: over processes (DistComm) and over threads of one process (LocalComm).
+
+The public methods count and time, then call the private ones; so bytes and communication time are known in one
+place, for all reducers alike, sizes and padding included.
+"""
+
+import threading
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import astuple, dataclass, fields
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sage.clock import Clock
+from sage.interfaces import Communicator
+
+Result = TypeVar("Result")
+
+
+class CommunicationError(RuntimeError):
+    """A collective failed: a worker died, fell behind, or called another one."""
+
+
+@dataclass
+class Ledger:
+    """What one worker handed to collectives. Bytes are as in the design's table of metric names."""
+
+    num_collectives: int = 0
+    payload_bytes: int = 0
+    """Handed to collectives: values, indices, sizes and padding."""
+    padding_bytes: int = 0
+    """The part of payload_bytes that is padding."""
+    wire_bytes: float = 0.0
+    """Sent by this worker under the ring algorithm."""
+
+    def add(self, payload_bytes: int, wire_factor: float, padding_bytes: int = 0) -> None:
+        self.num_collectives += 1
+        self.payload_bytes += payload_bytes
+        self.padding_bytes += padding_bytes
+        self.wire_bytes += payload_bytes * wire_factor
+
+    def take(self) -> "Ledger":
+        """What was counted since the last call."""
+        taken = Ledger(*astuple(self))
+        for field in fields(self):
+            setattr(self, field.name, field.default)
+        return taken
+
+
+class CountingComm(Communicator):
+    """A communicator that counts into a ledger and times itself; subclasses do the communication."""
+
+    def __init__(self, rank: int, world_size: int, clock: Clock | None = None) -> None:
+        self.rank = rank
+        self.world_size = world_size
+        self.ledger = Ledger()
+        self._clock = clock or Clock(torch.device("cpu"))
+
+    def all_reduce(self, x: Tensor, op: Literal["sum", "max"] = "sum") -> None:
+        if self.world_size > 1:
+            self.ledger.add(x.nbytes, 2 * (self.world_size - 1) / self.world_size)
+            with self._clock.phase("communicate"):
+                self._all_reduce(x, op)
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        return self._counted_gather(x, padding_bytes=0) if self.world_size > 1 else x.unsqueeze(0)
+
+    def all_gather_ragged(self, x: Tensor) -> list[Tensor]:
+        """Two collectives: the lengths (int32), then everything padded to the longest."""
+        if self.world_size == 1:
+            return [x]
+        lengths = self.all_gather(torch.tensor([x.numel()], dtype=torch.int32, device=x.device))
+        counts: list[int] = lengths.flatten().tolist()  # host synchronisation: the workers' sizes
+        longest = max(counts)
+        if longest == 0:
+            return [x] * self.world_size
+        padded = x.new_zeros(longest)
+        padded[: x.numel()] = x
+        gathered = self._counted_gather(padded, (longest - x.numel()) * x.element_size())
+        return [row[:count] for row, count in zip(gathered, counts, strict=True)]
+
+    def broadcast(self, x: Tensor, source: int = 0) -> None:
+        if self.world_size > 1:
+            self.ledger.add(x.nbytes, (self.world_size - 1) / self.world_size)
+            with self._clock.phase("communicate"):
+                self._broadcast(x, source)
+
+    def _counted_gather(self, x: Tensor, padding_bytes: int) -> Tensor:
+        self.ledger.add(x.nbytes, self.world_size - 1, padding_bytes)
+        with self._clock.phase("communicate"):
+            return self._all_gather(x)
+
+    @abstractmethod
+    def _all_reduce(self, x: Tensor, op: str) -> None: ...
+
+    @abstractmethod
+    def _all_gather(self, x: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def _broadcast(self, x: Tensor, source: int) -> None: ...
+
+
+class DistComm(CountingComm):
+    """Over the processes of torch.distributed's default group. Raises CommunicationError when a collective fails."""
+
+    _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
+
+    def __init__(self, clock: Clock | None = None) -> None:
+        super().__init__(dist.get_rank(), dist.get_world_size(), clock)
+
+    def _all_reduce(self, x: Tensor, op: str) -> None:
+        self._call("all_reduce", lambda: dist.all_reduce(x, self._OPS[op]))
+
+    def _all_gather(self, x: Tensor) -> Tensor:
+        gathered = x.new_empty((self.world_size, *x.shape))
+        self._call("all_gather", lambda: dist.all_gather_into_tensor(gathered, x.contiguous()))
+        return gathered
+
+    def _broadcast(self, x: Tensor, source: int) -> None:
+        self._call("broadcast", lambda: dist.broadcast(x, source))
+
+    def _call(self, name: str, collective: Callable[[], Any]) -> None:
+        try:
+            collective()
+        except RuntimeError as error:  # gloo raises RuntimeError, NCCL its subclasses
+            reason = str(error).strip().splitlines()[0]
+            raise CommunicationError(f"{name} failed: {reason}") from error
+
+
+class _Room:
+    """Where the threads of LocalComm meet: the last to come combines what all have brought."""
+
+    def __init__(self, world_size: int, timeout_seconds: float) -> None:
+        self.world_size = world_size
+        self.timeout_seconds = timeout_seconds
+        self._condition = threading.Condition()
+        self._brought: dict[int, tuple[str, Tensor]] = {}
+        self._generation = 0
+        self._result: Tensor | None = None
+        self._ended: set[int] = set()
+        self._trouble: str | None = None
+
+    def meet(self, rank: int, call: str, x: Tensor, combine: Callable[[list[Tensor]], Tensor]) -> Tensor:
+        """The combination of every worker's x; it shares no storage with any of them, and is not to be changed."""
+        with self._condition:
+            generation = self._generation
+            self._brought[rank] = (call, x)
+            if self._ended:
+                self._fail(f"worker {min(self._ended)} has ended")
+            elif len(self._brought) == self.world_size:
+                self._finish(combine)
+            arrived = self._condition.wait_for(
+                lambda: self._generation != generation or self._trouble is not None, self.timeout_seconds
+            )
+            if self._generation != generation:
+                assert self._result is not None
+                return self._result
+            if not arrived:
+                missing = sorted(set(range(self.world_size)) - set(self._brought))
+                self._fail(f"workers {missing} did not come within {self.timeout_seconds:g} s")
+            raise CommunicationError(f"worker {rank} waits in {call}: {self._trouble}")
+
+    def leave(self, rank: int) -> None:
+        """A worker that has ended cannot come again: whoever waits for it is told."""
+        with self._condition:
+            self._ended.add(rank)
+            if self._brought:
+                self._fail(f"worker {rank} has ended")
+
+    def _finish(self, combine: Callable[[list[Tensor]], Tensor]) -> None:
+        calls = {call for call, _ in self._brought.values()}
+        if len(calls) > 1:
+            told = ", ".join(f"worker {rank}: {call}" for rank, (call, _) in sorted(self._brought.items()))
+            self._fail(f"workers called different collectives ({told})")
+            return
+        self._result = combine([self._brought[rank][1] for rank in range(self.world_size)])
+        self._brought = {}
+        self._generation += 1
+        self._condition.notify_all()
+
+    def _fail(self, trouble: str) -> None:
+        self._trouble = self._trouble or trouble
+        self._condition.notify_all()
+
+
+class LocalComm(CountingComm):
+    """Over threads of one process, combined in rank order: the same bits at every run.
+
+    Workers that call different collectives get a CommunicationError, as do those that wait for one that has ended.
+    """
+
+    def __init__(self, rank: int, room: _Room, clock: Clock | None = None) -> None:
+        super().__init__(rank, room.world_size, clock)
+        self._room = room
+
+    @classmethod
+    def alone(cls) -> "LocalComm":
+        """The communicator of a single worker."""
+        return cls(0, _Room(1, timeout_seconds=0))
+
+    @classmethod
+    def run(
+        cls, world_size: int, worker: Callable[["LocalComm"], Result], timeout_seconds: float = 60.0
+    ) -> list[Result]:
+        """Call worker(comm) in world_size threads and return their results in rank order.
+
+        Raises what the first worker to fail raised.
+        """
+        room = _Room(world_size, timeout_seconds)
+        results: list[Any] = [None] * world_size
+        errors: list[BaseException] = []
+
+        def run_one(rank: int) -> None:
+            try:
+                results[rank] = worker(cls(rank, room))
+            except BaseException as error:
+                errors.append(error)
+            finally:
+                room.leave(rank)
+
+        threads = [threading.Thread(target=run_one, args=(rank,), daemon=True) for rank in range(world_size)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if errors:
+            raise errors[0]
+        return results
+
+    def _all_reduce(self, x: Tensor, op: str) -> None:
+        x.copy_(self._room.meet(self.rank, _call("all_reduce", x, op), x, _sum if op == "sum" else _max))
+
+    def _all_gather(self, x: Tensor) -> Tensor:
+        return self._room.meet(self.rank, _call("all_gather", x), x, torch.stack).clone()
+
+    def _broadcast(self, x: Tensor, source: int) -> None:
+        x.copy_(self._room.meet(self.rank, _call("broadcast", x, source), x, lambda xs: xs[source].clone()))
+
+
+def _call(name: str, x: Tensor, *arguments: object) -> str:
+    return f"{name}({', '.join(map(str, (x.dtype, tuple(x.shape), *arguments)))})"
+
+
+def _sum(xs: list[Tensor]) -> Tensor:
+    total = xs[0].clone()
+    for x in xs[1:]:
+        total += x
+    return total
+
+
+def _max(xs: list[Tensor]) -> Tensor:
+    return torch.stack(xs).amax(dim=0)

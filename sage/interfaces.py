@@ -1,0 +1,189 @@
+"""The architecture on one screen: what a communicator, a reducer and a task are.
+
+Data flows one way: task.loss > gradient > feedback(reducer, communicator) > optimizer > metrics. This file imports
+nothing of ours, and every other part may import it.
+"""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One parameter's place in the flat gradient."""
+
+    name: str
+    start: int
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.size
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which worker this is, of how many."""
+
+    rank: int
+    world_size: int
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where training stands. epoch is a fraction: 1.5 is half-way through the second epoch."""
+
+    epoch: float
+    step: int
+    lr: float
+    steps_per_epoch: int
+
+
+def seed_of(*parts: int | str) -> int:
+    """A seed in [0, 2^63) that depends on every part and on their order."""
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+@dataclass(frozen=True)
+class Seeds:
+    """common is equal on all workers, worker is not."""
+
+    common: int
+    worker: int
+
+    @classmethod
+    def derive(cls, seed: int, rank: int) -> "Seeds":
+        return cls(common=seed_of(seed, "common"), worker=seed_of(seed, "worker", rank))
+
+
+class Stateful:
+    """Something whose state a checkpoint holds: the attributes named in state_names.
+
+    They may be tensors, Python numbers, torch.Generators, or Stateful themselves.
+    """
+
+    state_names: tuple[str, ...] = ()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: _saved(getattr(self, name)) for name in self.state_names}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name in self.state_names:
+            value = getattr(self, name)
+            if isinstance(value, Stateful):
+                value.load_state_dict(state[name])
+            elif isinstance(value, torch.Generator):
+                value.set_state(state[name])
+            elif isinstance(value, Tensor):
+                setattr(self, name, state[name].to(value.device, copy=True))
+            else:
+                setattr(self, name, state[name])
+
+
+def _saved(value: Any) -> Any:
+    if isinstance(value, Stateful):
+        return value.state_dict()
+    if isinstance(value, torch.Generator):
+        return value.get_state()
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+class Communicator(ABC):
+    """Collectives over the workers, in rank order. With one worker none takes place."""
+
+    rank: int
+    world_size: int
+
+    @abstractmethod
+    def all_reduce(self, x: Tensor, op: Literal["sum", "max"] = "sum") -> None:
+        """Replace x by its sum or maximum over workers, in place; the same bits on every worker."""
+
+    @abstractmethod
+    def all_gather(self, x: Tensor) -> Tensor:
+        """Every worker's x, of one shape on all of them: (world_size, *x.shape) in rank order."""
+
+    @abstractmethod
+    def all_gather_ragged(self, x: Tensor) -> list[Tensor]:
+        """Every worker's x (length,), lengths differ and may be 0: world_size tensors in rank order."""
+
+    @abstractmethod
+    def broadcast(self, x: Tensor, source: int = 0) -> None:
+        """Replace x by the source worker's x, in place."""
+
+
+class Reducer(Stateful, ABC):
+    """Averages a flat gradient over workers, possibly lossily.
+
+    Built from (config, layout, *, seeds, device): layout is a list of Slot in flat order. It stores no timer, rank,
+    world size or process group, synchronises no device and may run on any thread and stream, so that one object
+    serves under processes, under threads, and one a bucket in somebody's own hook.
+    """
+
+    Settings: ClassVar[type]
+    density: float = 1.0
+    """Elements a worker selected in the last step / n, mean over workers. A host number: reading it costs nothing."""
+
+    def begin_step(self, progress: Progress) -> None:  # noqa: B027  a reducer without a schedule ignores it
+        """Told before each step; for schedules."""
+
+    def accumulate(self, send: Tensor, grad: Tensor) -> None:
+        """send += grad. A sparsifier may fuse it with its scan; then reduce must follow with the same send."""
+        send.add_(grad)
+
+    @abstractmethod
+    def reduce(self, send: Tensor, mean: Tensor, comm: Communicator) -> None:
+        """Fill mean (n,) with the estimate of the workers' average of send; the same bits on every worker.
+
+        send (n,): what this worker wants to send. On return it holds what was not sent, so the caller decides
+        whether to keep it (error feedback). mean holds this worker's raw gradient on entry.
+        """
+
+    @abstractmethod
+    def expected_payload_bytes(self, world_size: int) -> int:
+        """What one worker hands to collectives in a step at the target density; at most, where it varies."""
+
+    def metrics(self) -> dict[str, float]:
+        """Threshold, controller terms, ...; read on logging steps only."""
+        return {}
+
+
+class Task(ABC):
+    """A model, its data and its score. backward, clipping and the optimizer belong to the loop."""
+
+    Settings: ClassVar[type]
+    model: nn.Module
+    steps_per_epoch: int
+    """Equal on all workers."""
+    score: str
+    """Which value of evaluate is the task's score."""
+    higher_is_better: bool
+
+    @classmethod
+    @abstractmethod
+    def check(cls, config: Any, data: Path, world_size: int) -> None:
+        """Raise ValueError, in one line, where this task cannot run; cheap, before any worker starts."""
+
+    @abstractmethod
+    def train_batches(self, epoch: int, start: int = 0) -> Iterator[Any]:
+        """This worker's batches of an epoch, from the start-th on."""
+
+    @abstractmethod
+    def loss(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """The mean loss of a batch, a scalar, and scalars worth logging beside it."""
+
+    @abstractmethod
+    def evaluate(self) -> dict[str, tuple[float, float]]:
+        """name -> (sum, count) over this worker's part of the test data; sum / count over all workers is the value."""

@@ -1,0 +1,117 @@
+"""Optimizers (torch's own), parameter groups, the learning-rate schedule and clipping."""
+
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field, Strict
+from torch import Tensor, nn
+
+from sage.config import Settings
+
+
+class Schedule(Settings):
+    """lr(e) = base * (1 + (f - 1) * min(e / warmup_epochs, 1)) * decays, with e a fraction of epochs.
+
+    f = batch_per_worker * world_size / reference_batch: linear scaling with a gradual warm-up, after Goyal et al.
+    2017, arXiv 1706.02677, section 2.
+    """
+
+    warmup_epochs: float = Field(default=0.0, ge=0)
+    """Epochs over which the learning rate goes from the base to its scaled value."""
+    reference_batch: Annotated[int, Field(ge=1)] | None = None
+    """The global batch that `optimizer.lr` is meant for; null: no scaling."""
+    decay_epochs: Annotated[tuple[float, ...], Strict(False)] = ()
+    """At each of these epochs the learning rate is multiplied by decay_factor."""
+    decay_factor: float = Field(default=0.1, gt=0, le=1)
+
+    def factor(self, epoch: float, global_batch: int) -> float:
+        """What the base learning rate is multiplied by at a (fractional) epoch."""
+        scale = global_batch / self.reference_batch if self.reference_batch else 1.0
+        warmth = min(epoch / self.warmup_epochs, 1.0) if self.warmup_epochs else 1.0
+        num_decays = sum(epoch >= decay for decay in self.decay_epochs)
+        return float((1 + (scale - 1) * warmth) * self.decay_factor**num_decays)
+
+
+class Clip(Settings):
+    """Clipping by the norm of the whole gradient."""
+
+    norm: Annotated[float, Field(gt=0)] | None = None
+    """The largest norm let through; null: no clipping."""
+    before_reduce: bool = True
+    """Clip each worker's gradient before the exchange (true) or the mean after it (false)."""
+
+
+def clip_norm(grad: Tensor, max_norm: float) -> None:
+    """grad *= min(1, max_norm / (norm + 1e-6)), in place and without a host synchronisation.
+
+    The 1e-6 is torch.nn.utils.clip_grad_norm_'s.
+    """
+    grad.mul_((max_norm / (torch.linalg.vector_norm(grad) + 1e-6)).clamp(max=1.0))
+
+
+class SGD(Settings):
+    name: Literal["sgd"] = "sgd"
+    lr: float = Field(ge=0)
+    """Base learning rate, before the schedule."""
+    momentum: float = Field(default=0.0, ge=0, lt=1)
+    nesterov: bool = False
+    weight_decay: float = Field(default=0.0, ge=0)
+    """For weights; normalisation layers and biases have none."""
+
+    def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("optimizer.nesterov: needs a momentum in (0, 1), got momentum 0")
+        return torch.optim.SGD(
+            groups, lr=self.lr, momentum=self.momentum, nesterov=self.nesterov, **_implementation(groups)
+        )
+
+
+class Adam(Settings):
+    name: Literal["adam"] = "adam"
+    lr: float = Field(ge=0)
+    """Base learning rate, before the schedule."""
+    betas: Annotated[
+        tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]], Strict(False)
+    ] = (
+        0.9,
+        0.999,
+    )
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    """For weights; normalisation layers and biases have none."""
+
+    def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        return torch.optim.Adam(groups, lr=self.lr, betas=self.betas, eps=self.eps, **_implementation(groups))
+
+
+OPTIMIZERS: dict[str, type[Settings]] = {"sgd": SGD, "adam": Adam}
+
+
+def _implementation(groups: list[dict[str, Any]]) -> dict[str, bool]:
+    """Fused where torch has it for these parameters, foreach elsewhere."""
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
+    return {"fused": True} if fused else {"foreach": True}
+
+
+_UNDECAYED = (
+    nn.modules.batchnorm._NormBase,  # BatchNorm and InstanceNorm of every dimension
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.RMSNorm,
+)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two groups: weights, decayed, and biases and normalisation layers, not; by module type, not by name."""
+    decayed: list[nn.Parameter] = []
+    undecayed: list[nn.Parameter] = []
+    seen: set[nn.Parameter] = set()
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.requires_grad and parameter not in seen:
+                seen.add(parameter)  # a tied weight belongs to the first module that holds it
+                spared = isinstance(module, _UNDECAYED) or name.startswith("bias")
+                (undecayed if spared else decayed).append(parameter)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
