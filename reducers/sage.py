@@ -16,9 +16,11 @@ from sage.config import Settings
 from sage.interfaces import Seeds, Slot
 
 SAMPLING_ERROR = 0.05
-"""Slovin's margin of error: n / (1 + n 0.05^2) elements are sampled, at most 400. Value of the published code."""
+"""Slovin's margin of error: n / (1 + n 0.05^2) elements are sampled, at most 400. Value of the published
+code."""
 GAMMA_LOW, GAMMA_HIGH = 0.95, 1.05
-"""The correction's factors, where the examined density is below a tenth of the target, or above ten times it."""
+"""The correction's factors, where the examined density is below a tenth of the target, or above ten times
+it."""
 
 
 class SageSettings(SparsifierSettings):
@@ -26,8 +28,8 @@ class SageSettings(SparsifierSettings):
     threshold: Threshold = "auto"
     """The initial threshold, used unchanged in the first step; auto: 1 / (2 sqrt k), k = density n."""
     sampling: Literal["uniform", "by_tensor"] = "uniform"
-    """uniform over the elements; by_tensor (the published code): a tensor first, then an element of it, which favours
-    small tensors."""
+    """uniform over the elements; by_tensor (the published code): a tensor first, then an element of it,
+    which favours small tensors."""
 
 
 class Sampler:
@@ -38,19 +40,24 @@ class Sampler:
         self.size = max(1, int(self.n / (1 + self.n * SAMPLING_ERROR**2)))
         self.generator = torch.Generator(device).manual_seed(seed)
         self._device = device
-        self._starts = self._sizes = None
+        self._starts: Tensor | None = None
+        self._sizes: Tensor | None = None
         if sampling == "by_tensor":
             self._starts = torch.tensor([slot.start for slot in layout], device=device)
             self._sizes = torch.tensor([slot.size for slot in layout], device=device)
 
     def indices(self) -> Tensor:
         """(size,) int64."""
-        shape, options = (self.size,), {"generator": self.generator, "device": self._device}
         if self._starts is None or self._sizes is None:
-            return torch.randint(self.n, shape, **options)
-        tensors = torch.randint(len(self._starts), shape, **options)
-        fractions = torch.rand(shape, dtype=torch.float64, **options)  # in [0, 1)
+            return self._draw(self.n)
+        tensors = self._draw(len(self._starts))  # (size,)
+        fractions = torch.rand(
+            (self.size,), dtype=torch.float64, generator=self.generator, device=self._device
+        )  # in [0, 1)
         return self._starts[tensors] + (fractions * self._sizes[tensors]).long()
+
+    def _draw(self, high: int) -> Tensor:
+        return torch.randint(high, (self.size,), generator=self.generator, device=self._device)
 
 
 class SageLaw(ThresholdLaw):
@@ -64,9 +71,9 @@ class SageLaw(ThresholdLaw):
         gamma = 0.95 if d_exam < 0.1 d, 1.05 if d_exam > 10 d, else 1
         lambda <- lambda alpha beta gamma
 
-    Where the paper defines nothing: s_prev = 0 gives alpha = 1; s = 0 or not finite leaves lambda as it is, and a
-    non-finite s is not remembered; lambda stays in the positive finite numbers. All terms are scalars on the device,
-    so no step of the controller waits for it.
+    Where the paper defines nothing: s_prev = 0 gives alpha = 1; s = 0 or not finite leaves lambda as it is,
+    and a non-finite s is not remembered; lambda stays in the positive finite numbers. All terms are scalars
+    on the device, so no step of the controller waits for it.
     """
 
     state_names = ("lam", "previous_mean", "started", "generator")
@@ -83,7 +90,8 @@ class SageLaw(ThresholdLaw):
         one = torch.ones((), device=device)
         self._usable = torch.zeros((), dtype=torch.bool, device=device)
         self._terms = {"alpha": one, "beta": one, "gamma": one, "density_exam": 0 * one}
-        # The least beta * gamma of any examined density (beta's is at 0; gamma may be 0.95), with room for rounding.
+        # The least beta * gamma of any examined density (beta's is at 0; gamma may be 0.95), with room for
+        # rounding.
         self._least_correction = GAMMA_LOW * self._beta(torch.zeros(())).item() * (1 - 1e-6)
 
     def lower_bound(self, send: Tensor, grad: Tensor | None) -> Tensor:
@@ -129,7 +137,8 @@ def _positive(threshold: Tensor) -> Tensor:
 
 
 class Sage(ThresholdSparsifier):
-    """Selects |a_j| >= lambda; lambda follows SageLaw. Thresholds differ between workers. NaN is never sent."""
+    """Selects |a_j| >= lambda; lambda follows SageLaw. Thresholds differ between workers. NaN is never
+    sent."""
 
     Settings: ClassVar[type[Settings]] = SageSettings
 

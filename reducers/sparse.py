@@ -1,7 +1,7 @@
 """What the sparsifiers share: the scan by threshold, the exchanges gather and union.
 
-A sparsifier is a subclass of Sparsifier that writes one method, select. One that selects by a threshold is a subclass
-of ThresholdSparsifier that passes a law: who sets the threshold.
+A sparsifier is a subclass of Sparsifier that writes one method, select. One that selects by a threshold is
+a subclass of ThresholdSparsifier that passes a law: who sets the threshold.
 """
 
 from abc import abstractmethod
@@ -16,14 +16,16 @@ from sage.config import Settings
 from sage.interfaces import Communicator, Place, Reducer, Slot, Stateful
 
 CHUNK = 65_536
-"""Elements a step of the scan on the CPU: send, gradient and scratch of a chunk stay in a core's cache together."""
+"""Elements a step of the scan on the CPU: send, gradient and scratch of a chunk stay in a core's cache
+together."""
 
 
 class SparsifierSettings(Settings):
     density: float = Field(default=0.01, gt=0, le=1)
     """The target: elements a worker selects / n."""
     exchange: Literal["gather", "union"] = "gather"
-    """gather: each worker sends the values it selected. union: all send their values at every selected index."""
+    """gather: each worker sends the values it selected. union: all send their values at every selected
+    index."""
 
 
 Threshold = Annotated[float, Field(gt=0)] | Literal["auto"]
@@ -39,14 +41,15 @@ def resolve_threshold(threshold: float | Literal["auto"], density: float, n: int
     return 1 / (2 * target_count(density, n) ** 0.5) if threshold == "auto" else threshold
 
 
-# --- the scan ----------------------------------------------------------------------------------------------------
+# --- the scan -------------------------------------------------------------------------------------
 
 
 def scan(send: Tensor, grad: Tensor | None, threshold: Tensor) -> Tensor:
     """send += grad (where one is given), and the ascending indices (k,) int64 of |send| >= threshold.
 
-    send, grad (n,), contiguous; threshold is a scalar of the same dtype. One pass: on the CPU in chunks that stay in
-    cache, elsewhere as whole-tensor operations; both give the same bits. NaN is never selected.
+    send, grad (n,), contiguous; threshold is a scalar of the same dtype. One pass: on the CPU in chunks
+    that stay in cache, elsewhere as whole-tensor operations; both give the same bits. NaN is never
+    selected.
     """
     return (
         scan_in_chunks(send, grad, threshold)
@@ -63,7 +66,8 @@ def scan_whole(send: Tensor, grad: Tensor | None, threshold: Tensor) -> Tensor:
 
 
 def scan_in_chunks(send: Tensor, grad: Tensor | None, threshold: Tensor) -> Tensor:
-    """The form of scan for the CPU: numpy on the tensors' own memory, since its calls cost less than torch's."""
+    """The form of scan for the CPU: numpy on the tensors' own memory, since its calls cost less than
+    torch's."""
     flat, n, limit = send.numpy(), send.numel(), threshold.numpy()
     added = None if grad is None else grad.numpy()
     magnitude = np.empty(min(CHUNK, n), flat.dtype)
@@ -80,11 +84,12 @@ def scan_in_chunks(send: Tensor, grad: Tensor | None, threshold: Tensor) -> Tens
     return torch.from_numpy(np.concatenate(found))
 
 
-# --- the exchanges -----------------------------------------------------------------------------------------------
+# --- the exchanges --------------------------------------------------------------------------------
 
 
 def pack(indices: Tensor, values: Tensor) -> Tensor:
-    """Indices (k,) and values (k,) as one message (m,) int32: the values' bits, so that no index travels as a float."""
+    """Indices (k,) and values (k,) as one message (m,) int32: the values' bits, so that no index travels as
+    a float."""
     return torch.cat([indices.to(torch.int32), values.view(torch.int32)])
 
 
@@ -105,7 +110,8 @@ def exchange_by_gather(send: Tensor, mean: Tensor, indices: Tensor, comm: Commun
     gathered = []
     for one in comm.all_gather_ragged(message):
         places, values = unpack(one, send.dtype)
-        # Unique indices within a worker: no two threads add to one element, so the order of additions is the ranks'.
+        # Unique indices within a worker: no two threads add to one element, so the order of additions is
+        # the ranks'.
         mean.index_add_(0, places, values / comm.world_size)
         gathered.append(places)
     return gathered
@@ -126,7 +132,7 @@ def exchange_by_union(send: Tensor, mean: Tensor, indices: Tensor, comm: Communi
     return gathered
 
 
-# --- the reducers' bases -----------------------------------------------------------------------------------------
+# --- the reducers' bases --------------------------------------------------------------------------
 
 
 class Sparsifier(Reducer):
@@ -171,7 +177,8 @@ class Sparsifier(Reducer):
 
 
 class ThresholdLaw(Stateful):
-    """Who sets the threshold. A step calls lower_bound, then threshold; both return scalars on the law's device.
+    """Who sets the threshold. A step calls lower_bound, then threshold; both return scalars on the law's
+    device.
 
     The scan finds the candidates at the lower bound; the final threshold is then applied to those few.
     """

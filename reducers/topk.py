@@ -17,8 +17,8 @@ class TopKSettings(SparsifierSettings):
 class TopK(Sparsifier):
     """k_l = max(1, floor(density n_l)); S_l = argtop_{k_l} |a_l|. NaN counts as the largest and is sent.
 
-    Aji and Heafield 2017, arXiv 1704.05021; Stich et al. 2018, arXiv 1809.07599. At least one element a tensor is
-    sent, so with many small tensors the density is above the target.
+    Aji and Heafield 2017, arXiv 1704.05021; Stich et al. 2018, arXiv 1809.07599. At least one element a
+    tensor is sent, so with many small tensors the density is above the target.
     """
 
     Settings: ClassVar[type[Settings]] = TopKSettings

@@ -11,8 +11,8 @@ import torch
 class Clock:
     """Adds up the seconds spent in named phases.
 
-    On a GPU a phase is a pair of CUDA events, read by take(), which synchronises once; elsewhere it is wall time.
-    Phases may nest (communicate inside reduce); each counts its own whole time.
+    On a GPU a phase is a pair of CUDA events, read by take(), which synchronises once; elsewhere it is wall
+    time. Phases may nest (communicate inside reduce); each counts its own whole time.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -1,7 +1,7 @@
 """Collectives and their ledger: over processes (DistComm) and over threads of one process (LocalComm).
 
-The public methods count and time, then call the private ones; so bytes and communication time are known in one
-place, for all reducers alike, sizes and padding included.
+The public methods count and time, then call the private ones; so bytes and communication time are known in
+one place, for all reducers alike, sizes and padding included.
 """
 
 import threading
@@ -104,7 +104,8 @@ class CountingComm(Communicator):
 
 
 class DistComm(CountingComm):
-    """Over the processes of torch.distributed's default group. Raises CommunicationError when a collective fails."""
+    """Over the processes of torch.distributed's default group. Raises CommunicationError when a collective
+    fails."""
 
     _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
@@ -144,7 +145,8 @@ class _Room:
         self._trouble: str | None = None
 
     def meet(self, rank: int, call: str, x: Tensor, combine: Callable[[list[Tensor]], Tensor]) -> Tensor:
-        """The combination of every worker's x; it shares no storage with any of them, and is not to be changed."""
+        """The combination of every worker's x; it shares no storage with any of them, and is not to be
+        changed."""
         with self._condition:
             generation = self._generation
             self._brought[rank] = (call, x)
@@ -189,7 +191,8 @@ class _Room:
 class LocalComm(CountingComm):
     """Over threads of one process, combined in rank order: the same bits at every run.
 
-    Workers that call different collectives get a CommunicationError, as do those that wait for one that has ended.
+    Workers that call different collectives get a CommunicationError, as do those that wait for one that has
+    ended.
     """
 
     def __init__(self, rank: int, room: _Room, clock: Clock | None = None) -> None:

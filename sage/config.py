@@ -1,7 +1,7 @@
 """One YAML file, plus key.path=value overrides, into frozen pydantic models. Imports no torch.
 
-Every component's settings are a subclass of Settings that stands beside its owner; a field's default is its only
-home. A bad value is a ConfigError whose every line names the path, the value and what was expected.
+Every component's settings are a subclass of Settings that stands beside its owner; a field's default is its
+only home. A bad value is a ConfigError whose every line names the path, the value and what was expected.
 """
 
 import difflib
@@ -33,7 +33,7 @@ Tables = dict[str, dict[str, type[Settings]]]
 Schema = TypeVar("Schema", bound=Settings)
 
 
-# --- reading ---------------------------------------------------------------------------------------------------
+# --- reading --------------------------------------------------------------------------------------
 
 
 class _Loader(yaml.SafeLoader):
@@ -47,7 +47,7 @@ _Loader.add_implicit_resolver(
 
 def read_yaml(text: str, origin: str) -> Any:
     try:
-        return yaml.load(text, _Loader)  # noqa: S506  a SafeLoader
+        return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" (line {mark.line + 1})" if mark else ""
@@ -58,8 +58,8 @@ def read_yaml(text: str, origin: str) -> Any:
 def load(path: Path, overrides: list[str], schema: type[Schema], tables: Tables) -> Schema:
     """The settings in a file with overrides applied.
 
-    An override of `reducer.name` chooses another component: of the file's section the keys that the new one knows
-    are kept, the others are dropped. Raises ConfigError.
+    An override of `reducer.name` chooses another component: of the file's section the keys that the new one
+    knows are kept, the others are dropped. Raises ConfigError.
     """
     try:
         raw = read_yaml(path.read_text(encoding="utf-8"), str(path))
@@ -150,7 +150,7 @@ def _assign(raw: dict[str, Any], keys: list[str], value: Any) -> None:
     raw[keys[-1]] = value
 
 
-# --- saying what is wrong ----------------------------------------------------------------------------------------
+# --- saying what is wrong -------------------------------------------------------------------------
 
 
 def _lines(error: ValidationError, model: type[BaseModel], prefix: str) -> list[str]:

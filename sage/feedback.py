@@ -22,7 +22,8 @@ class ResidualSettings(Settings):
 
 
 class Residual(Stateful):
-    """a = g + e; send C(a); e = a - C(a). Stich et al. 2018, arXiv 1809.07599; Karimireddy et al. 2019, 1901.09847."""
+    """a = g + e; send C(a); e = a - C(a). Stich et al. 2018, arXiv 1809.07599; Karimireddy et al. 2019,
+    1901.09847."""
 
     Settings: ClassVar[type[Settings]] = ResidualSettings
     state_names = ("memory",)

@@ -9,8 +9,8 @@ from sage.interfaces import Slot
 class GradientBuffer:
     """A flat gradient (n,) whose pieces are the model's param.grad, in the order of model.named_parameters().
 
-    backward accumulates into an existing grad in place, so the views survive it, and so do torch's optimizers and
-    clipping. What replaces a grad (zero_grad with set_to_none) is found by check().
+    backward accumulates into an existing grad in place, so the views survive it, and so do torch's
+    optimizers and clipping. What replaces a grad (zero_grad with set_to_none) is found by check().
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -42,6 +42,6 @@ class GradientBuffer:
             grad: Tensor | None = parameter.grad
             if grad is None or grad.data_ptr() != base + slot.start * item_bytes:
                 raise RuntimeError(
-                    f"the gradient of {slot.name} is no longer a view of the flat gradient; something replaced it "
-                    "(zero_grad with set_to_none=True does): use GradientBuffer.zero()"
+                    f"the gradient of {slot.name} is no longer a view of the flat gradient: something
+                    replaced " "it (zero_grad with set_to_none=True does); use GradientBuffer.zero()"
                 )

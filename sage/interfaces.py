@@ -1,7 +1,7 @@
 """The architecture on one screen: what a communicator, a reducer and a task are.
 
-Data flows one way: task.loss > gradient > feedback(reducer, communicator) > optimizer > metrics. This file imports
-nothing of ours, and every other part may import it.
+Data flows one way: task.loss > gradient > feedback(reducer, communicator) > optimizer > metrics. This file
+imports nothing of ours, and every other part may import it.
 """
 
 import hashlib
@@ -127,16 +127,17 @@ class Communicator(ABC):
 class Reducer(Stateful, ABC):
     """Averages a flat gradient over workers, possibly lossily.
 
-    Built from (config, layout, *, seeds, device): layout is a list of Slot in flat order. It stores no timer, rank,
-    world size or process group, synchronises no device and may run on any thread and stream, so that one object
-    serves under processes, under threads, and one a bucket in somebody's own hook.
+    Built from (config, layout, *, seeds, device): layout is a list of Slot in flat order. It stores no
+    timer, rank, world size or process group, synchronises no device and may run on any thread and stream,
+    so that one object serves under processes, under threads, and one a bucket in somebody's own hook.
     """
 
     Settings: ClassVar[type]
     density: float = 1.0
-    """Elements a worker selected in the last step / n, mean over workers. A host number: reading it costs nothing."""
+    """Elements a worker selected in the last step / n, mean over workers. A host number: reading it costs
+    nothing."""
 
-    def begin_step(self, progress: Progress) -> None:  # noqa: B027  a reducer without a schedule ignores it
+    def begin_step(self, progress: Progress) -> None:
         """Told before each step; for schedules."""
 
     def accumulate(self, send: Tensor, grad: Tensor) -> None:
@@ -186,4 +187,5 @@ class Task(ABC):
 
     @abstractmethod
     def evaluate(self) -> dict[str, tuple[float, float]]:
-        """name -> (sum, count) over this worker's part of the test data; sum / count over all workers is the value."""
+        """name -> (sum, count) over this worker's part of the test data; sum / count over all workers is
+        the value."""

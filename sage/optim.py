@@ -12,8 +12,8 @@ from sage.config import Settings
 class Schedule(Settings):
     """lr(e) = base * (1 + (f - 1) * min(e / warmup_epochs, 1)) * decays, with e a fraction of epochs.
 
-    f = batch_per_worker * world_size / reference_batch: linear scaling with a gradual warm-up, after Goyal et al.
-    2017, arXiv 1706.02677, section 2.
+    f = batch_per_worker * world_size / reference_batch: linear scaling with a gradual warm-up, after Goyal
+    et al. 2017, arXiv 1706.02677, section 2.
     """
 
     warmup_epochs: float = Field(default=0.0, ge=0)
