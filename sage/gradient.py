@@ -42,6 +42,6 @@ class GradientBuffer:
             grad: Tensor | None = parameter.grad
             if grad is None or grad.data_ptr() != base + slot.start * item_bytes:
                 raise RuntimeError(
-                    f"the gradient of {slot.name} is no longer a view of the flat gradient: something
-                    replaced " "it (zero_grad with set_to_none=True does); use GradientBuffer.zero()"
+                    f"the gradient of {slot.name} is no longer a view of the flat gradient: something "
+                    "replaced it (zero_grad with set_to_none=True does); use GradientBuffer.zero()"
                 )

@@ -141,7 +141,7 @@ class Reducer(Stateful, ABC):
         """Told before each step; for schedules."""
 
     def accumulate(self, send: Tensor, grad: Tensor) -> None:
-        """send += grad. A sparsifier may fuse it with its scan; then reduce must follow with the same send."""
+        """send += grad. A sparsifier may fuse this with its scan; reduce must follow, with the same send."""
         send.add_(grad)
 
     @abstractmethod
