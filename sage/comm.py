@@ -7,7 +7,7 @@ one place, for all reducers alike, sizes and padding included.
 import threading
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import astuple, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -15,13 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sage.clock import Clock
-from sage.interfaces import Communicator
+from sage.interfaces import CommunicationError, Communicator
 
 Result = TypeVar("Result")
-
-
-class CommunicationError(RuntimeError):
-    """A collective failed: a worker died, fell behind, or called another one."""
 
 
 @dataclass
@@ -42,11 +38,10 @@ class Ledger:
         self.padding_bytes += padding_bytes
         self.wire_bytes += payload_bytes * wire_factor
 
-    def take(self) -> "Ledger":
-        """What was counted since the last call."""
-        taken = Ledger(*astuple(self))
-        for field in fields(self):
-            setattr(self, field.name, field.default)
+    def take(self) -> dict[str, float]:
+        """The counts by name since the last call."""
+        taken = asdict(self)
+        vars(self).update(asdict(Ledger()))
         return taken
 
 
@@ -200,9 +195,9 @@ class LocalComm(CountingComm):
         self._room = room
 
     @classmethod
-    def alone(cls) -> "LocalComm":
+    def alone(cls, clock: Clock | None = None) -> "LocalComm":
         """The communicator of a single worker."""
-        return cls(0, _Room(1, timeout_seconds=0))
+        return cls(0, _Room(1, timeout_seconds=0), clock)
 
     @classmethod
     def run(
@@ -256,3 +251,8 @@ def _sum(xs: list[Tensor]) -> Tensor:
 
 def _max(xs: list[Tensor]) -> Tensor:
     return torch.stack(xs).amax(dim=0)
+
+
+def connect_comm(world_size: int, clock: Clock | None = None) -> CountingComm:
+    """The communicator of this process: of the default process group, or of a single worker."""
+    return DistComm(clock) if world_size > 1 else LocalComm.alone(clock)

@@ -158,7 +158,7 @@ def _lines(error: ValidationError, model: type[BaseModel], prefix: str) -> list[
     lines: dict[str, str] = {}
     for problem in error.errors():
         owner, field, keys = _find(model, problem["loc"])
-        path = prefix + ".".join(keys)
+        path = (prefix + ".".join(keys)).rstrip(".")
         if problem["type"] == "extra_forbidden":
             nearest = difflib.get_close_matches(keys[-1], owner.model_fields, n=1)
             hint = (
@@ -168,7 +168,7 @@ def _lines(error: ValidationError, model: type[BaseModel], prefix: str) -> list[
         elif problem["type"] == "missing":
             lines[path] = f"{path}: missing; expected {_expected(field)}"
         elif problem["type"] == "value_error":
-            lines[path] = f"{path}: {problem['ctx']['error']}".removeprefix(": ")
+            lines[path] = f"{path}: {problem['ctx']['error']}"
         else:
             lines.setdefault(path, f"{path}: expected {_expected(field)}, got {_shown(problem['input'])}")
     return list(lines.values())

@@ -101,6 +101,14 @@ def _saved(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
 
 
+class CommunicationError(RuntimeError):
+    """A collective failed: a worker died, fell behind, or called another one."""
+
+
+class TrainingError(RuntimeError):
+    """The run cannot go on: the loss is not finite, or the replicas differ. What was written stays."""
+
+
 class Communicator(ABC):
     """Collectives over the workers, in rank order. With one worker none takes place."""
 
@@ -166,6 +174,7 @@ class Task(ABC):
 
     Settings: ClassVar[type]
     model: nn.Module
+    batch_per_worker: int
     steps_per_epoch: int
     """Equal on all workers."""
     score: str

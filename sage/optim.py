@@ -1,9 +1,9 @@
 """Optimizers (torch's own), parameter groups, the learning-rate schedule and clipping."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import torch
-from pydantic import Field, Strict
+from pydantic import Field, Strict, model_validator
 from torch import Tensor, nn
 
 from sage.config import Settings
@@ -58,9 +58,13 @@ class SGD(Settings):
     weight_decay: float = Field(default=0.0, ge=0)
     """For weights; normalisation layers and biases have none."""
 
-    def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    @model_validator(mode="after")
+    def _nesterov_has_momentum(self) -> Self:
         if self.nesterov and self.momentum == 0:
-            raise ValueError("optimizer.nesterov: needs a momentum in (0, 1), got momentum 0")
+            raise ValueError("nesterov needs a momentum in (0, 1), got momentum 0")
+        return self
+
+    def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         return torch.optim.SGD(
             groups, lr=self.lr, momentum=self.momentum, nesterov=self.nesterov, **_implementation(groups)
         )
@@ -84,7 +88,7 @@ class Adam(Settings):
         return torch.optim.Adam(groups, lr=self.lr, betas=self.betas, eps=self.eps, **_implementation(groups))
 
 
-OPTIMIZERS: dict[str, type[Settings]] = {"sgd": SGD, "adam": Adam}
+OPTIMIZERS: dict[str, type[SGD] | type[Adam]] = {"sgd": SGD, "adam": Adam}
 
 
 def _implementation(groups: list[dict[str, Any]]) -> dict[str, bool]:
@@ -115,3 +119,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
                 (undecayed if spared else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
+
+
+def build_optimizer(config: SGD | Adam, model: nn.Module) -> torch.optim.Optimizer:
+    """torch's optimizer for the model's trained parameters."""
+    return config.build(parameter_groups(model, config.weight_decay))

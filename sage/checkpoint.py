@@ -1,0 +1,48 @@
+"""Files that are whole or not there: written under a temporary name, then renamed."""
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Write a file so that at any moment the old one, the new one or none is there, on the disk too."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    write_whole(path, lambda file: file.write(text.encode()))
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_weights(path: Path, model: torch.nn.Module) -> None:
+    """The model's state_dict; torch.load(path, weights_only=True) reads it."""
+    write_whole(path, lambda file: torch.save(model.state_dict(), file))
+
+
+def begin(folder: Path, config: str, environment: Mapping[str, Any]) -> None:
+    """Make a run's folder, with its resolved configuration and where it runs."""
+    write_text(folder / "config.yaml", config)
+    write_json(folder / "environment.json", environment)
+
+
+def finish(folder: Path, summary: dict[str, Any], model: torch.nn.Module) -> None:
+    """Write the final weights, then the summary, whose presence says that the run is done."""
+    write_weights(folder / "checkpoints" / "final.pt", model)
+    write_json(folder / "summary.json", summary)

@@ -1,0 +1,48 @@
+"""Where a result came from: the commit, the versions, the machine."""
+
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+
+ROOT = Path(__file__).parent.parent
+
+
+def run_id(reducer: str, seed: int) -> str:
+    """A name that says what the run is, and when it began (UTC, to the millisecond)."""
+    now = datetime.now(UTC)
+    return f"{reducer}-s{seed}-{now:%Y%m%d-%H%M%S}-{now.microsecond // 1000:03d}"
+
+
+def environment(**facts: Any) -> dict[str, Any]:
+    """The content of environment.json; facts are added to it."""
+    commit = _git("rev-parse", "HEAD")
+    return {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": sys.argv,
+        "commit": commit,
+        "dirty": bool(_git("status", "--porcelain")) if commit else None,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": numpy.__version__,
+            "cuda": torch.version.cuda if torch.cuda.is_available() else None,
+        },
+        "platform": platform.platform(),
+        "executable": sys.executable,
+        **facts,
+    }
+
+
+def _git(*arguments: str) -> str | None:
+    """What git says, or None where this is no checkout or there is no git."""
+    try:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()

@@ -1,0 +1,228 @@
+"""The loop: compute_gradient, exchange, apply; what is logged; what ends a run."""
+
+import math
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field, SerializeAsAny
+from torch import Tensor
+
+from sage.clock import Clock
+from sage.comm import CountingComm
+from sage.config import Settings
+from sage.feedback import Residual
+from sage.gradient import GradientBuffer
+from sage.interfaces import Communicator, Progress, Reducer, Task, TrainingError
+from sage.launch import StepBoard
+from sage.metrics import Log, Meter, Recorder, readable_bytes
+from sage.optim import Clip, Schedule, clip_norm
+
+
+class RunSettings(Settings):
+    """A whole experiment: what `python run.py CONFIG --print-config` prints."""
+
+    seed: int = Field(default=1, ge=0)
+    epochs: int = Field(ge=1)
+    task: SerializeAsAny[Settings]
+    reducer: SerializeAsAny[Settings]
+    feedback: SerializeAsAny[Settings]
+    optimizer: SerializeAsAny[Settings]
+    schedule: Schedule = Schedule()
+    clip: Clip = Clip()
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16: autocast with float32 parameters and gradients."""
+    deterministic: bool = True
+    """Repeat bit for bit on a GPU too; slower there."""
+    timeout_seconds: Annotated[float, Field(gt=0)] = 300.0
+    """How long a collective waits for a worker before the run is given up."""
+    log: Log = Log()
+
+
+class Trainer:
+    """Trains a task with a reducer and feedback over the workers of comm.
+
+    comm is counted; side carries what is not part of the method: metrics, checks, the first weights.
+    """
+
+    def __init__(
+        self,
+        settings: RunSettings,
+        task: Task,
+        reducer: Reducer,
+        feedback: Residual,
+        gradient: GradientBuffer,
+        optimizer: torch.optim.Optimizer,
+        *,
+        comm: CountingComm,
+        side: Communicator,
+        clock: Clock,
+        recorder: Recorder,
+        board: StepBoard,
+    ) -> None:
+        self.settings, self.task, self.reducer, self.feedback = settings, task, reducer, feedback
+        self.gradient, self.optimizer = gradient, optimizer
+        self.comm, self.side, self.clock = comm, side, clock
+        self.recorder, self.board = recorder, board
+        self.base_lrs = [group["lr"] for group in optimizer.param_groups]
+        self.global_batch = task.batch_per_worker * comm.world_size
+        self.meter = Meter(comm.ledger.take, clock, side, gradient.flat.device)
+        self.step = 0
+
+    # --- one step ------------------------------------------------------------------------------------------
+
+    def compute_gradient(self, batch: Any) -> Tensor:
+        """Fill the flat gradient with this worker's; returns its loss, a scalar, detached."""
+        self.gradient.zero()
+        autocast = torch.autocast(
+            self.gradient.flat.device.type, torch.bfloat16, enabled=self.settings.precision == "bfloat16"
+        )
+        with self.clock.phase("forward"), autocast:
+            loss, _ = self.task.loss(batch)
+        with self.clock.phase("backward"):
+            loss.backward()
+        return loss.detach()
+
+    def exchange(self, progress: Progress, measure: bool) -> dict[str, float]:
+        """Replace the flat gradient by the estimate of the workers' mean; returns the norms, where asked
+        for."""
+        grad, clip, memory = self.gradient.flat, self.settings.clip, self.feedback.memory
+        self.gradient.check()
+        norms = [grad.norm()] if measure else []
+        if clip.norm is not None and clip.before_reduce:
+            clip_norm(grad, clip.norm)
+        self.reducer.begin_step(progress)
+        with self.clock.phase("reduce"):
+            self.feedback.compensate(self.reducer, grad)
+        norms += [memory.norm()] if measure else []
+        with self.clock.phase("reduce"):
+            self.reducer.reduce(memory, grad, self.comm)
+        norms += [memory.norm()] if measure else []
+        if clip.norm is not None and not clip.before_reduce:
+            clip_norm(grad, clip.norm)
+        return _named_norms(*(norm.item() for norm in norms)) if measure else {}
+
+    def apply(self, lr_factor: float) -> None:
+        """One step of the optimizer, with the base learning rates times lr_factor."""
+        with self.clock.phase("optimizer"):
+            for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
+                group["lr"] = base * lr_factor
+            self.optimizer.step()
+
+    # --- the loop ------------------------------------------------------------------------------------------
+
+    def run(self) -> dict[str, Any]:
+        """Train all epochs; returns the summary. Raises TrainingError, and CommunicationError from a
+        collective."""
+        self._broadcast([parameter.data for parameter in self.task.model.parameters()])
+        scores: list[float] = []
+        for epoch in range(self.settings.epochs):
+            self._train_epoch(epoch)
+            test = self._evaluate()
+            self._check_replicas(epoch)
+            line = {"kind": "epoch", "epoch": epoch, "step": self.step, "test": test}
+            line |= self.meter.epoch_line()
+            self.recorder.write(line)
+            self.recorder.show_epoch(line, self.settings.epochs)
+            scores.append(test[self.task.score])
+        return self._summary(scores)
+
+    def _train_epoch(self, epoch: int) -> None:
+        steps = self.task.steps_per_epoch
+        batches = self.task.train_batches(epoch)
+        for index in range(steps):
+            self.board.set_step(self.step)
+            with self.clock.phase("data"):
+                batch = next(batches)
+            factor = self.settings.schedule.factor(epoch + index / steps, self.global_batch)
+            progress = Progress(epoch + index / steps, self.step, self.base_lrs[0] * factor, steps)
+            logging = self.step % self.settings.log.every == 0 or index == steps - 1
+            loss = self.compute_gradient(batch)
+            norms = self.exchange(progress, measure=logging)
+            self.apply(factor)
+            self.meter.add_step(loss, self.reducer.density)
+            if logging:
+                self._log_step(epoch, progress, norms)
+            self.step += 1
+            self.recorder.step_done(self.step)
+
+    def _log_step(self, epoch: int, progress: Progress, norms: dict[str, float]) -> None:
+        values = {"lr": progress.lr, "density": self.reducer.density, **self.reducer.metrics(), **norms}
+        line, losses = self.meter.step_line(values)
+        for step, loss in enumerate(losses, start=self.step + 1 - len(losses)):
+            if not math.isfinite(loss):
+                raise TrainingError(f"the loss became {loss} at epoch {epoch}, step {step}")
+        line = {"kind": "step", "epoch": epoch, "step": self.step, **line}
+        self.recorder.write(line)
+        self.recorder.show_step(line)
+
+    def _evaluate(self) -> dict[str, float]:
+        """The test values over all workers' shares, with rank 0's buffers (BatchNorm's) on all of them."""
+        with self.clock.phase("evaluate"):
+            self._broadcast(list(self.task.model.buffers()))
+            sums = self.task.evaluate()
+            packed = torch.tensor(list(sums.values()), dtype=torch.float64, device=self.gradient.flat.device)
+            self.side.all_reduce(packed)  # (values, 2)
+        return dict(zip(sums, (packed[:, 0] / packed[:, 1]).tolist(), strict=True))
+
+    def _check_replicas(self, epoch: int) -> None:
+        """Raise TrainingError where a parameter's bits are not the same on all workers."""
+        names, parameters = zip(*self.task.model.named_parameters(), strict=True)
+        checksums = self.side.all_gather(torch.stack([_checksum(p.data) for p in parameters]))  # (W, tensors)
+        differs = (checksums != checksums[0]).nonzero()
+        if len(differs):
+            rank, index = differs[0].tolist()
+            raise TrainingError(
+                f"the replicas differ after epoch {epoch}: {names[index]} of ranks 0 and {rank}"
+            )
+
+    def _broadcast(self, tensors: list[Tensor]) -> None:
+        for tensor in tensors:
+            self.side.broadcast(tensor)
+
+    def _summary(self, scores: list[float]) -> dict[str, Any]:
+        better = max if self.task.higher_is_better else min
+        totals = self.meter.totals()
+        return {
+            "world_size": self.comm.world_size,
+            "epochs": self.settings.epochs,
+            "steps": self.step,
+            "parameters": self.gradient.flat.numel(),
+            "score": {
+                "name": self.task.score,
+                "higher_is_better": self.task.higher_is_better,
+                "last": scores[-1],
+                "best": better(scores),
+            },
+            **totals,
+            "density": {"target": getattr(self.settings.reducer, "density", None), **totals["density"]},
+        }
+
+
+def _named_norms(gradient: float, before: float, after: float) -> dict[str, float]:
+    """gradient: of the raw gradient; before, after: of the send buffer around the reduction."""
+    # ||send - sent||^2 / ||send||^2: what remains in send is send - sent
+    error = (after / before) ** 2 if before > 0 else 0.0
+    return {"gradient_norm": gradient, "residual_norm": after, "compression_error": error}
+
+
+def _checksum(values: Tensor) -> Tensor:
+    """A scalar int64: the sum of the bits as integers, so that any single change shows."""
+    return values.reshape(-1).view(torch.int32).sum(dtype=torch.int64)
+
+
+def describe(
+    task: Task, reducer: Reducer, gradient: GradientBuffer, epochs: int, world_size: int
+) -> list[str]:
+    """What a run would be, in lines, without training."""
+    num_elements, num_tensors = gradient.flat.numel(), len(gradient.layout)
+    payload = reducer.expected_payload_bytes(world_size)
+    dense = num_elements * gradient.flat.element_size()
+    share = f", {payload / dense:.3%} of the dense gradient's {readable_bytes(dense)}" if payload else ""
+    steps = task.steps_per_epoch
+    return [
+        f"parameters         {num_elements:,} in {num_tensors} tensors",
+        f"workers            {world_size}",
+        f"batch              {task.batch_per_worker} a worker, {task.batch_per_worker * world_size} in all",
+        f"steps              {steps:,} an epoch, {steps * epochs:,} in {epochs} epochs",
+        f"payload            {readable_bytes(payload)} a worker and step at the target density{share}",
+    ]

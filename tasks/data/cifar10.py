@@ -1,0 +1,60 @@
+"""CIFAR-10 in its prepared form: DATA/cifar10/cifar10.npz with train_x, train_y, test_x, test_y, uint8,
+NHWC."""
+
+import zipfile
+from pathlib import Path
+
+import numpy as np
+
+from tasks.classification import ImageSet
+
+KEYS = ("train_x", "train_y", "test_x", "test_y")
+PREPARE = "./prepare_dataset.sh cifar10 --data"
+
+
+def path(data: Path) -> Path:
+    return data / "cifar10" / "cifar10.npz"
+
+
+def check(data: Path) -> int:
+    """The number of training images, from the headers alone. Raises ValueError, in one line, where the
+    prepared file is missing, is none, or has wrong keys, shapes or types."""
+    file = path(data)
+    if not file.is_file():
+        raise ValueError(f"{file}: there is no such file; make it with: {PREPARE} {data}")
+    try:
+        headers = _headers(file)
+    except (zipfile.BadZipFile, OSError, ValueError) as error:
+        raise ValueError(f"{file}: expected a prepared npz file; it cannot be read: {error}") from None
+    if set(headers) != set(KEYS):
+        raise ValueError(f"{file}: expected the arrays {', '.join(KEYS)}, got {', '.join(headers) or 'none'}")
+    for part in ("train", "test"):
+        count = headers[f"{part}_x"][0][0] if headers[f"{part}_x"][0] else 0
+        for key, shape in ((f"{part}_x", (count, 32, 32, 3)), (f"{part}_y", (count,))):
+            if headers[key] != (shape, np.dtype(np.uint8)) or count == 0:
+                got_shape, got_type = headers[key]
+                expected = "(N, 32, 32, 3)" if key.endswith("_x") else f"({count},)"
+                raise ValueError(f"{file}: expected {key} as uint8 {expected}, got {got_type} {got_shape}")
+    return headers["train_x"][0][0]
+
+
+def read(data: Path) -> ImageSet:
+    """The whole data set; check() has passed."""
+    with np.load(path(data), allow_pickle=False) as arrays:
+        return ImageSet(**{key: arrays[key] for key in KEYS})
+
+
+def _headers(file: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    headers = {}
+    with zipfile.ZipFile(file) as archive:
+        for name in archive.namelist():
+            with archive.open(name) as member:
+                version = np.lib.format.read_magic(member)
+                read_header = (
+                    np.lib.format.read_array_header_1_0
+                    if version == (1, 0)
+                    else np.lib.format.read_array_header_2_0
+                )
+                shape, _, dtype = read_header(member)
+                headers[name.removesuffix(".npy")] = (shape, dtype)
+    return headers
