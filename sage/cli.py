@@ -4,6 +4,7 @@ import argparse
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 HELP = """\
 Train a task with a gradient compressor, as a YAML file says.
@@ -42,15 +43,23 @@ def parse(arguments: list[str]) -> Arguments:
         usage="python run.py CONFIG [key.path=value ...] [options]",
     )
     add = parser.add_argument
-    add("config", type=Path, metavar="CONFIG", help="a YAML file, see configs/")
-    add("overrides", nargs="*", metavar="key.path=value", help="changes to the configuration")
+    add(
+        "words",
+        nargs="*",
+        metavar="CONFIG key.path=value",
+        help="a YAML file (see configs/), and changes to it",
+    )
     add("--workers", type=_count, metavar="N", help="start N processes on this machine")
     add("--threads", type=_count, metavar="N", help="threads a worker (default: cores / workers here)")
     add("--data", type=Path, metavar="DIR", help="prepared data sets (default: $SAGE_DATA, else ./data)")
     add("--runs", type=Path, metavar="DIR", default=Path("runs"), help="where runs go (default: runs)")
     add("--print-config", action="store_true", help="print the resolved configuration and stop")
     add("--dry-run", action="store_true", help="build everything, train nothing, say what a run would be")
-    return Arguments(**vars(parser.parse_intermixed_args(arguments)))
+    parsed = vars(parser.parse_intermixed_args(arguments))
+    config, *overrides = parsed.pop("words") or [None]
+    if config is None:
+        parser.error("CONFIG is missing: expected a YAML file")
+    return Arguments(config=Path(config), overrides=overrides, **parsed)
 
 
 def complain(message: str) -> int:
@@ -61,7 +70,7 @@ def complain(message: str) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:  # type: ignore[override]
+    def error(self, message: str) -> NoReturn:
         """One line, without the usage."""
         self.exit(complain(f"{message} (--help explains)"))
 

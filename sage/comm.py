@@ -111,9 +111,9 @@ class DistComm(CountingComm):
         self._call("all_reduce", lambda: dist.all_reduce(x, self._OPS[op]))
 
     def _all_gather(self, x: Tensor) -> Tensor:
-        gathered = x.new_empty((self.world_size, *x.shape))
-        self._call("all_gather", lambda: dist.all_gather_into_tensor(gathered, x.contiguous()))
-        return gathered
+        gathered = x.new_empty(self.world_size * x.numel())
+        self._call("all_gather", lambda: dist.all_gather_single(gathered, x.reshape(-1)))
+        return gathered.view(self.world_size, *x.shape)
 
     def _broadcast(self, x: Tensor, source: int) -> None:
         self._call("broadcast", lambda: dist.broadcast(x, source))

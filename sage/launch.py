@@ -5,6 +5,7 @@ One process; torchrun's variables; or --workers N, which starts N processes thro
 launcher.
 """
 
+import logging
 import os
 import signal
 import socket
@@ -115,6 +116,7 @@ def spawn(command: Sequence[str], num_workers: int, say: Callable[[str], None]) 
         monitor_interval=0.5,
         signals_to_handle=SIGNALS,
     )
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what it logs is said below
     try:
         elastic_launch(config, sys.executable)("-u", *command)
     except ChildFailedError as error:
