@@ -5,18 +5,18 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from sage.config import Settings
+from sage.config import Named
 from sage.interfaces import Communicator, Reducer, Seeds, Slot
 
 
-class ExactSettings(Settings):
+class ExactSettings(Named):
     name: Literal["exact"] = "exact"
 
 
 class Exact(Reducer):
     """mean = sum_i send_i / W by one all-reduce of the flat gradient; nothing is left in send."""
 
-    Settings: ClassVar[type[Settings]] = ExactSettings
+    Settings: ClassVar[type[Named]] = ExactSettings
 
     def __init__(
         self, config: ExactSettings, layout: list[Slot], *, seeds: Seeds, device: torch.device

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from reducers.sparse import Sparsifier, SparsifierSettings
-from sage.config import Settings
+from sage.config import Named
 from sage.interfaces import Place, Seeds, Slot
 
 
@@ -20,7 +20,7 @@ class GlobalTopK(Sparsifier):
     Shi et al. 2019, arXiv 1901.04359, section 2 (local selection; each worker sends its own k).
     """
 
-    Settings: ClassVar[type[Settings]] = GlobalTopKSettings
+    Settings: ClassVar[type[Named]] = GlobalTopKSettings
 
     def __init__(
         self, config: GlobalTopKSettings, layout: list[Slot], *, seeds: Seeds, device: torch.device

@@ -12,7 +12,7 @@ from reducers.sparse import (
     ThresholdSparsifier,
     resolve_threshold,
 )
-from sage.config import Settings
+from sage.config import Named
 from sage.interfaces import Seeds, Slot
 
 SAMPLING_ERROR = 0.05
@@ -140,7 +140,7 @@ class Sage(ThresholdSparsifier):
     """Selects |a_j| >= lambda; lambda follows SageLaw. Thresholds differ between workers. NaN is never
     sent."""
 
-    Settings: ClassVar[type[Settings]] = SageSettings
+    Settings: ClassVar[type[Named]] = SageSettings
 
     def __init__(
         self, config: SageSettings, layout: list[Slot], *, seeds: Seeds, device: torch.device

@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from sage.config import Settings
+from sage.config import Named
 from sage.interfaces import Communicator, Place, Reducer, Slot, Stateful
 
 CHUNK = 65_536
@@ -20,7 +20,7 @@ CHUNK = 65_536
 together."""
 
 
-class SparsifierSettings(Settings):
+class SparsifierSettings(Named):
     density: float = Field(default=0.01, gt=0, le=1)
     """The target: elements a worker selects / n."""
     exchange: Literal["gather", "union"] = "gather"

@@ -12,7 +12,7 @@ from reducers.sparse import (
     ThresholdSparsifier,
     resolve_threshold,
 )
-from sage.config import Settings
+from sage.config import Named
 from sage.interfaces import Seeds, Slot
 
 
@@ -44,7 +44,7 @@ class HardThreshold(ThresholdSparsifier):
     Strom 2015; Sahu et al. 2021, arXiv 2108.00951, algorithm 1.
     """
 
-    Settings: ClassVar[type[Settings]] = HardThresholdSettings
+    Settings: ClassVar[type[Named]] = HardThresholdSettings
 
     def __init__(
         self, config: HardThresholdSettings, layout: list[Slot], *, seeds: Seeds, device: torch.device

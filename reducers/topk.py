@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from reducers.sparse import Sparsifier, SparsifierSettings, target_count
-from sage.config import Settings
+from sage.config import Named
 from sage.interfaces import Place, Seeds, Slot
 
 
@@ -21,7 +21,7 @@ class TopK(Sparsifier):
     tensor is sent, so with many small tensors the density is above the target.
     """
 
-    Settings: ClassVar[type[Settings]] = TopKSettings
+    Settings: ClassVar[type[Named]] = TopKSettings
 
     def __init__(
         self, config: TopKSettings, layout: list[Slot], *, seeds: Seeds, device: torch.device

@@ -28,7 +28,13 @@ class Settings(BaseModel):
     )
 
 
-Tables = dict[str, dict[str, type[Settings]]]
+class Named(Settings):
+    """The settings of a component that is chosen by its name."""
+
+    name: str
+
+
+Tables = dict[str, dict[str, type[Named]]]
 """section -> name -> settings: which components a section's `name` may choose."""
 Schema = TypeVar("Schema", bound=Settings)
 
@@ -106,9 +112,7 @@ def to_yaml(settings: Settings) -> str:
     )
 
 
-def _component(
-    section: str, raw: Any, table: dict[str, type[Settings]], errors: list[str]
-) -> Settings | None:
+def _component(section: str, raw: Any, table: dict[str, type[Named]], errors: list[str]) -> Named | None:
     if not isinstance(raw, dict) or "name" not in raw:
         errors.append(
             f"{section}: expected a mapping with a name, one of {_listed(table)}, got {_shown(raw)}"
@@ -127,7 +131,7 @@ def _component(
         return None
 
 
-def _choose(raw: dict[str, Any], section: str, name: str, table: dict[str, type[Settings]]) -> None:
+def _choose(raw: dict[str, Any], section: str, name: str, table: dict[str, type[Named]]) -> None:
     before = raw.get(section)
     if isinstance(before, dict) and name in table and before.get("name") != name:
         raw[section] = {key: value for key, value in before.items() if key in table[name].model_fields}

@@ -9,15 +9,15 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from sage.config import Settings
+from sage.config import Named
 from sage.interfaces import Reducer, Stateful
 
 
-class NoFeedbackSettings(Settings):
+class NoFeedbackSettings(Named):
     name: Literal["none"] = "none"
 
 
-class ResidualSettings(Settings):
+class ResidualSettings(Named):
     name: Literal["residual"] = "residual"
 
 
@@ -25,8 +25,8 @@ class Residual(Stateful):
     """a = g + e; send C(a); e = a - C(a). Stich et al. 2018, arXiv 1809.07599; Karimireddy et al. 2019,
     1901.09847."""
 
-    Settings: ClassVar[type[Settings]] = ResidualSettings
-    state_names = ("memory",)
+    Settings: ClassVar[type[Named]] = ResidualSettings
+    state_names: tuple[str, ...] = ("memory",)
 
     def __init__(self, like: Tensor) -> None:
         """like (n,): a tensor of the flat gradient's size, dtype and device."""
@@ -40,7 +40,7 @@ class Residual(Stateful):
 class NoFeedback(Residual):
     """What was not sent is forgotten."""
 
-    Settings: ClassVar[type[Settings]] = NoFeedbackSettings
+    Settings: ClassVar[type[Named]] = NoFeedbackSettings
     state_names = ()
 
     def compensate(self, reducer: Reducer, grad: Tensor) -> None:

@@ -140,10 +140,13 @@ class Reducer(Stateful, ABC):
     so that one object serves under processes, under threads, and one a bucket in somebody's own hook.
     """
 
-    Settings: ClassVar[type]
+    Settings: ClassVar[type[Any]]
     density: float = 1.0
     """Elements a worker selected in the last step / n, mean over workers. A host number: reading it costs
     nothing."""
+
+    @abstractmethod
+    def __init__(self, config: Any, layout: list[Slot], *, seeds: Seeds, device: torch.device) -> None: ...
 
     def begin_step(self, progress: Progress) -> None:
         """Told before each step; for schedules."""
@@ -172,7 +175,7 @@ class Reducer(Stateful, ABC):
 class Task(ABC):
     """A model, its data and its score. backward, clipping and the optimizer belong to the loop."""
 
-    Settings: ClassVar[type]
+    Settings: ClassVar[type[Any]]
     model: nn.Module
     batch_per_worker: int
     steps_per_epoch: int
@@ -180,6 +183,11 @@ class Task(ABC):
     score: str
     """Which value of evaluate is the task's score."""
     higher_is_better: bool
+
+    @abstractmethod
+    def __init__(
+        self, config: Any, data: Path, place: Place, *, seeds: Seeds, device: torch.device
+    ) -> None: ...
 
     @classmethod
     @abstractmethod

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed import Store
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -40,6 +41,13 @@ class Worker:
     device: torch.device
     backend: str
     num_threads: int
+    data: Path
+    """The folder of prepared data sets."""
+
+    def where(self) -> str:
+        """The host and the device, for the record."""
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
+        return f"{socket.gethostname()}/{name}"
 
     def describe(self) -> str:
         """The choices made here, in one line."""
@@ -54,11 +62,6 @@ class Worker:
         )
 
 
-def data_folder(given: Path | None) -> Path:
-    """--data DIR, else SAGE_DATA, else ./data."""
-    return given or Path(os.environ.get("SAGE_DATA", "data"))
-
-
 def started_by_launcher() -> bool:
     """Whether this process is already one of torchrun's (or of spawn's) workers."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
@@ -69,16 +72,16 @@ def speaks_here() -> bool:
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
-def find_worker(num_threads: int | None, num_workers: int | None) -> Worker:
-    """This process's worker, by torchrun's variables where they are set; else worker 0 of num_workers to be
-    started.
+def find_worker(num_threads: int | None, num_workers: int | None, data: Path | None) -> Worker:
+    """This process's worker, by torchrun's variables; else worker 0 of num_workers that are to be started.
 
-    Raises ValueError where the launcher's numbers are none, or are not num_workers.
+        raise ValueError(f"--workers: expected {world_size}, which the launcher gave, got {num_workers}")
+    are none, or are not num_workers.
     """
     environ = os.environ if started_by_launcher() else {}
     world_size = _number(environ, "WORLD_SIZE", num_workers or 1)
     if num_workers not in (None, world_size):
-        raise ValueError(f"--workers: expected {world_size}, as the launcher started, got {num_workers}")
+        raise ValueError(f"--workers: expected {world_size}, as launched, got {num_workers}")
     local_world_size = _number(environ, "LOCAL_WORLD_SIZE", world_size)
     local_rank = _number(environ, "LOCAL_RANK", 0)
     num_gpus = torch.cuda.device_count()
@@ -88,6 +91,7 @@ def find_worker(num_threads: int | None, num_workers: int | None) -> Worker:
         device=torch.device("cuda", local_rank % num_gpus) if num_gpus else torch.device("cpu"),
         backend="nccl" if num_gpus >= local_world_size else "gloo",
         num_threads=num_threads or max(1, len(os.sched_getaffinity(0)) // local_world_size),
+        data=data or Path(os.environ.get("SAGE_DATA", "data")),
     )
 
 
@@ -130,11 +134,11 @@ def spawn(command: Sequence[str], num_workers: int, say: Callable[[str], None]) 
     return 0
 
 
-class StepBoard:
+class Board:
     """Each worker's step, in the rendezvous store: who fell behind can be read there when a collective
     fails."""
 
-    def __init__(self, place: Place, store: dist.Store | None) -> None:
+    def __init__(self, place: Place, store: Store | None) -> None:
         self.place = place
         self._store = store
 
@@ -144,7 +148,7 @@ class StepBoard:
             return value
         if self.place.rank == 0:
             self._store.set(name, value)
-        return self._store.get(name).decode()
+        return str(self._store.get(name).decode())
 
     def collect(self, name: str, value: str) -> list[str]:
         """Every worker's value, in rank order."""
@@ -185,7 +189,7 @@ class StepBoard:
 
 
 @contextmanager
-def connect(worker: Worker, timeout_seconds: float, *, deterministic: bool) -> Iterator[StepBoard]:
+def connect(worker: Worker, timeout_seconds: float, *, deterministic: bool) -> Iterator[Board]:
     """Set up this process (threads, device, determinism) and, with several workers, the process group."""
     torch.set_num_threads(worker.num_threads)
     if worker.device.type == "cuda":
@@ -193,9 +197,10 @@ def connect(worker: Worker, timeout_seconds: float, *, deterministic: bool) -> I
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs to be deterministic
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # costs a pass over every new tensor
+        # Filling new tensors with NaN costs a pass over each.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if worker.place.world_size == 1:
-        yield StepBoard(worker.place, None)
+        yield Board(worker.place, None)
         return
     timeout = timedelta(seconds=timeout_seconds)
     store = dist.TCPStore(
@@ -213,11 +218,11 @@ def connect(worker: Worker, timeout_seconds: float, *, deterministic: bool) -> I
         world_size=worker.place.world_size,
         timeout=timeout,
     )
-    yield StepBoard(worker.place, dist.PrefixStore(f"board/{scope}", store))
+    yield Board(worker.place, dist.PrefixStore(f"board/{scope}", store))
     dist.destroy_process_group()
 
 
-def supervise(train: Callable[[], None], board: StepBoard, complain: Callable[[str], object]) -> int:
+def supervise(train: Callable[[], None], board: Board, complain: Callable[[str], object]) -> int:
     """Run train() and return the exit code; what ends a run early gets one line.
 
     A failed collective is told by every survivor, another failure by rank 0: the others know no more than
@@ -235,9 +240,3 @@ def supervise(train: Callable[[], None], board: StepBoard, complain: Callable[[s
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     return 0
-
-
-def host_and_device(worker: Worker) -> str:
-    """Where a worker runs, for the record."""
-    name = torch.cuda.get_device_name(worker.device) if worker.device.type == "cuda" else "cpu"
-    return f"{socket.gethostname()}/{name}"

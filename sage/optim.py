@@ -6,7 +6,7 @@ import torch
 from pydantic import Field, Strict, model_validator
 from torch import Tensor, nn
 
-from sage.config import Settings
+from sage.config import Named, Settings
 
 
 class Schedule(Settings):
@@ -49,7 +49,7 @@ def clip_norm(grad: Tensor, max_norm: float) -> None:
     grad.mul_((max_norm / (torch.linalg.vector_norm(grad) + 1e-6)).clamp(max=1.0))
 
 
-class SGD(Settings):
+class SGD(Named):
     name: Literal["sgd"] = "sgd"
     lr: float = Field(ge=0)
     """Base learning rate, before the schedule."""
@@ -70,7 +70,7 @@ class SGD(Settings):
         )
 
 
-class Adam(Settings):
+class Adam(Named):
     name: Literal["adam"] = "adam"
     lr: float = Field(ge=0)
     """Base learning rate, before the schedule."""
@@ -88,7 +88,7 @@ class Adam(Settings):
         return torch.optim.Adam(groups, lr=self.lr, betas=self.betas, eps=self.eps, **_implementation(groups))
 
 
-OPTIMIZERS: dict[str, type[SGD] | type[Adam]] = {"sgd": SGD, "adam": Adam}
+OPTIMIZERS: dict[str, type[Named]] = {"sgd": SGD, "adam": Adam}
 
 
 def _implementation(groups: list[dict[str, Any]]) -> dict[str, bool]:
@@ -121,6 +121,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     return [group for group in groups if group["params"]]
 
 
-def build_optimizer(config: SGD | Adam, model: nn.Module) -> torch.optim.Optimizer:
-    """torch's optimizer for the model's trained parameters."""
+def build_optimizer(config: Named, model: nn.Module) -> torch.optim.Optimizer:
+    """torch's optimizer for the model's trained parameters. config: one of OPTIMIZERS."""
+    assert isinstance(config, SGD | Adam)
     return config.build(parameter_groups(model, config.weight_decay))

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from sage.clock import Clock
 from sage.comm import CountingComm
-from sage.config import Settings
+from sage.config import Named, Settings
 from sage.feedback import Residual
 from sage.gradient import GradientBuffer
 from sage.interfaces import Communicator, Progress, Reducer, Task, TrainingError
-from sage.launch import StepBoard
+from sage.launch import Board
 from sage.metrics import Log, Meter, Recorder, readable_bytes
 from sage.optim import Clip, Schedule, clip_norm
 
@@ -23,10 +23,10 @@ class RunSettings(Settings):
 
     seed: int = Field(default=1, ge=0)
     epochs: int = Field(ge=1)
-    task: SerializeAsAny[Settings]
-    reducer: SerializeAsAny[Settings]
-    feedback: SerializeAsAny[Settings]
-    optimizer: SerializeAsAny[Settings]
+    task: SerializeAsAny[Named]
+    reducer: SerializeAsAny[Named]
+    feedback: SerializeAsAny[Named]
+    optimizer: SerializeAsAny[Named]
     schedule: Schedule = Schedule()
     clip: Clip = Clip()
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -52,12 +52,11 @@ class Trainer:
         feedback: Residual,
         gradient: GradientBuffer,
         optimizer: torch.optim.Optimizer,
-        *,
         comm: CountingComm,
         side: Communicator,
         clock: Clock,
         recorder: Recorder,
-        board: StepBoard,
+        board: Board,
     ) -> None:
         self.settings, self.task, self.reducer, self.feedback = settings, task, reducer, feedback
         self.gradient, self.optimizer = gradient, optimizer
@@ -210,19 +209,16 @@ def _checksum(values: Tensor) -> Tensor:
     return values.reshape(-1).view(torch.int32).sum(dtype=torch.int64)
 
 
-def describe(
-    task: Task, reducer: Reducer, gradient: GradientBuffer, epochs: int, world_size: int
-) -> list[str]:
-    """What a run would be, in lines, without training."""
-    num_elements, num_tensors = gradient.flat.numel(), len(gradient.layout)
-    payload = reducer.expected_payload_bytes(world_size)
-    dense = num_elements * gradient.flat.element_size()
+def describe(task: Task, reducer: Reducer, gradient: GradientBuffer, epochs: int, world_size: int) -> str:
+    """What a run would be, without training."""
+    num_elements, steps = gradient.flat.numel(), task.steps_per_epoch
+    payload, dense = reducer.expected_payload_bytes(world_size), gradient.flat.nbytes
     share = f", {payload / dense:.3%} of the dense gradient's {readable_bytes(dense)}" if payload else ""
-    steps = task.steps_per_epoch
-    return [
-        f"parameters         {num_elements:,} in {num_tensors} tensors",
-        f"workers            {world_size}",
-        f"batch              {task.batch_per_worker} a worker, {task.batch_per_worker * world_size} in all",
-        f"steps              {steps:,} an epoch, {steps * epochs:,} in {epochs} epochs",
-        f"payload            {readable_bytes(payload)} a worker and step at the target density{share}",
+    lines = [
+        f"parameters  {num_elements:,} in {len(gradient.layout)} tensors",
+        f"workers     {world_size}",
+        f"batch       {task.batch_per_worker} a worker, {task.batch_per_worker * world_size} in all",
+        f"steps       {steps:,} an epoch, {steps * epochs:,} in {epochs} epochs",
+        f"payload     {readable_bytes(payload)} a worker and step at the target density{share}",
     ]
+    return "\n".join(lines)

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 
-from sage.config import Settings
+from sage.config import Named
 from sage.interfaces import Place, Seeds
 from tasks.classification import Augmentation, ImageClassification, check_batch
 from tasks.data import cifar10
@@ -15,7 +15,7 @@ from tasks.models.resnet import resnet18
 MODELS = {"resnet18": resnet18}
 
 
-class Cifar10Settings(Settings):
+class Cifar10Settings(Named):
     name: Literal["cifar10"] = "cifar10"
     model: Literal["resnet18"] = "resnet18"
     batch_per_worker: int = Field(default=256, ge=1)
@@ -25,7 +25,7 @@ class Cifar10Settings(Settings):
 class Cifar10(ImageClassification):
     """10 classes, 32 x 32 images; random crops after padding by 4, and flips."""
 
-    Settings: ClassVar[type[Settings]] = Cifar10Settings
+    Settings: ClassVar[type[Named]] = Cifar10Settings
 
     def __init__(
         self, config: Cifar10Settings, data: Path, place: Place, *, seeds: Seeds, device: torch.device

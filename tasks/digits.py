@@ -6,14 +6,14 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 
-from sage.config import Settings
+from sage.config import Named
 from sage.interfaces import Place, Seeds
 from tasks.classification import ImageClassification, check_batch
 from tasks.data import digits
 from tasks.models.small_cnn import small_cnn
 
 
-class DigitsSettings(Settings):
+class DigitsSettings(Named):
     name: Literal["digits"] = "digits"
     model: Literal["small_cnn"] = "small_cnn"
     batch_per_worker: int = Field(default=32, ge=1)
@@ -23,7 +23,7 @@ class DigitsSettings(Settings):
 class Digits(ImageClassification):
     """10 classes, 8 x 8 images, 1,437 for training and 360 for testing; no augmentation."""
 
-    Settings: ClassVar[type[Settings]] = DigitsSettings
+    Settings: ClassVar[type[Named]] = DigitsSettings
 
     def __init__(
         self, config: DigitsSettings, data: Path, place: Place, *, seeds: Seeds, device: torch.device

@@ -1,0 +1,120 @@
+"""The one table of cases that drives the laws, and the small gradient that all rows share."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from reducers import REDUCERS
+from sage.comm import CountingComm
+from sage.interfaces import Reducer, Seeds, Slot
+
+SHAPES = ((8, 3, 3, 3), (8,), (20, 11), (11,), (1,))
+
+
+def layout_of(shapes: tuple[tuple[int, ...], ...]) -> list[Slot]:
+    slots, start = [], 0
+    for index, shape in enumerate(shapes):
+        slots.append(Slot(f"parameter{index}", start, shape))
+        start = slots[-1].stop
+    return slots
+
+
+LAYOUT = layout_of(SHAPES)
+N = LAYOUT[-1].stop
+
+
+def gradient(rank: int, step: int, n: int = N) -> Tensor:
+    """(n,) float32, heavy-tailed, without zeros or ties."""
+    values = np.random.RandomState(1000 * rank + step).standard_t(df=3, size=n)
+    return torch.from_numpy((values * 0.01).astype(np.float32))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A reducer with settings, and what its method promises."""
+
+    reducer: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    gathers_only: bool = True
+    """No all_reduce: processes and threads agree bit for bit."""
+    exact_with: dict[str, Any] | None = None
+    """Settings under which the first step is exact; None: none are."""
+    nan_is_sent: bool = True
+    """Whether a NaN is selected; if not, it stays in send."""
+
+    def __str__(self) -> str:
+        return "-".join([self.reducer, *(str(value) for value in self.settings.values())])
+
+    def build(self, layout: list[Slot] = LAYOUT, rank: int = 0, **changes: Any) -> Reducer:
+        reducer = REDUCERS[self.reducer]
+        config = reducer.Settings.model_validate({**self.settings, **changes})
+        return reducer(config, layout, seeds=Seeds.derive(1, rank), device=torch.device("cpu"))
+
+
+UNION = {"exchange": "union"}
+ALL = {"density": 1.0}
+TINY = {"threshold": 1e-30}
+
+CASES = [
+    Case("exact", gathers_only=False, exact_with={}),
+    Case("topk", {"density": 0.05}, exact_with=ALL),
+    Case("topk", {"density": 0.05, **UNION}, gathers_only=False, exact_with=ALL),
+    Case("global_topk", {"density": 0.05}, exact_with=ALL),
+    Case("global_topk", {"density": 0.05, **UNION}, gathers_only=False, exact_with=ALL),
+    Case("threshold", {"threshold": 0.03}, exact_with=TINY, nan_is_sent=False),
+    Case("threshold", {"threshold": 0.03, **UNION}, gathers_only=False, exact_with=TINY, nan_is_sent=False),
+    Case("threshold", {"threshold": "auto", "density": 0.5}, exact_with=TINY, nan_is_sent=False),
+    Case("sage", {"density": 0.05, "threshold": 0.03}, exact_with=TINY, nan_is_sent=False),
+    Case(
+        "sage",
+        {"density": 0.05, "threshold": 0.03, **UNION},
+        gathers_only=False,
+        exact_with=TINY,
+        nan_is_sent=False,
+    ),
+    Case(
+        "sage",
+        {"density": 0.05, "threshold": 0.03, "sampling": "by_tensor"},
+        exact_with=TINY,
+        nan_is_sent=False,
+    ),
+]
+
+
+@dataclass
+class Step:
+    """What one worker saw of one step."""
+
+    before: Tensor
+    after: Tensor
+    mean: Tensor
+    counted: dict[str, float]
+    metrics: dict[str, float]
+    density: float
+
+
+Gradient = Callable[[int, int], Tensor]
+
+
+def run_steps(
+    reducer: Reducer, comm: CountingComm, steps: range, memory: Tensor, gradient_of: Gradient = gradient
+) -> list[Step]:
+    """Steps of a worker with error feedback; memory (n,) is changed."""
+    seen = []
+    for step in steps:
+        mean = gradient_of(comm.rank, step).clone()
+        reducer.accumulate(memory, mean)
+        before = memory.clone()
+        reducer.reduce(memory, mean, comm)
+        counted = comm.ledger.take()
+        seen.append(Step(before, memory.clone(), mean, counted, reducer.metrics(), reducer.density))
+    return seen
+
+
+def run_case(case: Case, comm: CountingComm, num_steps: int = 6) -> list[Step]:
+    """A worker's first steps, from a fresh reducer and an empty memory."""
+    return run_steps(case.build(rank=comm.rank), comm, range(num_steps), torch.zeros(N))
