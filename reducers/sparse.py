@@ -96,7 +96,7 @@ def pack(indices: Tensor, values: Tensor) -> Tensor:
 def unpack(message: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The indices (k,) int32 and values (k,) of a message."""
     k = message.numel() // (1 + dtype.itemsize // 4)
-    return message[:k], message[k:].view(dtype)
+    return message[:k], message[k:].clone().view(dtype)  # a copy of k: a view may be misaligned
 
 
 def exchange_by_gather(send: Tensor, mean: Tensor, indices: Tensor, comm: Communicator) -> list[Tensor]:

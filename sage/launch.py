@@ -75,8 +75,8 @@ def speaks_here() -> bool:
 def find_worker(num_threads: int | None, num_workers: int | None, data: Path | None) -> Worker:
     """This process's worker, by torchrun's variables; else worker 0 of num_workers that are to be started.
 
-        raise ValueError(f"--workers: expected {world_size}, which the launcher gave, got {num_workers}")
-    are none, or are not num_workers.
+    The data folder is the given one, else SAGE_DATA, else ./data. Raises ValueError where the launcher's
+    numbers are none, or are not num_workers.
     """
     environ = os.environ if started_by_launcher() else {}
     world_size = _number(environ, "WORLD_SIZE", num_workers or 1)

@@ -1,0 +1,244 @@
+"""How long a reducer's step takes, as a multiple of the floor: memory += gradient on the same n elements.
+
+    python -m benchmarks.reduce [--layout resnet18|lstm] [--world-sizes 1 2] [--reducers NAME,...] [--json FILE]
+
+All reducers and the floor take turns in one run (interleaved), one thread a process, each with error feedback
+and a memory of its own, which is kept; the figures are medians. The gradients are heavy-tailed (Student's t, 3
+degrees of freedom), with a scale a tensor, as in networks, and differ from step to step. The hard threshold's
+constant, and SAGE's first one, keeps the density near the target under error feedback; it is found beforehand by
+bisection over short runs, so that a threshold is compared at about the density it is meant for. The mean density
+of the measured steps is printed beside the time.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from reducers import REDUCERS
+from sage.checkpoint import write_text
+from sage.comm import CountingComm, connect_comm
+from sage.interfaces import Communicator, Reducer, Seeds, Slot
+from tasks.models.resnet import resnet18
+
+NUM_WARM_UP, NUM_MEASURED = 8, 15
+NUM_GRADIENTS = 5
+"""Gradients kept in memory; their product with signs and shifts gives as many as there are steps."""
+
+
+def resnet18_layout() -> list[tuple[int, ...]]:
+    return [tuple(parameter.shape) for parameter in resnet18(10).parameters()]
+
+
+def lstm_layout() -> list[tuple[int, ...]]:
+    """Three layers of 650 units, a tied embedding of 28,869 types, a decoder bias: 28,949,319 parameters."""
+    layers = [shape for _ in range(3) for shape in ((2600, 650), (2600, 650), (2600,), (2600,))]
+    return [(28869, 650), *layers, (28869,)]
+
+
+LAYOUTS = {"resnet18": resnet18_layout, "lstm": lstm_layout}
+
+
+@dataclass(frozen=True)
+class Row:
+    reducer: str
+    n: int
+    world_size: int
+    milliseconds: float
+    ratio_to_floor: float
+    density: float
+    payload_bytes: float
+
+
+def slots_of(shapes: list[tuple[int, ...]]) -> list[Slot]:
+    slots, start = [], 0
+    for index, shape in enumerate(shapes):
+        slots.append(Slot(str(index), start, shape))
+        start = slots[-1].stop
+    return slots
+
+
+class Gradients:
+    """A worker's gradients (n,), a new one each step, without the cost of drawing n numbers a step."""
+
+    def __init__(self, layout: list[Slot], rank: int) -> None:
+        rng = torch.Generator().manual_seed(1000 + rank)
+        n = layout[-1].stop
+        scale = torch.empty(n)
+        for slot in layout:
+            scale[slot.start : slot.stop] = 10 ** (torch.rand((), generator=rng) - 3)
+        self._pool = []
+        for _ in range(NUM_GRADIENTS):
+            # Student's t with 3 degrees of freedom: normal / sqrt(chi-squared(3) / 3).
+            chi = torch.randn(3, n, generator=rng).square_().sum(0)
+            self._pool.append(torch.randn(n, generator=rng) / (chi / 3).sqrt() * scale)
+        self._rng = rng
+
+    def fill(self, grad: Tensor) -> None:
+        """grad (n,) = a kept gradient with random signs a block, so that none is seen twice."""
+        chosen = self._pool[int(torch.randint(NUM_GRADIENTS, (), generator=self._rng))]
+        blocks = -(-grad.numel() // 64)
+        signs = torch.randint(2, (blocks,), generator=self._rng).float().mul_(2).sub_(1)
+        torch.mul(chosen, signs.repeat_interleave(64)[: grad.numel()], out=grad)
+
+
+@dataclass
+class Entry:
+    """A reducer under measurement, with its memory and what was measured."""
+
+    reducer: Reducer
+    memory: Tensor
+    comm: CountingComm
+    seconds: list[float]
+    densities: list[float]
+
+    def step(self, grad: Tensor) -> None:
+        started = time.perf_counter()
+        self.reducer.accumulate(self.memory, grad)
+        self.reducer.reduce(self.memory, grad, self.comm)
+        self.seconds.append(time.perf_counter() - started)
+        self.densities.append(self.reducer.density)
+
+
+def steady_threshold(layout: list[Slot], gradients: Gradients, density: float) -> float:
+    """The constant whose density under error feedback is the target, by bisection in the logarithm."""
+    n = layout[-1].stop
+    grad, low, high = torch.empty(n), 1e-4, 1e2
+    for _ in range(12):
+        middle, memory, selected = (low * high) ** 0.5, torch.zeros(n), 0
+        for step in range(6):
+            gradients.fill(grad)
+            mask = memory.add_(grad).abs() >= middle
+            memory[mask] = 0
+            selected += int(mask.sum()) if step >= 3 else 0
+        low, high = (middle, high) if selected / (3 * n) > density else (low, middle)
+    return high
+
+
+def make_entry(
+    name: str, layout: list[Slot], density: float, threshold: float, world_size: int, rank: int
+) -> Entry:
+    settings = REDUCERS[name].Settings
+    given = {"density": density, "threshold": threshold}
+    config = settings(**{key: value for key, value in given.items() if key in settings.model_fields})
+    reducer = REDUCERS[name](config, layout, seeds=Seeds.derive(1, rank), device=torch.device("cpu"))
+    return Entry(reducer, torch.zeros(layout[-1].stop), connect_comm(world_size), [], [])
+
+
+def measure(
+    names: list[str], layout: list[Slot], density: float, rank: int, world_size: int, side: Communicator
+) -> list[Row]:
+    """Interleaved: every reducer and the floor once a round; the medians over the measured rounds."""
+    n, gradients = layout[-1].stop, Gradients(layout, rank)
+    threshold = torch.tensor([steady_threshold(layout, gradients, density)])
+    side.broadcast(threshold)
+    entries = {name: make_entry(name, layout, density, threshold.item(), world_size, rank) for name in names}
+    grad, fresh, memory, floor = torch.empty(n), torch.empty(n), torch.zeros(n), []
+    for step in range(NUM_WARM_UP + NUM_MEASURED):
+        gradients.fill(fresh)
+        if step == NUM_WARM_UP:
+            for entry in entries.values():
+                entry.comm.ledger.take()
+        for entry in entries.values():
+            grad.copy_(fresh)
+            side.all_reduce(torch.zeros(1))  # all workers start a reducer together
+            entry.step(grad)
+        started = time.perf_counter()
+        memory.add_(fresh)
+        floor.append(time.perf_counter() - started)
+    floor_ms = 1000 * statistics.median(floor[NUM_WARM_UP:])
+    rows = [Row("floor", n, world_size, floor_ms, 1.0, 1.0, 0.0)]
+    for name, entry in entries.items():
+        milliseconds = 1000 * statistics.median(entry.seconds[NUM_WARM_UP:])
+        achieved = statistics.mean(entry.densities[NUM_WARM_UP:])
+        payload = entry.comm.ledger.take()["payload_bytes"] / NUM_MEASURED
+        rows.append(Row(name, n, world_size, milliseconds, milliseconds / floor_ms, achieved, payload))
+    return rows
+
+
+def worker(arguments: argparse.Namespace) -> None:
+    """One process: joins a group where there are several, measures, and rank 0 writes its rows."""
+    torch.set_num_threads(1)
+    rank, world_size = arguments.rank, arguments.world_size
+    if world_size > 1:
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{arguments.out}.rendezvous",
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(minutes=5),
+        )
+    layout = slots_of(LAYOUTS[arguments.layout]())
+    names = arguments.reducers.split(",")
+    rows = measure(names, layout, arguments.density, rank, world_size, connect_comm(world_size))
+    if rank == 0:
+        write_text(arguments.out, json.dumps([asdict(row) for row in rows]))
+    if world_size > 1:
+        dist.destroy_process_group()
+
+
+def run_group(arguments: argparse.Namespace, world_size: int) -> list[Row]:
+    """Measure in world_size fresh processes."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "rows.json"
+        command = [sys.executable, "-m", "benchmarks.reduce", "--layout", arguments.layout, "--out", str(out)]
+        command += ["--reducers", arguments.reducers, "--density", str(arguments.density)]
+        command += ["--world-size", str(world_size)]
+        processes = [subprocess.Popen([*command, "--rank", str(rank)]) for rank in range(world_size)]
+        if any([process.wait() for process in processes]):  # every one is waited for
+            raise SystemExit("benchmarks.reduce: a worker failed")
+        return [Row(**row) for row in json.loads(out.read_text())]
+
+
+def show(rows: list[Row]) -> None:
+    table = Table("reducer", "workers", "ms", "x floor", "density", "payload kB")
+    for row in rows:
+        table.add_row(
+            row.reducer,
+            str(row.world_size),
+            f"{row.milliseconds:.1f}",
+            f"{row.ratio_to_floor:.2f}",
+            f"{row.density:.2e}",
+            f"{row.payload_bytes / 1000:.1f}",
+        )
+    Console().print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--layout", choices=LAYOUTS, default="resnet18")
+    parser.add_argument("--world-sizes", type=int, nargs="+", default=[1, 2], metavar="W")
+    parser.add_argument("--reducers", default=",".join(REDUCERS), metavar="NAME,...")
+    parser.add_argument("--density", type=float, default=0.001)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows as a list of objects")
+    for hidden in ("--rank", "--world-size"):
+        parser.add_argument(hidden, type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if unknown := set(arguments.reducers.split(",")) - set(REDUCERS):
+        parser.error(f"--reducers: expected some of {','.join(REDUCERS)}, got {','.join(sorted(unknown))}")
+    if arguments.rank is not None:
+        worker(arguments)
+        return
+    rows = [row for world_size in arguments.world_sizes for row in run_group(arguments, world_size)]
+    show(rows)
+    if arguments.json:
+        write_text(arguments.json, json.dumps([asdict(row) for row in rows], indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""The scan, the messages and the selections that the sparsifiers share."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from reducers import REDUCERS
+from reducers.sparse import (
+    CHUNK,
+    pack,
+    resolve_threshold,
+    scan,
+    scan_in_chunks,
+    scan_whole,
+    target_count,
+    unpack,
+)
+from sage.comm import LocalComm
+from sage.interfaces import Seeds, Slot
+from tests.cases import LAYOUT, N, gradient
+
+
+@pytest.mark.parametrize("n", [1, 7, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("with_grad", [True, False])
+def test_the_two_forms_of_the_scan_agree_bit_for_bit(n: int, dtype: torch.dtype, with_grad: bool) -> None:
+    rng = torch.Generator().manual_seed(n)
+    send, grad = (torch.randn(n, generator=rng, dtype=dtype) for _ in range(2))
+    send[:: max(1, n // 11)] = torch.tensor([float("nan")], dtype=dtype)
+    send[1 :: max(1, n // 7)] = float("inf")
+    given = grad if with_grad else None
+    for threshold in (0.0, 0.5, 2.0, 1e30):
+        limit = torch.tensor(threshold, dtype=dtype)
+        chunked, whole = send.clone(), send.clone()
+        found = scan_in_chunks(chunked, given, limit)
+        assert torch.equal(found, scan_whole(whole, given, limit))
+        assert found.dtype == torch.int64
+        assert torch.equal(chunked, whole) or bool(chunked.isnan().any())
+        assert chunked.numpy().tobytes() == whole.numpy().tobytes()
+
+
+def test_the_scan_adds_and_finds_what_reaches_the_threshold() -> None:
+    send = torch.tensor([1.0, -2.0, 0.5, float("nan"), -0.75, 3.0])
+    grad = torch.tensor([0.0, 1.0, 0.5, 1.0, -0.25, -3.0])
+    found = scan(send, grad, torch.tensor(1.0))
+    assert found.tolist() == [0, 1, 2, 4]
+    assert send.nan_to_num(9).tolist() == [1.0, -1.0, 1.0, 9.0, -1.0, 0.0]
+    assert grad.tolist() == [0.0, 1.0, 0.5, 1.0, -0.25, -3.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_message_carries_indices_and_values_bit_for_bit(dtype: torch.dtype) -> None:
+    indices = torch.tensor([0, 2**24 + 1, 2**31 - 1])  # 2^24 + 1 is no float32
+    values = torch.tensor([float("nan"), -0.0, 1e-40], dtype=dtype)
+    message = pack(indices, values)
+    assert message.dtype == torch.int32
+    assert message.nbytes == 3 * (4 + dtype.itemsize)
+    got_indices, got_values = unpack(message, dtype)
+    assert got_indices.tolist() == indices.tolist()
+    assert got_values.numpy().tobytes() == values.numpy().tobytes()
+
+
+def test_an_empty_message_is_empty() -> None:
+    indices, values = unpack(pack(torch.empty(0, dtype=torch.int64), torch.empty(0)), torch.float32)
+    assert indices.numel() == values.numel() == 0
+
+
+def test_k_is_the_floor_and_at_least_one() -> None:
+    assert [target_count(0.01, n) for n in (1, 99, 100, 250)] == [1, 1, 1, 2]
+
+
+def test_the_automatic_threshold_is_the_published_table() -> None:
+    # The published configurations at density 0.001, truncated there: ResNet-18, GoogLeNet, the LSTM.
+    assert resolve_threshold("auto", 0.001, 11_173_962) == pytest.approx(0.00473, abs=1e-5)
+    assert resolve_threshold("auto", 0.001, 6_166_250) == pytest.approx(0.00637, abs=1e-5)
+    assert resolve_threshold("auto", 0.001, 28_949_319) == pytest.approx(0.002938, abs=1e-6)
+    assert resolve_threshold(0.02, 0.001, 100) == 0.02
+
+
+def build(name: str, layout: list[Slot] = LAYOUT, **settings: object) -> object:
+    reducer = REDUCERS[name]
+    config = reducer.Settings.model_validate(settings)
+    return reducer(config, layout, seeds=Seeds.derive(1, 0), device=torch.device("cpu"))
+
+
+def selected_by(name: str, send: Tensor, **settings: object) -> set[int]:
+    before = send.clone()
+    build(name, **settings).reduce(send, torch.zeros(N), LocalComm.alone())  # type: ignore[attr-defined]
+    return set((before != send).nonzero().view(-1).tolist())
+
+
+def largest(values: np.ndarray, k: int) -> set[int]:
+    return set(np.argsort(-np.abs(values), kind="stable")[:k].tolist())
+
+
+def test_topk_takes_the_largest_of_each_tensor() -> None:
+    send = gradient(0, 0)
+    expected = set()
+    for slot in LAYOUT:
+        part = send[slot.start : slot.stop].numpy()
+        expected |= {slot.start + j for j in largest(part, max(1, int(0.1 * slot.size)))}
+    assert selected_by("topk", send, density=0.1) == expected
+
+
+def test_global_topk_takes_the_largest_of_all() -> None:
+    send = gradient(0, 0)
+    assert selected_by("global_topk", send.clone(), density=0.1) == largest(send.numpy(), int(0.1 * N))
+
+
+def test_the_hard_threshold_takes_what_reaches_it() -> None:
+    send = gradient(0, 0)
+    send[5] = 0.02
+    expected = {j for j, value in enumerate(send.numpy()) if abs(value) >= np.float32(0.02)}
+    assert 5 in expected
+    assert selected_by("threshold", send, threshold=0.02) == expected
+
+
+def test_the_union_exchange_sends_every_workers_values_at_every_selected_index() -> None:
+    sends = [torch.zeros(N), torch.zeros(N)]
+    sends[0][3], sends[1][3] = 1.0, 0.1  # only worker 0 selects 3
+    sends[0][9], sends[1][9] = 0.1, 2.0  # only worker 1 selects 9
+    sends[0][20] = sends[1][20] = 0.1  # nobody selects 20
+
+    def worker(comm: LocalComm) -> tuple[list[float], list[float]]:
+        send, mean = sends[comm.rank].clone(), torch.zeros(N)
+        build("threshold", threshold=0.5, exchange="union").reduce(send, mean, comm)  # type: ignore[attr-defined]
+        return mean[[3, 9, 20]].tolist(), send[[3, 9, 20]].tolist()
+
+    half = np.float32(0.1) / 2
+    for mean, left in LocalComm.run(2, worker):
+        assert mean == pytest.approx([0.5 + half, 1 + half, 0.0], rel=2**-23)
+        assert left == [0.0, 0.0, np.float32(0.1)]
+
+
+def test_the_gather_exchange_keeps_what_a_worker_did_not_select() -> None:
+    def worker(comm: LocalComm) -> tuple[list[float], list[float]]:
+        send = torch.zeros(N)
+        send[3] = 1.0 if comm.rank == 0 else 0.25
+        mean = torch.zeros(N)
+        build("threshold", threshold=0.5).reduce(send, mean, comm)  # type: ignore[attr-defined]
+        return mean[3].item(), send[3].item()
+
+    assert LocalComm.run(2, worker) == [(0.5, 0.0), (0.5, 0.25)]
+
+
+def test_more_than_2_to_the_31_elements_are_refused() -> None:
+    with pytest.raises(ValueError, match="int32"):
+        build("topk", [Slot("huge", 0, (2**31,))])
