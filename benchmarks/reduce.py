@@ -1,13 +1,14 @@
 """How long a reducer's step takes, as a multiple of the floor: memory += gradient on the same n elements.
 
-    python -m benchmarks.reduce [--layout resnet18|lstm] [--world-sizes 1 2] [--reducers NAME,...] [--json FILE]
+    python -m benchmarks.reduce [--layout resnet18|lstm] [--world-sizes 1 2] [--reducers NAME,...]
+                                [--density 0.001] [--json FILE]
 
-All reducers and the floor take turns in one run (interleaved), one thread a process, each with error feedback
-and a memory of its own, which is kept; the figures are medians. The gradients are heavy-tailed (Student's t, 3
-degrees of freedom), with a scale a tensor, as in networks, and differ from step to step. The hard threshold's
-constant, and SAGE's first one, keeps the density near the target under error feedback; it is found beforehand by
-bisection over short runs, so that a threshold is compared at about the density it is meant for. The mean density
-of the measured steps is printed beside the time.
+All reducers and the floor take turns in one run (interleaved), one thread a process, each with error
+feedback and a memory of its own, which is kept; the figures are medians. The gradients are heavy-tailed
+(Student's t, 3 degrees of freedom), with a scale a tensor, as in networks, and differ from step to step.
+The hard threshold's constant, and SAGE's first one, keeps the density near the target under error
+feedback; it is found beforehand by bisection over short runs, so that a threshold is compared at about
+the density it is meant for. The mean density of the measured steps is printed beside the time.
 """
 
 import argparse

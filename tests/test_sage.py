@@ -1,4 +1,4 @@
-"""SAGE's controller: the published formulas, the edge cases they leave open, the sample, the bound of the scan."""
+"""SAGE's controller: the published formulas, what they leave open, the sample, the bound of the scan."""
 
 import math
 
@@ -137,7 +137,7 @@ def test_the_draws_have_the_stated_distribution(sampling: str) -> None:
     for slot in layout:
         share = slot.size / 1000 if sampling == "uniform" else 1 / 4
         hits = int(((draws >= slot.start) & (draws < slot.stop)).sum())
-        # Five standard deviations of a binomial count; the draws are seeded, so this either always holds or never.
+        # Five standard deviations of a binomial count; the draws are seeded, so it holds always or never.
         assert abs(hits - share * len(draws)) <= 5 * (len(draws) * share * (1 - share)) ** 0.5
 
 
