@@ -41,8 +41,8 @@ def main(arguments: list[str]) -> int:
         return 0
     if worker.place.world_size > 1 and not launch.started_by_launcher():
         return launch.spawn([__file__, *arguments], worker.place.world_size, say)
-    with launch.connect(worker, settings.timeout_seconds, deterministic=settings.deterministic) as board:
-        return launch.supervise(partial(train, settings, options, worker, board), board, cli.complain)
+    start = partial(train, settings, options, worker)
+    return launch.supervise(worker, settings.timeout_seconds, settings.deterministic, start, cli.complain)
 
 
 def build(settings: RunSettings, worker: Worker) -> tuple[Task, GradientBuffer, Reducer]:

@@ -7,6 +7,7 @@ only home. A bad value is a ConfigError whose every line names the path, the val
 import difflib
 import re
 import types
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -43,7 +44,17 @@ Schema = TypeVar("Schema", bound=Settings)
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader, but 1e-3 is a number (YAML 1.1 wants 1.0e-3)."""
+    """SafeLoader, but 1e-3 is a number (YAML 1.1 wants 1.0e-3), and no key may stand twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"the key {key.value} stands twice", problem_mark=key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(
@@ -52,13 +63,16 @@ _Loader.add_implicit_resolver(
 
 
 def read_yaml(text: str, origin: str) -> Any:
+    """The value that a YAML text stands for. Raises ConfigError, which names the origin."""
     try:
         return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" (line {mark.line + 1})" if mark else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise ConfigError(f"{origin}: not valid YAML{where}: {problem}") from None
+    except (ValueError, AttributeError) as error:  # a date or time that is none
+        where, problem = "", str(error)
+    raise ConfigError(f"{origin}: not valid YAML{where}: {problem}")
 
 
 def load(path: Path, overrides: list[str], schema: type[Schema], tables: Tables) -> Schema:
@@ -75,9 +89,9 @@ def load(path: Path, overrides: list[str], schema: type[Schema], tables: Tables)
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: expected a mapping of keys to values, got {_shown(raw)}")
     changes = [_parse_override(override) for override in overrides]
-    for keys, value in changes:
-        if len(keys) == 2 and keys[1] == "name" and isinstance(value, str) and keys[0] in tables:
-            _choose(raw, keys[0], value, tables[keys[0]])
+    names = {keys[0]: value for keys, value in changes if keys[1:] == ["name"]}  # the last one counts
+    for section, name in names.items():
+        _choose(raw, section, name, tables.get(section, {}))
     for keys, value in changes:
         _assign(raw, keys, value)
     return validate(raw, schema, tables)
@@ -85,23 +99,18 @@ def load(path: Path, overrides: list[str], schema: type[Schema], tables: Tables)
 
 def validate(raw: dict[str, Any], schema: type[Schema], tables: Tables) -> Schema:
     """The settings in a mapping as a YAML file gives it. Raises ConfigError."""
-    errors: list[str] = []
-    raw = dict(raw)
-    for section, table in tables.items():
-        if section not in raw:
-            errors.append(f"{section}: missing; expected a mapping with a name, one of {_listed(table)}")
-        elif (component := _component(section, raw[section], table, errors)) is not None:
-            raw[section] = component
-        else:
-            raw.pop(section)
-    reported = {section for section in tables if section not in raw}
+    complaints = _Complaints()
+    components = {
+        section: _component(section, raw[section], table, complaints)
+        for section, table in tables.items()
+        if section in raw
+    }
     try:
-        settings = schema.model_validate(raw)
+        settings = schema.model_validate({**raw, **components})
     except ValidationError as error:
-        lines = [line for line in _lines(error, schema, "") if line.split(":")[0] not in reported]
-        raise ConfigError("\n".join(errors + lines)) from None
-    if errors:
-        raise ConfigError("\n".join(errors))
+        complaints.add_all(error, schema, "")
+    if text := complaints.text():
+        raise ConfigError(text)
     return settings
 
 
@@ -112,28 +121,25 @@ def to_yaml(settings: Settings) -> str:
     )
 
 
-def _component(section: str, raw: Any, table: dict[str, type[Named]], errors: list[str]) -> Named | None:
+def _component(section: str, raw: Any, table: dict[str, type[Named]], complaints: "_Complaints") -> Named:
+    """A section's settings; where they are wrong, a stand-in beside the complaint."""
     if not isinstance(raw, dict) or "name" not in raw:
-        errors.append(
-            f"{section}: expected a mapping with a name, one of {_listed(table)}, got {_shown(raw)}"
-        )
-        return None
-    name = raw["name"]
-    if not isinstance(name, str) or name not in table:
-        nearest = difflib.get_close_matches(str(name), table, n=1)
-        hint = f"; did you mean {nearest[0]}?" if nearest else ""
-        errors.append(f"{section}.name: expected one of {_listed(table)}, got {_shown(name)}{hint}")
-        return None
-    try:
-        return table[name].model_validate(raw)
-    except ValidationError as error:
-        errors.extend(_lines(error, table[name], f"{section}."))
-        return None
+        told = f"expected a mapping with a name, one of {_listed(table)}, got {_shown(raw)}"
+        complaints.add(section, told)
+    elif not isinstance(raw["name"], str) or raw["name"] not in table:
+        told = f"expected one of {_listed(table)}, got {_shown(raw['name'])}{_hint(raw['name'], table)}"
+        complaints.add(f"{section}.name", told)
+    else:
+        try:
+            return table[raw["name"]].model_validate(raw)
+        except ValidationError as error:
+            complaints.add_all(error, table[raw["name"]], f"{section}.")
+    return Named(name="")
 
 
-def _choose(raw: dict[str, Any], section: str, name: str, table: dict[str, type[Named]]) -> None:
+def _choose(raw: dict[str, Any], section: str, name: Any, table: dict[str, type[Named]]) -> None:
     before = raw.get(section)
-    if isinstance(before, dict) and name in table and before.get("name") != name:
+    if isinstance(before, dict) and isinstance(name, str) and name in table and before.get("name") != name:
         raw[section] = {key: value for key, value in before.items() if key in table[name].model_fields}
 
 
@@ -157,25 +163,53 @@ def _assign(raw: dict[str, Any], keys: list[str], value: Any) -> None:
 # --- saying what is wrong -------------------------------------------------------------------------
 
 
-def _lines(error: ValidationError, model: type[BaseModel], prefix: str) -> list[str]:
-    """One line a bad field, however many alternatives of its type pydantic tried."""
-    lines: dict[str, str] = {}
-    for problem in error.errors():
-        owner, field, keys = _find(model, problem["loc"])
-        path = (prefix + ".".join(keys)).rstrip(".")
-        if problem["type"] == "extra_forbidden":
-            nearest = difflib.get_close_matches(keys[-1], owner.model_fields, n=1)
-            hint = (
-                f"did you mean {nearest[0]}?" if nearest else f"expected one of {_listed(owner.model_fields)}"
-            )
-            lines[path] = f"{path}: unknown key; {hint}"
-        elif problem["type"] == "missing":
-            lines[path] = f"{path}: missing; expected {_expected(field)}"
-        elif problem["type"] == "value_error":
-            lines[path] = f"{path}: {problem['ctx']['error']}"
-        else:
-            lines.setdefault(path, f"{path}: expected {_expected(field)}, got {_shown(problem['input'])}")
-    return list(lines.values())
+class _Complaints:
+    """One line a bad path, however many alternatives of its type pydantic tried."""
+
+    def __init__(self) -> None:
+        self._lines: dict[str, str] = {}
+        self._missing: set[str] = set()
+        self._meant: set[str] = set()
+
+    def add(self, path: str, told: str) -> None:
+        self._lines.setdefault(path, f"{path}: {told}")
+
+    def add_all(self, error: ValidationError, model: type[BaseModel], prefix: str) -> None:
+        """The lines of a pydantic error about a model whose keys have a prefix."""
+        for problem in error.errors():
+            owner, field, keys = _find(model, problem["loc"])
+            path = (prefix + ".".join(keys)).rstrip(".")
+            if field is None and problem["loc"]:
+                self._add_unknown(path, keys[-1], owner)
+            elif problem["type"] == "missing" and len(keys) == len(problem["loc"]):
+                self._missing.add(path)
+                self.add(path, f"missing; expected {_expected(field)}")
+            elif problem["type"] == "value_error":
+                self.add(path, str(problem["ctx"]["error"]))
+            else:
+                told = f"expected {_expected(field)}, got {_shown(problem['input'])}"
+                self.add(path, told + _hint(problem["input"], _choices(field)))
+
+    def text(self) -> str:
+        """The lines; a key that is missing because it is misspelt has one line, not two."""
+        kept = [line for path, line in self._lines.items() if path not in self._missing & self._meant]
+        return "\n".join(kept)
+
+    def _add_unknown(self, path: str, key: str, owner: type[BaseModel]) -> None:
+        meant = difflib.get_close_matches(key, owner.model_fields, n=1)
+        self._meant |= {path.removesuffix(key) + name for name in meant}
+        told = f"did you mean {meant[0]}?" if meant else f"expected one of {_listed(owner.model_fields)}"
+        self.add(path, f"unknown key; {told}")
+
+
+def _hint(value: Any, names: Iterable[str]) -> str:
+    """The nearest of the names, as the end of a complaint."""
+    meant = difflib.get_close_matches(value, names, n=1) if isinstance(value, str) else []
+    return f"; did you mean {meant[0]}?" if meant else ""
+
+
+def _choices(field: FieldInfo | None) -> tuple[str, ...]:
+    return get_args(field.annotation) if field and get_origin(field.annotation) is Literal else ()
 
 
 def _find(
@@ -211,15 +245,13 @@ def _describe(kind: Any, limits: list[Any]) -> str:
     if origin is Literal:
         return _listed(get_args(kind), "one of ") if len(get_args(kind)) > 1 else str(get_args(kind)[0])
     if origin is tuple:
-        return "a list of numbers"
+        first, *others = get_args(kind)
+        count = "" if Ellipsis in others else f"{1 + len(others)} of them, "
+        return f"a list, {count}each {_describe(first, [])}"
     if isinstance(kind, type) and issubclass(kind, BaseModel):
         return f"a mapping with keys of {_listed(kind.model_fields)}"
     names = {float: "a number", int: "an integer", bool: "true or false", str: "a text", type(None): "null"}
-    return (
-        (names.get(kind, str(kind)) + _interval(limits))
-        if kind in (int, float)
-        else names.get(kind, str(kind))
-    )
+    return names.get(kind, str(kind)) + (_interval(limits) if kind in (int, float) else "")
 
 
 def _interval(limits: list[Any]) -> str:
@@ -241,10 +273,8 @@ def _listed(names: Any, before: str = "") -> str:
 
 
 def _shown(value: Any) -> str:
-    text = (
-        repr(value)
-        if isinstance(value, str)
-        else yaml.safe_dump(value, default_flow_style=True, width=10**6).strip()
+    shown = (
+        repr(value) if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True, width=10**6)
     )
-    text = text.removesuffix("\n...").removesuffix("...").strip()
+    text = shown.strip().removesuffix("...").strip()
     return text if len(text) <= 60 else text[:57] + "..."

@@ -40,6 +40,8 @@ class GradientBuffer:
         base, item_bytes = self.flat.data_ptr(), self.flat.element_size()
         for slot, (_, parameter) in zip(self.layout, self._named, strict=True):
             grad: Tensor | None = parameter.grad
+            if slot.size == 0:
+                continue  # nothing to view, and no address to compare
             if grad is None or grad.data_ptr() != base + slot.start * item_bytes:
                 raise RuntimeError(
                     f"the gradient of {slot.name} is no longer a view of the flat gradient: something "

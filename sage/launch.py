@@ -31,6 +31,9 @@ SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 SILENCE_SECONDS = 1.0
 """How long the survivors of a failed collective wait for one another before calling the silent ones lost."""
 
+SHUTDOWN_SECONDS = 10
+"""How long the launcher waits for a worker to end before it kills it."""
+
 
 @dataclass(frozen=True)
 class Worker:
@@ -119,6 +122,7 @@ def spawn(command: Sequence[str], num_workers: int, say: Callable[[str], None]) 
         max_restarts=0,
         monitor_interval=0.5,
         signals_to_handle=SIGNALS,
+        shutdown_timeout=SHUTDOWN_SECONDS,
     )
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what it logs is said below
     try:
@@ -135,8 +139,7 @@ def spawn(command: Sequence[str], num_workers: int, say: Callable[[str], None]) 
 
 
 class Board:
-    """Each worker's step, in the rendezvous store: who fell behind can be read there when a collective
-    fails."""
+    """Each worker's step, in the rendezvous store: there one can read who fell behind in a collective."""
 
     def __init__(self, place: Place, store: Store | None) -> None:
         self.place = place
@@ -202,7 +205,17 @@ def connect(worker: Worker, timeout_seconds: float, *, deterministic: bool) -> I
     if worker.place.world_size == 1:
         yield Board(worker.place, None)
         return
-    timeout = timedelta(seconds=timeout_seconds)
+    try:
+        store = _join_group(worker, timedelta(seconds=timeout_seconds))
+    except RuntimeError as error:  # DistError and its kind
+        reason = str(error).strip().splitlines()[0]
+        raise CommunicationError(f"could not meet the other workers: {reason}") from error
+    yield Board(worker.place, store)
+    dist.destroy_process_group()
+
+
+def _join_group(worker: Worker, timeout: timedelta) -> Store:
+    """Set up the default process group; the part of its rendezvous store that is for our own use."""
     store = dist.TCPStore(
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
@@ -210,31 +223,39 @@ def connect(worker: Worker, timeout_seconds: float, *, deterministic: bool) -> I
         is_master=worker.place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
         timeout=timeout,
     )
-    scope = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     dist.init_process_group(
         worker.backend,
-        store=dist.PrefixStore(f"group/{scope}", store),
+        store=dist.PrefixStore("group", store),
         rank=worker.place.rank,
         world_size=worker.place.world_size,
         timeout=timeout,
     )
-    yield Board(worker.place, dist.PrefixStore(f"board/{scope}", store))
-    dist.destroy_process_group()
+    return dist.PrefixStore("board", store)
 
 
-def supervise(train: Callable[[], None], board: Board, complain: Callable[[str], object]) -> int:
-    """Run train() and return the exit code; what ends a run early gets one line.
+def supervise(
+    worker: Worker,
+    timeout_seconds: float,
+    deterministic: bool,
+    train: Callable[[Board], None],
+    complain: Callable[[str], object],
+) -> int:
+    """Connect, run train(board) and return the exit code; what ends a run early gets one line.
 
-    A failed collective is told by every survivor, another failure by rank 0: the others know no more than
-    it does.
+    A failed collective is told by every survivor, with who fell behind; another failure by rank 0, since the
+    others know no more than it does.
     """
+    board = None
     try:
-        train()
+        with connect(worker, timeout_seconds, deterministic=deterministic) as board:
+            train(board)
     except CommunicationError as error:
-        complain(f"rank {board.place.rank}: {error}; {board.blame()}")
+        # The launcher ends the survivors when it sees a worker dead; first they say what they know.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        complain(f"rank {worker.place.rank}: {error}{f'; {board.blame()}' if board else ''}")
         return 1
     except TrainingError as error:
-        if board.place.rank == 0:
+        if worker.place.rank == 0:
             complain(str(error))
         return 1
     except KeyboardInterrupt:

@@ -115,7 +115,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.requires_grad and parameter not in seen:
                 seen.add(parameter)  # a tied weight belongs to the first module that holds it
-                spared = isinstance(module, _UNDECAYED) or name.startswith("bias")
+                spared = isinstance(module, _UNDECAYED) or "bias" in name
                 (undecayed if spared else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]

@@ -1,7 +1,7 @@
 """The loop: compute_gradient, exchange, apply; what is logged; what ends a run."""
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, SerializeAsAny
@@ -33,7 +33,7 @@ class RunSettings(Settings):
     """bfloat16: autocast with float32 parameters and gradients."""
     deterministic: bool = True
     """Repeat bit for bit on a GPU too; slower there."""
-    timeout_seconds: Annotated[float, Field(gt=0)] = 300.0
+    timeout_seconds: float = Field(default=300.0, gt=0, le=1e6)
     """How long a collective waits for a worker before the run is given up."""
     log: Log = Log()
 

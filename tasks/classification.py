@@ -48,6 +48,15 @@ class Augmentation:
         return images
 
 
+def channel_statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Each channel's mean and standard deviation (C,) float64 of images (N, H, W, C) uint8, by histogram."""
+    channels = range(images.shape[-1])
+    counts = np.stack([np.bincount(images[..., c].reshape(-1), minlength=256) for c in channels])  # (C, 256)
+    shares, values = counts / counts.sum(1, keepdims=True), np.arange(256)
+    mean = shares @ values
+    return mean, np.sqrt(shares @ values**2 - mean**2)
+
+
 def check_batch(batch_per_worker: int, num_images: int, world_size: int) -> None:
     """Raise ValueError where a global batch is larger than the training set."""
     if batch_per_worker * world_size > num_images:
@@ -90,10 +99,9 @@ class ImageClassification(Task):
         self._test_y = _labels(images.test_y[shard], device)
         self.steps_per_epoch = len(self._train_x) // (batch_per_worker * place.world_size)
         # Per channel (1, C, 1, 1), over the training images.
-        statistics = (images.train_x.mean((0, 1, 2)), images.train_x.std((0, 1, 2)))
         self._mean, self._std = (
             torch.tensor(values, dtype=torch.float32, device=device).view(1, -1, 1, 1)
-            for values in statistics
+            for values in channel_statistics(images.train_x)
         )
 
     def train_batches(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:

@@ -327,8 +327,10 @@ def test_the_training_loss_is_the_mean_cross_entropy_of_the_batch() -> None:
 def test_evaluating_changes_no_weight_and_no_buffer_and_leaves_the_model_training() -> None:
     task = bright_or_dark()
     before = {name: value.clone() for name, value in task.model.state_dict().items()}
-    first, second = task.evaluate(), task.evaluate()
-    assert first == second
+    graphs: list[bool] = []
+    task.model.register_forward_hook(lambda *found: graphs.append(found[2].requires_grad))
+    assert task.evaluate() == task.evaluate()
+    assert graphs == [False, False]
     after = task.model.state_dict()
     assert {"slope", "norm.running_mean", "norm.running_var", "norm.num_batches_tracked"} < set(after)
     assert all(torch.equal(after[name], before[name]) for name in before)
@@ -378,6 +380,8 @@ def test_the_digits_are_split_in_1437_and_360_with_no_image_in_both_or_in_none()
     rows = rows_of(found.train_x, found.train_y) + rows_of(found.test_x, found.test_y)
     assert sorted(rows) == sorted(expected)
     assert digits.NUM_TRAIN == 1437
+    early = set(expected[:898]) & set(rows[1437:])
+    assert 140 < len(early) < 220  # the test images come from the whole set, not from its end
 
 
 def test_the_digits_are_split_the_same_way_at_every_call() -> None:

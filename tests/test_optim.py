@@ -124,7 +124,6 @@ def test_there_is_no_empty_group(model: nn.Module, decay: float) -> None:
     assert group["params"] == list(model.parameters())
 
 
-@pytest.mark.xfail(strict=True, reason="its name is in_proj_bias, which does not start with bias")
 def test_the_bias_of_an_attention_layers_projection_is_a_bias() -> None:
     groups = groups_by_decay(nn.MultiheadAttention(4, 2), 0.25)
     assert set(groups[0.25]) == {"in_proj_weight", "out_proj.weight"}

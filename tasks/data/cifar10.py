@@ -1,6 +1,7 @@
 """CIFAR-10 in its prepared form: DATA/cifar10/cifar10.npz with train_x, train_y, test_x, test_y, uint8,
 NHWC."""
 
+import math
 import zipfile
 from pathlib import Path
 
@@ -20,11 +21,11 @@ def check(data: Path) -> int:
     """The number of training images, from the headers alone. Raises ValueError, in one line, where the
     prepared file is missing, is none, or has wrong keys, shapes or types."""
     file = path(data)
-    if not file.is_file():
-        raise ValueError(f"{file}: there is no such file; make it with: {PREPARE} {data}")
     try:
         headers = _headers(file)
-    except (zipfile.BadZipFile, OSError, ValueError) as error:
+    except FileNotFoundError:
+        raise ValueError(f"{file}: there is no such file; make it with: {PREPARE} {data}") from None
+    except Exception as error:  # a damaged archive fails in many ways
         raise ValueError(f"{file}: expected a prepared npz file; it cannot be read: {error}") from None
     if not set(KEYS) <= set(headers):
         raise ValueError(f"{file}: expected the arrays {', '.join(KEYS)}, got {', '.join(headers) or 'none'}")
@@ -56,5 +57,7 @@ def _headers(file: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
                     else np.lib.format.read_array_header_2_0
                 )
                 shape, _, dtype = read_header(member)
+                if member.tell() + math.prod(shape) * dtype.itemsize != archive.getinfo(name).file_size:
+                    raise ValueError(f"{name} is not as long as it says")
                 headers[name.removesuffix(".npy")] = (shape, dtype)
     return headers
