@@ -31,9 +31,6 @@ SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 SILENCE_SECONDS = 1.0
 """How long the survivors of a failed collective wait for one another before calling the silent ones lost."""
 
-SHUTDOWN_SECONDS = 10
-"""How long the launcher waits for a worker to end before it kills it."""
-
 
 @dataclass(frozen=True)
 class Worker:
@@ -122,7 +119,6 @@ def spawn(command: Sequence[str], num_workers: int, say: Callable[[str], None]) 
         max_restarts=0,
         monitor_interval=0.5,
         signals_to_handle=SIGNALS,
-        shutdown_timeout=SHUTDOWN_SECONDS,
     )
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what it logs is said below
     try:

@@ -2,10 +2,13 @@
 NHWC."""
 
 import math
+import tempfile
 import zipfile
 from pathlib import Path
 
 import numpy as np
+from torchvision.datasets import CIFAR10
+from torchvision.datasets.utils import check_integrity, extract_archive
 
 from tasks.classification import ImageSet
 
@@ -37,6 +40,36 @@ def check(data: Path) -> int:
                 expected = "(N, 32, 32, 3)" if key.endswith("_x") else f"({count},)"
                 raise ValueError(f"{file}: expected {key} as uint8 {expected}, got {got_type} {got_shape}")
     return headers["train_x"][0][0]
+
+
+def prepare(data: Path, archive: Path | None, source: type[CIFAR10] = CIFAR10) -> str:
+    """Make the prepared file, by torchvision from the official place or from its archive; says what was done.
+
+    Nothing is done where the file is there; an interrupted call leaves none. Raises ValueError where the
+    archive is not the published one, by its MD5 checksum.
+    """
+    file = path(data)
+    if file.exists():
+        check(data)
+        return f"{file} is there already"
+    if archive is not None and not check_integrity(archive, source.tgz_md5):
+        raise ValueError(
+            f"{archive}: expected {source.filename} with MD5 {source.tgz_md5}, got another or none"
+        )
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+        if archive is not None:
+            extract_archive(str(archive), folder)
+        parts = {
+            part: source(folder, train=part == "train", download=archive is None)
+            for part in ("train", "test")
+        }
+        arrays = {f"{part}_x": images.data for part, images in parts.items()}
+        arrays |= {f"{part}_y": np.array(images.targets, np.uint8) for part, images in parts.items()}
+        whole = Path(folder) / file.name
+        np.savez_compressed(whole, **arrays)
+        whole.replace(file)
+    return f"{file}: {len(arrays['train_x'])} images for training, {len(arrays['test_x'])} for testing"
 
 
 def read(data: Path) -> ImageSet:

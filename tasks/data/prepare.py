@@ -1,0 +1,36 @@
+"""The command behind prepare_dataset.sh: download or take an archive, verify, convert once."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from tasks.data import cifar10
+
+PREPARE = {"cifar10": cifar10.prepare}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="prepare_dataset.sh",
+        description="Download a data set, verify its checksum, convert it once; a whole result is left alone.",
+    )
+    parser.add_argument("name", choices=PREPARE, metavar="NAME", help="one of %(choices)s")
+    parser.add_argument("--from", dest="archive", type=Path, metavar="ARCHIVE", help="instead of downloading")
+    parser.add_argument(
+        "--data", type=Path, default=Path("data"), metavar="DIR", help="where to (default: data)"
+    )
+    arguments = parser.parse_args()
+    try:
+        print(PREPARE[arguments.name](arguments.data, arguments.archive))
+    except (
+        ValueError,
+        OSError,
+        RuntimeError,
+    ) as error:  # RuntimeError: torchvision's, when no mirror answers
+        print(f"prepare_dataset.sh: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

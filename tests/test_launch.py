@@ -1,0 +1,134 @@
+"""Processes: two ways to start them, what survivors say, how they end."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ENDLESS = ["configs/digits.yaml", "epochs=100000"]
+
+
+def command(*arguments: str, runs: Path) -> list[str]:
+    return [sys.executable, "run.py", *arguments, "--runs", str(runs)]
+
+
+def start(words: list[str], env: dict[str, str] | None = None) -> subprocess.Popen:
+    return subprocess.Popen(
+        words,
+        cwd=ROOT,
+        env=os.environ | (env or {}),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def children_of(pid: int) -> list[int]:
+    listed = subprocess.run(["pgrep", "-P", str(pid), "-f", "run.py"], capture_output=True, text=True)
+    return sorted(int(word) for word in listed.stdout.split())
+
+
+def wait_for_steps(runs: Path, count: int = 5) -> Path:
+    """Wait until a run has written so many lines; its folder."""
+    for _ in range(600):
+        for metrics in runs.glob("*/*/metrics.jsonl"):
+            if len(metrics.read_text().splitlines()) >= count:
+                return metrics.parent
+        time.sleep(0.1)
+    raise AssertionError("the run did not come to train within 60 s")
+
+
+@pytest.fixture
+def endless_run(tmp_path: Path) -> Iterator[tuple[subprocess.Popen, list[int]]]:
+    """A run of two workers that trains; the launcher, and the workers' process ids by rank."""
+    launcher = start(command(*ENDLESS, "timeout_seconds=4", "--workers", "2", runs=tmp_path))
+    try:
+        wait_for_steps(tmp_path)
+        yield launcher, children_of(launcher.pid)
+    finally:
+        for pid in [*children_of(launcher.pid), launcher.pid]:
+            subprocess.run(["kill", "-KILL", str(pid)], stderr=subprocess.DEVNULL)
+        launcher.communicate()
+
+
+def is_alive(pid: int) -> bool:
+    return Path(f"/proc/{pid}").exists()
+
+
+def test_two_processes_train_and_agree_with_torchrun(tmp_path: Path) -> None:
+    short = ["configs/digits.yaml", "epochs=1"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    ours = start(command(*short, "--workers", "2", runs=tmp_path / "ours"))
+    output, _ = ours.communicate(timeout=120)
+    assert ours.returncode == 0, output
+    theirs = start([*torchrun, *command(*short, runs=tmp_path / "theirs")[1:]])
+    output, _ = theirs.communicate(timeout=120)
+    assert theirs.returncode == 0, output
+    folders = [next((tmp_path / name / "digits").iterdir()) for name in ("ours", "theirs")]
+    names = {"config.yaml", "environment.json", "metrics.jsonl", "summary.json", "checkpoints"}
+    assert [{entry.name for entry in folder.iterdir()} for folder in folders] == [names, names]
+    weights = [(folder / "checkpoints" / "final.pt").read_bytes() for folder in folders]
+    assert weights[0] == weights[1]
+    losses = [re.findall(r'"loss": [^,}]+', (folder / "metrics.jsonl").read_text()) for folder in folders]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) >= 22  # a step line each
+
+
+def test_a_killed_worker_ends_the_run_and_is_named(endless_run: tuple[subprocess.Popen, list[int]]) -> None:
+    launcher, workers = endless_run
+    os.kill(workers[1], signal.SIGKILL)
+    output, _ = launcher.communicate(timeout=30)
+    assert launcher.returncode == 1
+    assert "worker 1 was the first to fail (signal 9)" in output
+    assert not any(map(is_alive, workers))
+
+
+def test_a_hung_worker_ends_the_run_within_the_timeout_and_is_named(
+    endless_run: tuple[subprocess.Popen, list[int]],
+) -> None:
+    launcher, workers = endless_run
+    os.kill(workers[1], signal.SIGSTOP)
+    # 4 s until the collective gives up; then the launcher waits 30 s for what is stopped, and kills it.
+    output, _ = launcher.communicate(timeout=90)
+    assert launcher.returncode == 1
+    assert re.search(r"rank 0: all_\w+ failed: .*; rank 1 fell behind: it no longer answers", output), output
+    assert re.search(r"\(rank 0 at step \d+, rank 1 at step \d+\)", output), output
+    assert not any(map(is_alive, workers))
+
+
+def test_an_interrupt_of_the_launcher_reaches_each_worker_once(
+    endless_run: tuple[subprocess.Popen, list[int]],
+) -> None:
+    launcher, workers = endless_run
+    os.kill(launcher.pid, signal.SIGINT)
+    output, _ = launcher.communicate(timeout=30)
+    assert launcher.returncode == 128 + signal.SIGINT
+    assert "stopped by SIGINT" in output
+    assert "Traceback" not in output
+    assert not any(map(is_alive, workers))
+
+
+def test_when_the_store_is_gone_that_is_said(tmp_path: Path) -> None:
+    """Without a launcher rank 0's process holds the store; it is killed."""
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(20000 + os.getpid() % 10000), "WORLD_SIZE": "2"}
+    words = command(*ENDLESS, "timeout_seconds=4", runs=tmp_path)
+    workers = [start(words, {**address, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)]
+    try:
+        wait_for_steps(tmp_path)
+        workers[0].kill()
+        output, _ = workers[1].communicate(timeout=30)
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.communicate()
+    assert workers[1].returncode == 1
+    assert "rank 1: all_" in output
+    assert "the rendezvous store is gone, so no worker's step is known" in output
+    assert "Traceback" not in output
