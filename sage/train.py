@@ -121,7 +121,7 @@ class Trainer:
             line = {"kind": "epoch", "epoch": epoch, "step": self.step, "test": test}
             line |= self.meter.epoch_line()
             self.recorder.write(line)
-            self.recorder.show_epoch(line, self.settings.epochs)
+            self.recorder.show_epoch(line, self.settings.epochs, self.task.score)
             scores.append(test[self.task.score])
         return self._summary(scores)
 

@@ -12,7 +12,7 @@ PREPARE = {"cifar10": cifar10.prepare}
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="prepare_dataset.sh",
-        description="Download a data set, verify its checksum, convert it once; a whole result is left alone.",
+        description="Download a data set, verify it, convert it once; a whole result is left alone.",
     )
     parser.add_argument("name", choices=PREPARE, metavar="NAME", help="one of %(choices)s")
     parser.add_argument("--from", dest="archive", type=Path, metavar="ARCHIVE", help="instead of downloading")
