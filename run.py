@@ -63,9 +63,7 @@ def train(settings: RunSettings, options: cli.Arguments, worker: Worker, board: 
     optimizer = build_optimizer(settings.optimizer, task.model)
     name = provenance.run_id(settings.reducer.name, settings.seed)
     folder = options.runs / options.config.stem / board.agree("run", name)
-    environment = provenance.environment(
-        workers=board.collect("host", worker.where()), backend=worker.backend
-    )
+    environment = provenance.environment(**worker.facts(), workers=board.collect("where", worker.where()))
     if speaks:
         say(f"{folder}: {worker.describe()}")
         checkpoint.begin(folder, config.to_yaml(settings), environment)

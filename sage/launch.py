@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -43,6 +44,14 @@ class Worker:
     num_threads: int
     data: Path
     """The folder of prepared data sets."""
+
+    def facts(self) -> dict[str, Any]:
+        """What environment.json says of all workers alike."""
+        return {
+            "world_size": self.place.world_size,
+            "backend": self.backend if self.place.world_size > 1 else None,
+            "threads_per_worker": self.num_threads,
+        }
 
     def where(self) -> str:
         """The host and the device, for the record."""
