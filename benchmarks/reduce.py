@@ -6,9 +6,9 @@
 All reducers and the floor take turns in one run (interleaved), one thread a process, each with error
 feedback and a memory of its own, which is kept; the figures are medians. The gradients are heavy-tailed
 (Student's t, 3 degrees of freedom), with a scale a tensor, as in networks, and differ from step to step.
-The hard threshold's constant, and SAGE's first one, keeps the density near the target under error
-feedback; it is found beforehand by bisection over short runs, so that a threshold is compared at about
-the density it is meant for. The mean density of the measured steps is printed beside the time.
+The hard threshold's constant, which is also SAGE's first one, is fitted beforehand so that the density
+is about the target in the measured steps. The mean density of the measured steps is printed beside the
+time.
 """
 
 import argparse
@@ -113,19 +113,19 @@ class Entry:
         self.densities.append(self.reducer.density)
 
 
-def steady_threshold(layout: list[Slot], gradients: Gradients, density: float) -> float:
-    """The constant whose density under error feedback is the target, by bisection in the logarithm."""
-    n = layout[-1].stop
-    grad, low, high = torch.empty(n), 1e-4, 1e2
-    for _ in range(12):
-        middle, memory, selected = (low * high) ** 0.5, torch.zeros(n), 0
-        for step in range(6):
-            gradients.fill(grad)
-            mask = memory.add_(grad).abs() >= middle
-            memory[mask] = 0
-            selected += int(mask.sum()) if step >= 3 else 0
-        low, high = (middle, high) if selected / (3 * n) > density else (low, middle)
-    return high
+def fitting_threshold(layout: list[Slot], gradients: Gradients, density: float) -> float:
+    """The constant whose density under error feedback is about the target in the measured steps.
+
+    The median over these steps of the quantile of |memory + gradient|, each step sending what reaches it.
+    """
+    n, thresholds = layout[-1].stop, []
+    grad, memory = torch.empty(n), torch.zeros(n)
+    for _ in range(NUM_WARM_UP + NUM_MEASURED):
+        gradients.fill(grad)
+        magnitude = memory.add_(grad).abs()
+        thresholds.append(magnitude.kthvalue(n - int(density * n)).values.item())
+        memory[magnitude > thresholds[-1]] = 0
+    return statistics.median(thresholds[NUM_WARM_UP:])
 
 
 def make_entry(
@@ -143,7 +143,7 @@ def measure(
 ) -> list[Row]:
     """Interleaved: every reducer and the floor once a round; the medians over the measured rounds."""
     n, gradients = layout[-1].stop, Gradients(layout, rank)
-    threshold = torch.tensor([steady_threshold(layout, gradients, density)])
+    threshold = torch.tensor([fitting_threshold(layout, gradients, density)])
     side.broadcast(threshold)
     entries = {name: make_entry(name, layout, density, threshold.item(), world_size, rank) for name in names}
     grad, fresh, memory, floor = torch.empty(n), torch.empty(n), torch.zeros(n), []
