@@ -183,6 +183,8 @@ class Task(ABC):
     score: str
     """Which value of evaluate is the task's score."""
     higher_is_better: bool
+    evaluated: str = "test"
+    """What evaluate scores: the "test" data, or the "valid" data where a test follows at the end."""
 
     @abstractmethod
     def __init__(
@@ -204,5 +206,15 @@ class Task(ABC):
 
     @abstractmethod
     def evaluate(self) -> dict[str, tuple[float, float]]:
-        """name -> (sum, count) over this worker's part of the test data; sum / count over all workers is
-        the value."""
+        """name -> (sum, count) on this worker's part of the data; the value is sum / count over all workers.
+
+        Called after each epoch, on the data that `evaluated` names.
+        """
+
+    def evaluate_at_end(self) -> dict[str, tuple[float, float]] | None:
+        """The same on the test data, once after the last epoch; None where evaluate has done it."""
+        return None
+
+    def derive(self, values: dict[str, float]) -> dict[str, float]:
+        """The values over all workers, and those that follow from them (a perplexity from a mean loss)."""
+        return values

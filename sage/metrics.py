@@ -190,14 +190,14 @@ class Recorder:
             self._told = time.monotonic()
             say(f"  step {line['step'] + 1}/{self._total_steps}  {text}")
 
-    def show_epoch(self, line: Mapping[str, Any], epochs: int, score: str) -> None:
+    def show_epoch(self, line: Mapping[str, Any], epochs: int) -> None:
         """An epoch line as a person reads it, within 80 columns."""
         if self._file is None:
             return
         self._told = time.monotonic()
         say(
             f"epoch {line['epoch'] + 1}/{epochs}  loss {line['train']['loss']:.4f}  "
-            f"test {score} {line['test'][score]:.4f}  density {line['density']['mean']:.3g}  "
+            f"{line['score']['name']} {line['score']['value']:.4f}  density {line['density']['mean']:.3g}  "
             f"{readable_bytes(line['bytes']['payload'])}  {line['seconds']['wall']:.1f} s"
         )
 

@@ -24,7 +24,14 @@ COMPUTE = ("data", "forward", "backward", "optimizer")
 # The numbers that are used of each object that a run writes.
 NEEDED = {
     "step": ["epoch", "step"],
-    "epoch": ["epoch", "step", "test.loss", "bytes.payload", *(f"seconds.{x}" for x in (*COMPUTE, "reduce"))],
+    "epoch": [
+        "epoch",
+        "step",
+        "score.name",
+        "score.value",
+        "bytes.payload",
+        *(f"seconds.{x}" for x in (*COMPUTE, "reduce")),
+    ],
     "environment.json": ["world_size"],
     "summary.json": ["score.last", "score.best"],
 }
@@ -58,9 +65,8 @@ class Run:
 
     @property
     def score(self) -> str:
-        """Its key in an epoch line; of an unfinished run, the last value that it tests."""
-        tests = [key for line in self.epochs for key in line if key.startswith("test.")]
-        return f"test.{self.summary['score.name']}" if self.summary else tests[-1] if tests else ""
+        """Its name; empty before the first epoch has ended."""
+        return str(self.epochs[-1]["score.name"]) if self.epochs else ""
 
 
 def find_runs(folders: list[Path]) -> list[Path]:
@@ -160,7 +166,7 @@ def number(value: float | None, digits: int = 3) -> str:
 
 def results_row(run: Run, exact: Run | None) -> list[str]:
     """Score last and best, density mean / target and p99, payload in MB and, per step, against exact's."""
-    last = run.epochs[-1].get(run.score) if run.epochs else None
+    last = run.epochs[-1]["score.value"] if run.epochs else None
     scores = [number(run.summary.get("score.last", last), 4), number(run.summary.get("score.best"), 4)]
     means = [line["density.mean"] for line in run.epochs if line.get("density.mean") is not None]
     target = run.steps[-1].get("target_density") if run.steps else None
@@ -204,7 +210,7 @@ def build_tables(runs: list[Run]) -> list[Table]:
 
 
 def score_names(runs: list[Run]) -> str:
-    return " or ".join(sorted({run.score.removeprefix("test.") for run in runs if run.score})) or "score"
+    return " or ".join(sorted({run.score for run in runs if run.score})) or "score"
 
 
 def draw(runs: list[Run]) -> Figure:
@@ -212,7 +218,7 @@ def draw(runs: list[Run]) -> Figure:
     labels = [textwrap.fill(name, 28) for name in label_runs(runs)]
     figure = Figure(figsize=(12, 8 + len(runs) / 4), dpi=130, layout="constrained")
     scores, densities, thresholds, times = figure.subplots(2, 2).flat
-    curves = [[(line["epoch"] + 1, line.get(run.score, nan)) for line in run.epochs] for run in runs]
+    curves = [[(line["epoch"] + 1, line["score.value"]) for line in run.epochs] for run in runs]
     draw_lines(scores, curves, labels)
     unit = UNITS.get(score_names(runs), "no unit")
     scores.set(title="Score", xlabel="training (epochs)", ylabel=f"{score_names(runs)} ({unit})")

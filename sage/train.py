@@ -1,6 +1,7 @@
 """The loop: compute_gradient, exchange, apply; what is logged; what ends a run."""
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -16,6 +17,8 @@ from sage.interfaces import Communicator, Progress, Reducer, Task, TrainingError
 from sage.launch import Board
 from sage.metrics import Log, Meter, Recorder, readable_bytes
 from sage.optim import Clip, Schedule, clip_norm
+
+Sums = dict[str, tuple[float, float]]
 
 
 class RunSettings(Settings):
@@ -116,14 +119,21 @@ class Trainer:
         scores: list[float] = []
         for epoch in range(self.settings.epochs):
             self._train_epoch(epoch)
-            test = self._evaluate()
+            values = self._evaluate(self.task.evaluate)
             self._check_replicas(epoch)
-            line = {"kind": "epoch", "epoch": epoch, "step": self.step, "test": test}
+            scores.append(values[self.task.score])
+            score = {"name": self.task.score, "value": scores[-1]}
+            line = {
+                "kind": "epoch",
+                "epoch": epoch,
+                "step": self.step,
+                self.task.evaluated: values,
+                "score": score,
+            }
             line |= self.meter.epoch_line()
             self.recorder.write(line)
-            self.recorder.show_epoch(line, self.settings.epochs, self.task.score)
-            scores.append(test[self.task.score])
-        return self._summary(scores)
+            self.recorder.show_epoch(line, self.settings.epochs)
+        return self._summary(scores, self._evaluate(self.task.evaluate_at_end))
 
     def _train_epoch(self, epoch: int) -> None:
         steps = self.task.steps_per_epoch
@@ -154,14 +164,17 @@ class Trainer:
         self.recorder.write(line)
         self.recorder.show_step(line)
 
-    def _evaluate(self) -> dict[str, float]:
-        """The test values over all workers' shares, with rank 0's buffers (BatchNorm's) on all of them."""
+    def _evaluate(self, evaluate: Callable[[], Sums | None]) -> dict[str, float]:
+        """The values over all workers' shares, with rank 0's buffers (BatchNorm's) on all of them."""
         with self.clock.phase("evaluate"):
             self._broadcast(list(self.task.model.buffers()))
-            sums = self.task.evaluate()
+            sums = evaluate()
+            if sums is None:
+                return {}
             packed = torch.tensor(list(sums.values()), dtype=torch.float64, device=self.gradient.flat.device)
             self.side.all_reduce(packed)  # (values, 2)
-        return dict(zip(sums, (packed[:, 0] / packed[:, 1]).tolist(), strict=True))
+        values = dict(zip(sums, (packed[:, 0] / packed[:, 1]).tolist(), strict=True))
+        return self.task.derive(values)
 
     def _check_replicas(self, epoch: int) -> None:
         """Raise TrainingError where a parameter's bits are not the same on all workers."""
@@ -178,7 +191,7 @@ class Trainer:
         for tensor in tensors:
             self.side.broadcast(tensor)
 
-    def _summary(self, scores: list[float]) -> dict[str, Any]:
+    def _summary(self, scores: list[float], test: dict[str, float]) -> dict[str, Any]:
         better = max if self.task.higher_is_better else min
         totals = self.meter.totals()
         return {
@@ -192,6 +205,7 @@ class Trainer:
                 "last": scores[-1],
                 "best": better(scores),
             },
+            **({"test": test} if test else {}),
             **totals,
             "density": {"target": getattr(self.settings.reducer, "density", None), **totals["density"]},
         }

@@ -33,8 +33,8 @@ def lines_of(densities: list[float], payload: float, seconds: dict[str, float], 
     for epoch, density in enumerate(densities):
         for index in (2 * epoch, 2 * epoch + 1):
             lines.append({"kind": "step", "epoch": epoch, "step": index, "density": density, **step})
-        test = {"loss": 1.0, "accuracy": 1 - 0.5 / 2**epoch}
-        line = {"kind": "epoch", "epoch": epoch, "step": 2 * epoch + 2, "test": test, "seconds": seconds}
+        score = {"name": "accuracy", "value": 1 - 0.5 / 2**epoch}
+        line = {"kind": "epoch", "epoch": epoch, "step": 2 * epoch + 2, "score": score, "seconds": seconds}
         lines.append({**line, "density": {"mean": density}, "bytes": {"payload": 2 * payload}})
     return lines
 
