@@ -21,17 +21,11 @@ from rich.table import Column, Table
 from sage.config import ConfigError, read_yaml
 
 COMPUTE = ("data", "forward", "backward", "optimizer")
+PHASES = (*COMPUTE, "reduce")
 # The numbers that are used of each object that a run writes.
 NEEDED = {
     "step": ["epoch", "step"],
-    "epoch": [
-        "epoch",
-        "step",
-        "score.name",
-        "score.value",
-        "bytes.payload",
-        *(f"seconds.{x}" for x in (*COMPUTE, "reduce")),
-    ],
+    "epoch": ["epoch", "step", "score.value", "bytes.payload", *(f"seconds.{x}" for x in PHASES)],
     "environment.json": ["world_size"],
     "summary.json": ["score.last", "score.best"],
 }
@@ -66,7 +60,7 @@ class Run:
     @property
     def score(self) -> str:
         """Its name; empty before the first epoch has ended."""
-        return str(self.epochs[-1]["score.name"]) if self.epochs else ""
+        return str(self.epochs[-1].get("score.name")) if self.epochs else ""
 
 
 def find_runs(folders: list[Path]) -> list[Path]:
