@@ -67,7 +67,9 @@ def train(settings: RunSettings, options: cli.Arguments, worker: Worker, board: 
     if speaks:
         say(f"{folder}: {worker.describe()}")
         checkpoint.begin(folder, config.to_yaml(settings), environment)
-    with Recorder(folder if speaks else None, settings.epochs * task.steps_per_epoch) as recorder:
+    with Recorder(
+        folder if speaks else None, settings.epochs * task.steps_per_epoch, settings.log
+    ) as recorder:
         parts = (task, reducer, feedback, gradient, optimizer)
         summary = Trainer(settings, *parts, comm, side, clock, recorder, board).run()
     if speaks:

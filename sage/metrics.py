@@ -6,11 +6,12 @@ A library part that has something to tell a person calls say; only rank 0 speaks
 import json
 import time
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Self, TextIO
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
@@ -28,6 +29,16 @@ _console = Console(stderr=False, highlight=False, soft_wrap=True)
 class Log(Settings):
     every: int = Field(default=10, ge=1)
     """Steps between two step lines in metrics.jsonl."""
+    tensorboard: bool = True
+    """Write the numbers of metrics.jsonl to the run's tensorboard/ folder too."""
+    wandb: str | None = None
+    """A Weights & Biases project to send the same numbers to; null: none."""
+
+    @model_validator(mode="after")
+    def _wandb_is_installed(self) -> Self:
+        if self.wandb is not None and find_spec("wandb") is None:
+            raise ValueError(f"wandb: {self.wandb!r} needs the package wandb: pip install wandb")
+        return self
 
 
 def say(text: str) -> None:
@@ -141,22 +152,64 @@ class Meter:
         return [name.removeprefix("seconds.") for name in values if name.startswith("seconds.")]
 
 
+def scalars(line: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """The numbers of a line under names joined by slashes: {"test": {"loss": 1}} -> {"test/loss": 1}."""
+    found: dict[str, float] = {}
+    for name, value in line.items():
+        if isinstance(value, Mapping):
+            found |= scalars(value, f"{prefix}{name}/")
+        elif isinstance(value, int | float):
+            found[prefix + name] = value
+    return found
+
+
+class _TensorBoard:
+    def __init__(self, folder: Path) -> None:
+        from torch.utils.tensorboard import (
+            SummaryWriter,
+        )  # here: it takes seconds, and most workers need it not
+
+        self._writer = SummaryWriter(folder / "tensorboard")
+        self.close = self._writer.close
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+
+class _Wandb:
+    def __init__(self, folder: Path, project: str) -> None:
+        import wandb  # optional
+
+        self._run = wandb.init(project=project, name=folder.name, dir=folder)
+        self.close = self._run.finish
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        self._run.log(dict(values), step=step)
+
+
 class Recorder:
     """metrics.jsonl and the progress display of rank 0; the other ranks have one that does nothing."""
 
-    def __init__(self, folder: Path | None, total_steps: int) -> None:
+    def __init__(self, folder: Path | None, total_steps: int, log: Log) -> None:
         """folder: the run's, or None for a worker that does not speak."""
         self._file: TextIO | None = None
         self._progress: Progress | None = None
+        self._sinks: list[_TensorBoard | _Wandb] = []
         self._told = time.monotonic()
         self._total_steps = total_steps
-        if folder is not None:
-            self._file = (folder / "metrics.jsonl").open("w", encoding="utf-8")
-            if _console.is_terminal:
-                description = TextColumn("{task.description}")
-                columns = (BarColumn(20), MofNCompleteColumn(), description, TimeRemainingColumn())
-                self._progress = Progress(*columns, console=_console, transient=True)
-                self._task = self._progress.add_task("", total=total_steps)
+        if folder is None:
+            return
+        self._file = (folder / "metrics.jsonl").open("w", encoding="utf-8")
+        if log.tensorboard:
+            self._sinks.append(_TensorBoard(folder))
+        if log.wandb is not None:
+            self._sinks.append(_Wandb(folder, log.wandb))
+        if _console.is_terminal:
+            description = TextColumn("{task.description}")
+            columns = (BarColumn(20), MofNCompleteColumn(), description, TimeRemainingColumn())
+            self._progress = Progress(*columns, console=_console, transient=True)
+            self._task = self._progress.add_task("", total=total_steps)
 
     def __enter__(self) -> Self:
         if self._progress:
@@ -166,6 +219,8 @@ class Recorder:
     def __exit__(self, *_: object) -> None:
         if self._progress:
             self._progress.stop()
+        for sink in self._sinks:
+            sink.close()
         if self._file:
             self._file.close()
 
@@ -174,6 +229,8 @@ class Recorder:
         if self._file:
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
+        for sink in self._sinks:
+            sink.log({f"{line['kind']}/{name}": value for name, value in scalars(line).items()}, line["step"])
 
     def step_done(self, step: int) -> None:
         if self._progress:

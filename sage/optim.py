@@ -49,12 +49,36 @@ def clip_norm(grad: Tensor, max_norm: float) -> None:
     grad.mul_((max_norm / (torch.linalg.vector_norm(grad) + 1e-6)).clamp(max=1.0))
 
 
+class PublishedNesterov(torch.optim.Optimizer):
+    """SGD with the momentum of SAGE's published code: m = mu m + g, w -= lr (g + m); g has the decay in it."""
+
+    def __init__(self, groups: list[dict[str, Any]], lr: float, momentum: float) -> None:
+        super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": 0.0})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            weights: list[Tensor] = [p for p in group["params"] if p.grad is not None]
+            grads: list[Tensor] = [p.grad for p in weights if p.grad is not None]
+            for weight in weights:
+                self.state[weight].setdefault("momentum_buffer", torch.zeros_like(weight))
+            buffers = [self.state[weight]["momentum_buffer"] for weight in weights]
+            # g = grad + wd w;  m = mu m + g;  w -= lr (g + m)
+            steps = list(torch._foreach_add(grads, weights, alpha=group["weight_decay"]))
+            torch._foreach_mul_(buffers, group["momentum"])
+            torch._foreach_add_(buffers, steps)
+            torch._foreach_add_(steps, buffers)
+            torch._foreach_add_(weights, steps, alpha=-group["lr"])
+
+
 class SGD(Named):
     name: Literal["sgd"] = "sgd"
     lr: float = Field(ge=0)
     """Base learning rate, before the schedule."""
     momentum: float = Field(default=0.0, ge=0, lt=1)
     nesterov: bool = False
+    nesterov_form: Literal["torch", "published"] = "torch"
+    """torch: the step is g + momentum m, with m the new momentum; published (SAGE's code): g + m."""
     weight_decay: float = Field(default=0.0, ge=0)
     """For weights; normalisation layers and biases have none."""
 
@@ -65,6 +89,8 @@ class SGD(Named):
         return self
 
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        if self.nesterov and self.nesterov_form == "published":
+            return PublishedNesterov(groups, lr=self.lr, momentum=self.momentum)
         return torch.optim.SGD(
             groups, lr=self.lr, momentum=self.momentum, nesterov=self.nesterov, **_implementation(groups)
         )

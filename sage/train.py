@@ -26,6 +26,8 @@ class RunSettings(Settings):
 
     seed: int = Field(default=1, ge=0)
     epochs: int = Field(ge=1)
+    stop_at_score: float | None = None
+    """End after the first epoch whose score is this or better; null: train all epochs."""
     task: SerializeAsAny[Named]
     reducer: SerializeAsAny[Named]
     feedback: SerializeAsAny[Named]
@@ -133,7 +135,14 @@ class Trainer:
             line |= self.meter.epoch_line()
             self.recorder.write(line)
             self.recorder.show_epoch(line, self.settings.epochs)
+            if self._reached(scores[-1]):
+                break
         return self._summary(scores, self._evaluate(self.task.evaluate_at_end))
+
+    def _reached(self, score: float) -> bool:
+        """Whether a score is the target of stop_at_score or better."""
+        target = self.settings.stop_at_score
+        return target is not None and (score >= target if self.task.higher_is_better else score <= target)
 
     def _train_epoch(self, epoch: int) -> None:
         steps = self.task.steps_per_epoch
@@ -196,7 +205,7 @@ class Trainer:
         totals = self.meter.totals()
         return {
             "world_size": self.comm.world_size,
-            "epochs": self.settings.epochs,
+            "epochs": len(scores),
             "steps": self.step,
             "parameters": self.gradient.flat.numel(),
             "score": {
@@ -204,6 +213,8 @@ class Trainer:
                 "higher_is_better": self.task.higher_is_better,
                 "last": scores[-1],
                 "best": better(scores),
+                "target": self.settings.stop_at_score,
+                "reached": self._reached(scores[-1]) if self.settings.stop_at_score is not None else None,
             },
             **({"test": test} if test else {}),
             **totals,

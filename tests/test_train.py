@@ -211,6 +211,49 @@ def test_the_learning_rate_follows_the_schedule(tmp_path: Path) -> None:
     assert Schedule(**schedule).factor(0.25, 16) == 1.25
 
 
+def test_the_published_nesterov_step_is_gradient_plus_momentum() -> None:
+    optimizer = {"nesterov_form": "published", "lr": 0.01}
+    trainer, _ = train(settings_of("exact", optimizer=optimizer), LocalComm.alone(), 16)
+    task = ToyTask(16, Place(0, 1))
+    momenta = [torch.zeros_like(p) for p in task.model.parameters()]
+    for batch in [*task.train_batches(0), *task.train_batches(1)]:
+        gradients = torch.autograd.grad(task.loss(batch)[0], list(task.model.parameters()))
+        with torch.no_grad():
+            for weight, grad, momentum in zip(task.model.parameters(), gradients, momenta, strict=True):
+                decayed = grad + (1e-3 * weight if weight.ndim > 1 else 0)
+                momentum.mul_(0.9).add_(decayed)
+                weight.sub_(0.01 * (decayed + momentum))
+    by_hand = torch.cat([p.detach().reshape(-1) for p in task.model.parameters()])
+    # 8 steps of a few float32 roundings on weights below 2: 8 * 4 * 2^-24 * 2 = 4e-6.
+    assert (weights_of(trainer) - by_hand).abs().max() < 4e-6
+    plain, _ = train(settings_of("exact", optimizer={"lr": 0.01}), LocalComm.alone(), 16)
+    assert (weights_of(plain) - by_hand).abs().max() > 1e-4
+
+
+def test_a_run_ends_with_the_first_epoch_that_reaches_its_target(tmp_path: Path) -> None:
+    train(settings_of("exact", epochs=6), LocalComm.alone(), 16, tmp_path)
+    scores = [line["score"]["value"] for line in read_lines(tmp_path) if line["kind"] == "epoch"]
+    target = min(scores[:3])  # lower is better
+    first = next(epoch for epoch, score in enumerate(scores) if score <= target)
+    _, summary = train(settings_of("exact", epochs=6, stop_at_score=target), LocalComm.alone(), 16, tmp_path)
+    assert summary["epochs"] == first + 1 < 6
+    assert summary["score"]["reached"] is True
+    _, missed = train(settings_of("exact", epochs=2, stop_at_score=0.0), LocalComm.alone(), 16, tmp_path)
+    assert (missed["epochs"], missed["score"]["reached"]) == (2, False)
+
+
+def test_tensorboard_holds_the_numbers_of_the_metrics(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(settings_of("exact", log={"tensorboard": True}), LocalComm.alone(), 16, tmp_path)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    logged = [(event.step, event.value) for event in events.Scalars("step/loss")]
+    assert logged == [(step, pytest.approx(loss, rel=1e-7)) for step, loss in enumerate(losses_of(tmp_path))]
+    assert len(events.Scalars("epoch/test/loss")) == 2
+    assert "step/seconds/reduce" in events.Tags()["scalars"]
+
+
 class PoisonedTask(ToyTask):
     """Its loss is NaN on one worker, at one step."""
 

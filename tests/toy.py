@@ -68,7 +68,7 @@ def settings_of(name: str = "exact", /, **changes: Any) -> RunSettings:
         "reducer": {"name": name},
         "feedback": {"name": "residual"},
         "optimizer": {"name": "sgd", "lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-3},
-        "log": {"every": 1},
+        "log": {"every": 1, "tensorboard": False},
     }
     for section, values in changes.items():
         sections[section] = sections.get(section, {}) | values if isinstance(values, dict) else values
@@ -94,7 +94,7 @@ def train(
     clock = Clock(device)
     comm, side = LocalComm(comm.rank, comm._room, clock), LocalComm(comm.rank, comm._room)
     steps = settings.epochs * task.steps_per_epoch
-    with Recorder(folder if comm.rank == 0 else None, steps) as recorder:
+    with Recorder(folder if comm.rank == 0 else None, steps, settings.log) as recorder:
         parts = (task, reducer, feedback, gradient, optimizer)
         trainer = Trainer(settings, *parts, comm, side, clock, recorder, Board(place, None))
         return trainer, trainer.run()
