@@ -58,6 +58,11 @@ def scan(send: Tensor, grad: Tensor | None, threshold: Tensor) -> Tensor:
     )
 
 
+def lists_candidates(send: Tensor) -> bool:
+    """Whether a list of candidates is worth its host synchronisation: where there is none."""
+    return send.device.type == "cpu"
+
+
 def scan_whole(send: Tensor, grad: Tensor | None, threshold: Tensor) -> Tensor:
     """The form of scan for any device."""
     if grad is not None:
@@ -203,18 +208,32 @@ class ThresholdSparsifier(Sparsifier):
     def __init__(self, config: SparsifierSettings, layout: list[Slot], law: ThresholdLaw) -> None:
         super().__init__(config, layout)
         self.law = law
-        self._candidates: Tensor | None = None
+        self._candidates: Tensor | slice | None = None
 
     def accumulate(self, send: Tensor, grad: Tensor) -> None:
-        self._candidates = scan(send, grad, self.law.lower_bound(send, grad))
+        self._candidates = self._begin(send, grad)
 
     def select(self, send: Tensor, place: Place) -> Tensor:
-        candidates, self._candidates = self._candidates, None
-        if candidates is None:  # reduce without accumulate
-            candidates = scan(send, None, self.law.lower_bound(send, None))
+        ready, self._candidates = self._candidates, None
+        candidates = self._begin(send, None) if ready is None else ready  # None: reduce without accumulate
         magnitudes = send[candidates].abs()
-        selected: Tensor = candidates[magnitudes >= self.law.threshold(magnitudes, self.n)]
-        return selected
+        threshold = self.law.threshold(magnitudes, self.n)
+        if isinstance(candidates, slice):
+            return scan(send, None, threshold)
+        return candidates[magnitudes >= threshold]
+
+    def _begin(self, send: Tensor, grad: Tensor | None) -> Tensor | slice:
+        """send += grad, where one is given; which elements can reach this step's threshold.
+
+        candidates = self._begin(send, None) if ready is None else ready  # None: no accumulate came before
+        host synchronisation of its own.
+        """
+        bound = self.law.lower_bound(send, grad)
+        if lists_candidates(send):
+            return scan(send, grad, bound)
+        if grad is not None:
+            send.add_(grad)
+        return slice(None)
 
     def metrics(self) -> dict[str, float]:
         return {**super().metrics(), **self.law.metrics()}
