@@ -225,8 +225,8 @@ class ThresholdSparsifier(Sparsifier):
     def _begin(self, send: Tensor, grad: Tensor | None) -> Tensor | slice:
         """send += grad, where one is given; which elements can reach this step's threshold.
 
-        candidates = self._begin(send, None) if ready is None else ready  # None: no accumulate came before
-        host synchronisation of its own.
+        On the CPU their indices, from the same pass. Elsewhere all elements: a list of candidates would cost
+        a host synchronisation of its own.
         """
         bound = self.law.lower_bound(send, grad)
         if lists_candidates(send):
