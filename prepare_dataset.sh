@@ -2,4 +2,6 @@
 # Prepare a data set once: ./prepare_dataset.sh NAME [--from ARCHIVE] [--data DIR]     (--help explains)
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
-PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}" exec "$here/.venv/bin/python" -m tasks.data.prepare "$@"
+python=$here/.venv/bin/python
+[ -x "$python" ] || python=python3   # a conda environment
+PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}" exec "$python" -m tasks.data.prepare "$@"

@@ -8,12 +8,13 @@ import torch
 
 from reducers import REDUCERS
 from sage import checkpoint, cli, config, launch, provenance
+from sage.board import Board
 from sage.clock import Clock
 from sage.comm import connect_comm
 from sage.feedback import FEEDBACKS
 from sage.gradient import GradientBuffer
 from sage.interfaces import Reducer, Seeds, Task
-from sage.launch import Board, Worker
+from sage.launch import Worker
 from sage.metrics import Recorder, say
 from sage.optim import OPTIMIZERS, build_optimizer
 from sage.train import RunSettings, Trainer, describe
@@ -29,20 +30,20 @@ def main(arguments: list[str]) -> int:
     try:
         settings = config.load(options.config, options.overrides, RunSettings, TABLES)
         if options.print_config:
-            print(config.to_yaml(settings), end="")
-            return 0
+            return cli.show(config.to_yaml(settings), launch.speaks_here())
         worker = launch.find_worker(options.threads, options.workers, options.data)
         TASKS[settings.task.name].check(settings.task, worker.data, worker.place.world_size)
+        if options.dry_run:
+            task, gradient, reducer = build(settings, worker)
+            text = describe(task, reducer, gradient, settings.epochs, worker.place)
+            return cli.show(text, launch.speaks_here())
+        checkpoint.check_writable(options.runs)
     except ValueError as error:
         return cli.complain(str(error)) if launch.speaks_here() else 2
-    if options.dry_run:
-        task, gradient, reducer = build(settings, worker)
-        say(describe(task, reducer, gradient, settings.epochs, worker.place.world_size))
-        return 0
     if worker.place.world_size > 1 and not launch.started_by_launcher():
         return launch.spawn([__file__, *arguments], worker.place.world_size, say)
-    start = partial(train, settings, options, worker)
-    return launch.supervise(worker, settings.timeout_seconds, settings.deterministic, start, cli.complain)
+    start, timeout = partial(train, settings, options, worker), settings.timeout_seconds
+    return launch.supervise(worker, timeout, settings.deterministic, start, cli.complain)
 
 
 def build(settings: RunSettings, worker: Worker) -> tuple[Task, GradientBuffer, Reducer]:
@@ -61,15 +62,14 @@ def train(settings: RunSettings, options: cli.Arguments, worker: Worker, board: 
     task, gradient, reducer = build(settings, worker)
     feedback = FEEDBACKS[settings.feedback.name](gradient.flat)
     optimizer = build_optimizer(settings.optimizer, task.model)
-    name = provenance.run_id(settings.reducer.name, settings.seed)
-    folder = options.runs / options.config.stem / board.agree("run", name)
-    environment = provenance.environment(**worker.facts(), workers=board.collect("where", worker.where()))
+    run = board.agree("run", provenance.run_id(settings.reducer.name, settings.seed))
+    folder = options.runs / options.config.stem / run
+    workers, steps = board.collect("where", worker.where()), settings.epochs * task.steps_per_epoch
     if speaks:
         say(f"{folder}: {worker.describe()}")
+        environment = provenance.environment(**worker.facts(), workers=workers)
         checkpoint.begin(folder, config.to_yaml(settings), environment)
-    with Recorder(
-        folder if speaks else None, settings.epochs * task.steps_per_epoch, settings.log
-    ) as recorder:
+    with Recorder(folder if speaks else None, steps, settings.log) as recorder:
         parts = (task, reducer, feedback, gradient, optimizer)
         summary = Trainer(settings, *parts, comm, side, clock, recorder, board).run()
     if speaks:

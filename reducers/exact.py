@@ -26,7 +26,8 @@ class Exact(Reducer):
     def reduce(self, send: Tensor, mean: Tensor, comm: Communicator) -> None:
         mean.copy_(send)
         comm.all_reduce(mean)
-        mean.div_(comm.world_size)
+        if comm.world_size > 1:
+            mean.div_(comm.world_size)
         send.zero_()
 
     def expected_payload_bytes(self, world_size: int) -> int:

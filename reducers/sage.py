@@ -43,8 +43,9 @@ class Sampler:
         self._starts: Tensor | None = None
         self._sizes: Tensor | None = None
         if sampling == "by_tensor":
-            self._starts = torch.tensor([slot.start for slot in layout], device=device)
-            self._sizes = torch.tensor([slot.size for slot in layout], device=device)
+            filled = [slot for slot in layout if slot.size]
+            self._starts = torch.tensor([slot.start for slot in filled], device=device)
+            self._sizes = torch.tensor([slot.size for slot in filled], device=device)
 
     def indices(self) -> Tensor:
         """(size,) int64."""

@@ -28,12 +28,12 @@ class SparsifierSettings(Named):
     index."""
 
 
-Threshold = Annotated[float, Field(gt=0)] | Literal["auto"]
+Threshold = Annotated[float, Field(ge=1.2e-38, le=3.4e38)] | Literal["auto"]  # float32's normal numbers
 
 
 def target_count(density: float, n: int) -> int:
-    """k = max(1, floor(density n))."""
-    return max(1, int(density * n))
+    """k = max(1, floor(density n)), and 0 of none."""
+    return min(n, max(1, int(density * n)))
 
 
 def resolve_threshold(threshold: float | Literal["auto"], density: float, n: int) -> float:
@@ -78,14 +78,15 @@ def scan_in_chunks(send: Tensor, grad: Tensor | None, threshold: Tensor) -> Tens
     magnitude = np.empty(min(CHUNK, n), flat.dtype)
     selected = np.empty(min(CHUNK, n), np.bool_)
     found = [np.empty(0, np.int64)]
-    for start in range(0, n, CHUNK):
-        part = flat[start : start + CHUNK]
-        size = part.size
-        if added is not None:
-            np.add(part, added[start : start + CHUNK], out=part)
-        np.abs(part, out=magnitude[:size])
-        np.greater_equal(magnitude[:size], limit, out=selected[:size])
-        found.append(np.flatnonzero(selected[:size]) + start)
+    with np.errstate(all="ignore"):  # inf - inf and overflow are as silent as in torch
+        for start in range(0, n, CHUNK):
+            part = flat[start : start + CHUNK]
+            size = part.size
+            if added is not None:
+                np.add(part, added[start : start + CHUNK], out=part)
+            np.abs(part, out=magnitude[:size])
+            np.greater_equal(magnitude[:size], limit, out=selected[:size])
+            found.append(np.flatnonzero(selected[:size]) + start)
     return torch.from_numpy(np.concatenate(found))
 
 
@@ -128,7 +129,7 @@ def exchange_by_union(send: Tensor, mean: Tensor, indices: Tensor, comm: Communi
     Returns every worker's indices. Three collectives: sizes, indices, values at the union.
     """
     gathered = comm.all_gather_ragged(indices.to(torch.int32))
-    union = torch.cat(gathered).unique().long()
+    union = torch.cat(gathered).unique().long()  # host synchronisation: the union's size
     values = send[union]
     comm.all_reduce(values)
     send[union] = 0

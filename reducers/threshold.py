@@ -19,7 +19,7 @@ from sage.interfaces import Seeds, Slot
 class HardThresholdSettings(SparsifierSettings):
     name: Literal["threshold"] = "threshold"
     threshold: Threshold = "auto"
-    """The constant; auto: 1 / (2 sqrt k), k = density n. The density is used for nothing else."""
+    """The constant; auto: 1 / (2 sqrt k), k = density n. Beside a number the density is a label only."""
 
 
 class ConstantLaw(ThresholdLaw):

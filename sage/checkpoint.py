@@ -2,6 +2,7 @@
 
 import json
 import os
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -36,8 +37,19 @@ def write_weights(path: Path, model: torch.nn.Module) -> None:
     write_whole(path, lambda file: torch.save(model.state_dict(), file))
 
 
+def check_writable(runs: Path) -> None:
+    """Raise ValueError where no run's folder can be made in runs, which is made where it is missing."""
+    try:
+        runs.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=runs):
+            pass
+    except OSError as error:
+        raise ValueError(f"--runs {runs}: expected a folder to write to: {error.strerror}") from None
+
+
 def begin(folder: Path, config: str, environment: Mapping[str, Any]) -> None:
-    """Make a run's folder, with its resolved configuration and where it runs."""
+    """Make a run's folder, a new one, with its resolved configuration and where it runs."""
+    folder.mkdir(parents=True)
     write_text(folder / "config.yaml", config)
     write_json(folder / "environment.json", environment)
 

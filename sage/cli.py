@@ -62,6 +62,13 @@ def parse(arguments: list[str]) -> Arguments:
     return Arguments(config=Path(config), overrides=overrides, **parsed)
 
 
+def show(text: str, speaks: bool) -> int:
+    """An answer on stdout, from the one process that speaks, and the exit code."""
+    if speaks:
+        print(text.rstrip("\n"))
+    return 0
+
+
 def complain(message: str) -> int:
     """Bad input: the message's lines on stderr, and the exit code."""
     for line in message.splitlines():

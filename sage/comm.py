@@ -4,7 +4,9 @@ The public methods count and time, then call the private ones; so bytes and comm
 one place, for all reducers alike, sizes and padding included.
 """
 
+import math
 import threading
+import time
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -67,7 +69,7 @@ class CountingComm(Communicator):
         """Two collectives: the lengths (int32), then everything padded to the longest."""
         if self.world_size == 1:
             return [x]
-        lengths = self.all_gather(torch.tensor([x.numel()], dtype=torch.int32, device=x.device))
+        lengths = self.all_gather(torch.full((1,), x.numel(), dtype=torch.int32, device=x.device))
         counts: list[int] = lengths.flatten().tolist()  # host synchronisation: the workers' sizes
         longest = max(counts)
         if longest == 0:
@@ -143,6 +145,8 @@ class _Room:
         """The combination of every worker's x; it shares no storage with any of them, and is not to be
         changed."""
         with self._condition:
+            if self._trouble is not None:  # once it has failed, no later call can tell who is where
+                raise CommunicationError(f"worker {rank} calls {call}: {self._trouble}")
             generation = self._generation
             self._brought[rank] = (call, x)
             if self._ended:
@@ -180,6 +184,7 @@ class _Room:
 
     def _fail(self, trouble: str) -> None:
         self._trouble = self._trouble or trouble
+        self._brought = {}
         self._condition.notify_all()
 
 
@@ -222,8 +227,14 @@ class LocalComm(CountingComm):
         threads = [threading.Thread(target=run_one, args=(rank,), daemon=True) for rank in range(world_size)]
         for thread in threads:
             thread.start()
+        deadline = (
+            math.inf
+        )  # until a worker fails; a hung one is not waited for longer than the others waited
         for thread in threads:
-            thread.join()
+            while thread.is_alive() and time.monotonic() < deadline:
+                thread.join(0.1)
+                if errors and deadline == math.inf:
+                    deadline = time.monotonic() + timeout_seconds
         if errors:
             raise errors[0]
         return results

@@ -49,6 +49,10 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(
+                    problem="a key must be a text", problem_mark=key.start_mark
+                )
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(
                     problem=f"the key {key.value} stands twice", problem_mark=key.start_mark
@@ -70,7 +74,7 @@ def read_yaml(text: str, origin: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         where = f" (line {mark.line + 1})" if mark else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-    except (ValueError, AttributeError) as error:  # a date or time that is none
+    except (ValueError, AttributeError, RecursionError) as error:  # a date that is none; brackets without end
         where, problem = "", str(error)
     raise ConfigError(f"{origin}: not valid YAML{where}: {problem}")
 

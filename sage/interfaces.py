@@ -86,8 +86,12 @@ class Stateful:
             if isinstance(value, Stateful):
                 value.load_state_dict(state[name])
             elif isinstance(value, torch.Generator):
-                value.set_state(state[name])
+                value.set_state(state[name].cpu())  # where torch takes it from, on a GPU's generator too
             elif isinstance(value, Tensor):
+                if (value.shape, value.dtype) != (state[name].shape, state[name].dtype):
+                    raise ValueError(
+                        f"{name}: expected {value.dtype} {tuple(value.shape)}, got another shape or type"
+                    )
                 setattr(self, name, state[name].to(value.device, copy=True))
             else:
                 setattr(self, name, state[name])
@@ -135,9 +139,10 @@ class Communicator(ABC):
 class Reducer(Stateful, ABC):
     """Averages a flat gradient over workers, possibly lossily.
 
-    Built from (config, layout, *, seeds, device): layout is a list of Slot in flat order. It stores no
-    timer, rank, world size or process group, synchronises no device and may run on any thread and stream,
-    so that one object serves under processes, under threads, and one a bucket in somebody's own hook.
+    Built from (config, layout, *, seeds, device): layout is a list of Slot in flat order. It stores no timer,
+    rank, world size or process group, waits for the device at most to learn how much to send, and may run on
+    any thread and stream, so that one object serves under processes, under threads, and one a bucket in
+    somebody's own hook.
     """
 
     Settings: ClassVar[type[Any]]

@@ -10,7 +10,6 @@ import os
 import signal
 import socket
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,12 +24,11 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from sage.board import PATIENCE_SECONDS, Board, first_line
 from sage.interfaces import CommunicationError, Place, TrainingError
 
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 """What the launcher passes on to its workers; SIGUSR1 is SLURM's warning before the time limit."""
-SILENCE_SECONDS = 1.0
-"""How long the survivors of a failed collective wait for one another before calling the silent ones lost."""
 
 
 @dataclass(frozen=True)
@@ -88,14 +86,21 @@ def find_worker(num_threads: int | None, num_workers: int | None, data: Path | N
     numbers are none, or are not num_workers.
     """
     environ = os.environ if started_by_launcher() else {}
-    world_size = _number(environ, "WORLD_SIZE", num_workers or 1)
+    world_size = _number(environ, "WORLD_SIZE", num_workers or 1, low=1)
     if num_workers not in (None, world_size):
         raise ValueError(f"--workers: expected {world_size}, as launched, got {num_workers}")
-    local_world_size = _number(environ, "LOCAL_WORLD_SIZE", world_size)
-    local_rank = _number(environ, "LOCAL_RANK", 0)
+    rank = _number(environ, "RANK", 0, high=world_size - 1)
+    local_world_size = _number(environ, "LOCAL_WORLD_SIZE", world_size, low=1)
+    local_rank = _number(environ, "LOCAL_RANK", 0, high=local_world_size - 1)
+    if environ and world_size > 1:
+        _number(environ, "MASTER_PORT", -1, low=1, high=65535)
+        if not environ.get("MASTER_ADDR"):
+            raise ValueError(
+                "MASTER_ADDR: expected the address of rank 0's host from the launcher, got nothing"
+            )
     num_gpus = torch.cuda.device_count()
     return Worker(
-        place=Place(_number(environ, "RANK", 0), world_size),
+        place=Place(rank, world_size),
         local_world_size=local_world_size,
         device=torch.device("cuda", local_rank % num_gpus) if num_gpus else torch.device("cpu"),
         backend="nccl" if num_gpus >= local_world_size else "gloo",
@@ -104,10 +109,12 @@ def find_worker(num_threads: int | None, num_workers: int | None, data: Path | N
     )
 
 
-def _number(environ: Mapping[str, str], name: str, default: int) -> int:
+def _number(environ: Mapping[str, str], name: str, default: int, low: int = 0, high: int = 2**31) -> int:
+    """A launcher's variable, or the default where it is not set."""
     text = environ.get(name, str(default))
-    if not text.isdecimal():
-        raise ValueError(f"{name}: expected a number from the launcher, got {text!r}")
+    if not text.isdecimal() or not low <= int(text) <= high:
+        got = repr(text) if name in environ else "nothing"
+        raise ValueError(f"{name}: expected a number in [{low}, {high}] from the launcher, got {got}")
     return int(text)
 
 
@@ -129,71 +136,25 @@ def spawn(command: Sequence[str], num_workers: int, say: Callable[[str], None]) 
         monitor_interval=0.5,
         signals_to_handle=SIGNALS,
     )
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what it logs is said below
+    for name in list(
+        logging.root.manager.loggerDict
+    ):  # each has a level of its own; what they log is said below
+        if name.startswith(("torch.distributed.elastic", "torch.distributed.launcher")):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         elastic_launch(config, sys.executable)("-u", *command)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        how = f"signal {-failure.exitcode}" if failure.exitcode < 0 else f"exit code {failure.exitcode}"
-        say(f"worker {rank} was the first to fail ({how}); the run has ended")
+        died = failure.exitcode < 0
+        how = (
+            f"to fail (signal {-failure.exitcode})" if died else f"to give up (exit code {failure.exitcode})"
+        )
+        say(f"worker {rank} was the first {how}; the run has ended")
         return failure.exitcode if failure.exitcode > 0 else 1
     except SignalException as error:
         say(f"stopped by {error.sigval.name}; the workers have ended")
         return 128 + int(error.sigval)
     return 0
-
-
-class Board:
-    """Each worker's step, in the rendezvous store: there one can read who fell behind in a collective."""
-
-    def __init__(self, place: Place, store: Store | None) -> None:
-        self.place = place
-        self._store = store
-
-    def agree(self, name: str, value: str) -> str:
-        """Rank 0's value, on every worker."""
-        if self._store is None:
-            return value
-        if self.place.rank == 0:
-            self._store.set(name, value)
-        return str(self._store.get(name).decode())
-
-    def collect(self, name: str, value: str) -> list[str]:
-        """Every worker's value, in rank order."""
-        if self._store is None:
-            return [value]
-        self._store.set(f"{name}/{self.place.rank}", value)
-        return [self._store.get(f"{name}/{rank}").decode() for rank in range(self.place.world_size)]
-
-    def set_step(self, step: int) -> None:
-        if self._store is not None:
-            self._store.set(f"step/{self.place.rank}", str(step))
-
-    def blame(self) -> str:
-        """Which workers fell behind, in one line; asked by the survivors of a failed collective.
-
-        Each survivor marks itself, waits SILENCE_SECONDS for the others to do so, and names those that have
-        not.
-        """
-        if self._store is None:
-            return "there is no other worker"
-        try:
-            self._store.set(f"survived/{self.place.rank}", "1")
-            time.sleep(SILENCE_SECONDS)
-            steps = {rank: self._step_of(rank) for rank in range(self.place.world_size)}
-            silent = [rank for rank in steps if not self._store.check([f"survived/{rank}"])]
-        except RuntimeError as error:  # the store's own error, when its host is gone
-            reason = str(error).splitlines()[0]
-            return f"the rendezvous store is gone, so no worker's step is known ({reason})"
-        told = ", ".join(f"rank {rank} at step {step}" for rank, step in steps.items())
-        if not silent:
-            return f"every worker is alive and gave up ({told})"
-        return f"rank {', '.join(map(str, silent))} fell behind: it no longer answers ({told})"
-
-    def _step_of(self, rank: int) -> str:
-        assert self._store is not None
-        key = f"step/{rank}"
-        return self._store.get(key).decode() if self._store.check([key]) else "none"
 
 
 @contextmanager
@@ -213,9 +174,8 @@ def connect(worker: Worker, timeout_seconds: float, *, deterministic: bool) -> I
     try:
         store = _join_group(worker, timedelta(seconds=timeout_seconds))
     except RuntimeError as error:  # DistError and its kind
-        reason = str(error).strip().splitlines()[0]
-        raise CommunicationError(f"could not meet the other workers: {reason}") from error
-    yield Board(worker.place, store)
+        raise CommunicationError(f"could not meet the other workers: {first_line(error)}") from error
+    yield Board(worker.place, store, min(timeout_seconds, PATIENCE_SECONDS))
     dist.destroy_process_group()
 
 
@@ -228,6 +188,8 @@ def _join_group(worker: Worker, timeout: timedelta) -> Store:
         is_master=worker.place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
         timeout=timeout,
     )
+    if worker.backend == "nccl":  # a collective that times out is an error here, not the end of the process
+        os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
     dist.init_process_group(
         worker.backend,
         store=dist.PrefixStore("group", store),
@@ -262,6 +224,9 @@ def supervise(
     except TrainingError as error:
         if worker.place.rank == 0:
             complain(str(error))
+        return 1
+    except OSError as error:  # a full disk, say
+        complain(f"rank {worker.place.rank}: {error}")
         return 1
     except KeyboardInterrupt:
         return 128 + signal.SIGINT

@@ -225,9 +225,9 @@ class Recorder:
             self._file.close()
 
     def write(self, line: Mapping[str, Any]) -> None:
-        """Append a line, on the disk at once: what was computed is not lost."""
+        """Append a line, handed to the system at once: a run that dies loses none."""
         if self._file:
-            self._file.write(json.dumps(line) + "\n")
+            self._file.write(json.dumps(line, allow_nan=False) + "\n")
             self._file.flush()
         for sink in self._sinks:
             sink.log({f"{line['kind']}/{name}": value for name, value in scalars(line).items()}, line["step"])

@@ -1,5 +1,6 @@
 """Optimizers (torch's own), parameter groups, the learning-rate schedule and clipping."""
 
+import re
 from typing import Annotated, Any, Literal, Self
 
 import torch
@@ -50,7 +51,7 @@ def clip_norm(grad: Tensor, max_norm: float) -> None:
 
 
 class PublishedNesterov(torch.optim.Optimizer):
-    """SGD with the momentum of SAGE's published code: m = mu m + g, w -= lr (g + m); g has the decay in it."""
+    """SGD with the momentum of SAGE's published code: m = mu m + g, w -= lr (g + m); g includes decay."""
 
     def __init__(self, groups: list[dict[str, Any]], lr: float, momentum: float) -> None:
         super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": 0.0})
@@ -132,8 +133,15 @@ _UNDECAYED = (
 )
 
 
+_BIAS = re.compile(r"(\w+_)?bias|bias_[ih]h_l\d+(_reverse)?|bias_[ih]h")
+
+
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups: weights, decayed, and biases and normalisation layers, not; by module type, not by name."""
+    """Two groups: weights, decayed, and biases and normalisation layers, not.
+
+    Normalisation is told by the module's type; a bias by torch's own parameter names (bias, in_proj_bias,
+    bias_ih_l0), never by the model's names for its modules.
+    """
     decayed: list[nn.Parameter] = []
     undecayed: list[nn.Parameter] = []
     seen: set[nn.Parameter] = set()
@@ -141,7 +149,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.requires_grad and parameter not in seen:
                 seen.add(parameter)  # a tied weight belongs to the first module that holds it
-                spared = isinstance(module, _UNDECAYED) or "bias" in name
+                spared = isinstance(module, _UNDECAYED) or _BIAS.fullmatch(name) is not None
                 (undecayed if spared else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]

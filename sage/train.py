@@ -8,13 +8,13 @@ import torch
 from pydantic import Field, SerializeAsAny
 from torch import Tensor
 
+from sage.board import Board
 from sage.clock import Clock
 from sage.comm import CountingComm
 from sage.config import Named, Settings
 from sage.feedback import Residual
 from sage.gradient import GradientBuffer
-from sage.interfaces import Communicator, Progress, Reducer, Task, TrainingError
-from sage.launch import Board
+from sage.interfaces import Communicator, Place, Progress, Reducer, Task, TrainingError
 from sage.metrics import Log, Meter, Recorder, readable_bytes
 from sage.optim import Clip, Schedule, clip_norm
 
@@ -169,6 +169,9 @@ class Trainer:
         for step, loss in enumerate(losses, start=self.step + 1 - len(losses)):
             if not math.isfinite(loss):
                 raise TrainingError(f"the loss became {loss} at epoch {epoch}, step {step}")
+        for name in norms:  # a NaN that is never selected never reaches the loss
+            if not math.isfinite(line[name]):
+                raise TrainingError(f"{name} became {line[name]} at epoch {epoch}, step {self.step}")
         line = {"kind": "step", "epoch": epoch, "step": self.step, **line}
         self.recorder.write(line)
         self.recorder.show_step(line)
@@ -225,24 +228,28 @@ class Trainer:
 def _named_norms(gradient: float, before: float, after: float) -> dict[str, float]:
     """gradient: of the raw gradient; before, after: of the send buffer around the reduction."""
     # ||send - sent||^2 / ||send||^2: what remains in send is send - sent
-    error = (after / before) ** 2 if before > 0 else 0.0
+    error = 0.0 if before == 0 else (after / before) ** 2
     return {"gradient_norm": gradient, "residual_norm": after, "compression_error": error}
 
 
 def _checksum(values: Tensor) -> Tensor:
-    """A scalar int64: the sum of the bits as integers, so that any single change shows."""
-    return values.reshape(-1).view(torch.int32).sum(dtype=torch.int64)
+    """A scalar int64: the sum, modulo 2^64, of the bits as integers times an odd weight of each place.
+
+    An odd weight is invertible, so any single change shows; opposite changes at two places do not cancel.
+    """
+    bits = values.reshape(-1).view(torch.int32).long()
+    return (bits * (2 * torch.arange(bits.numel(), device=bits.device) + 1)).sum()
 
 
-def describe(task: Task, reducer: Reducer, gradient: GradientBuffer, epochs: int, world_size: int) -> str:
+def describe(task: Task, reducer: Reducer, gradient: GradientBuffer, epochs: int, place: Place) -> str:
     """What a run would be, without training."""
     num_elements, steps = gradient.flat.numel(), task.steps_per_epoch
-    payload, dense = reducer.expected_payload_bytes(world_size), gradient.flat.nbytes
+    payload, dense = reducer.expected_payload_bytes(place.world_size), gradient.flat.nbytes
     share = f", {payload / dense:.3%} of the dense gradient's {readable_bytes(dense)}" if payload else ""
     lines = [
         f"parameters  {num_elements:,} in {len(gradient.layout)} tensors",
-        f"workers     {world_size}",
-        f"batch       {task.batch_per_worker} a worker, {task.batch_per_worker * world_size} in all",
+        f"workers     {place.world_size}",
+        f"batch       {task.batch_per_worker} a worker, {task.batch_per_worker * place.world_size} in all",
         f"steps       {steps:,} an epoch, {steps * epochs:,} in {epochs} epochs",
         f"payload     {readable_bytes(payload)} a worker and step at the target density{share}",
     ]

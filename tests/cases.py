@@ -45,6 +45,10 @@ class Case:
     """Settings under which the first step is exact; None: none are."""
     nan_is_sent: bool = True
     """Whether a NaN is selected; if not, it stays in send."""
+    count: Callable[[Tensor, dict[str, float]], int] | None = None
+    """How many elements a worker selects, from send (n,) and its metrics; None: a dense reducer."""
+    fixed_count: bool = False
+    """The count is the same at every step."""
 
     def __str__(self) -> str:
         return "-".join([self.reducer, *(str(value) for value in self.settings.values())])
@@ -55,33 +59,39 @@ class Case:
         return reducer(config, layout, seeds=Seeds.derive(1, rank), device=torch.device("cpu"))
 
 
+def layerwise(send: Tensor, metrics: dict[str, float]) -> int:
+    """k of each tensor at a density of 0.05."""
+    return sum(max(1, int(0.05 * slot.size)) for slot in LAYOUT)
+
+
+def overall(send: Tensor, metrics: dict[str, float]) -> int:
+    """k of all at a density of 0.05."""
+    return int(0.05 * N)
+
+
+def reached(send: Tensor, metrics: dict[str, float]) -> int:
+    """What reaches the threshold that is logged."""
+    return int((send.abs() >= metrics["threshold"]).sum())
+
+
+TOPK = {"exact_with": {"density": 1.0}, "count": layerwise, "fixed_count": True}
+GLOBAL = {"exact_with": {"density": 1.0}, "count": overall, "fixed_count": True}
+BY_THRESHOLD = {"exact_with": {"threshold": 1e-30}, "count": reached, "nan_is_sent": False}
+SAGE = {"density": 0.05, "threshold": 0.03}
 UNION = {"exchange": "union"}
-ALL = {"density": 1.0}
-TINY = {"threshold": 1e-30}
 
 CASES = [
     Case("exact", gathers_only=False, exact_with={}),
-    Case("topk", {"density": 0.05}, exact_with=ALL),
-    Case("topk", {"density": 0.05, **UNION}, gathers_only=False, exact_with=ALL),
-    Case("global_topk", {"density": 0.05}, exact_with=ALL),
-    Case("global_topk", {"density": 0.05, **UNION}, gathers_only=False, exact_with=ALL),
-    Case("threshold", {"threshold": 0.03}, exact_with=TINY, nan_is_sent=False),
-    Case("threshold", {"threshold": 0.03, **UNION}, gathers_only=False, exact_with=TINY, nan_is_sent=False),
-    Case("threshold", {"threshold": "auto", "density": 0.5}, exact_with=TINY, nan_is_sent=False),
-    Case("sage", {"density": 0.05, "threshold": 0.03}, exact_with=TINY, nan_is_sent=False),
-    Case(
-        "sage",
-        {"density": 0.05, "threshold": 0.03, **UNION},
-        gathers_only=False,
-        exact_with=TINY,
-        nan_is_sent=False,
-    ),
-    Case(
-        "sage",
-        {"density": 0.05, "threshold": 0.03, "sampling": "by_tensor"},
-        exact_with=TINY,
-        nan_is_sent=False,
-    ),
+    Case("topk", {"density": 0.05}, **TOPK),
+    Case("topk", {"density": 0.05, **UNION}, gathers_only=False, **TOPK),
+    Case("global_topk", {"density": 0.05}, **GLOBAL),
+    Case("global_topk", {"density": 0.05, **UNION}, gathers_only=False, **GLOBAL),
+    Case("threshold", {"threshold": 0.03}, **BY_THRESHOLD),
+    Case("threshold", {"threshold": 0.03, **UNION}, gathers_only=False, **BY_THRESHOLD),
+    Case("threshold", {"threshold": "auto", "density": 0.5}, **BY_THRESHOLD),
+    Case("sage", SAGE, **BY_THRESHOLD),
+    Case("sage", {**SAGE, **UNION}, gathers_only=False, **BY_THRESHOLD),
+    Case("sage", {**SAGE, "sampling": "by_tensor"}, **BY_THRESHOLD),
 ]
 
 

@@ -14,10 +14,11 @@ SOURCES = [
 SHARED = {"reducers.sparse", "tasks.classification"}
 """What a family shares; also everything under tasks.models and tasks.data."""
 
-BASE = {"interfaces", "config", "clock"}
+BASE = {"interfaces", "config", "clock", "board"}
 MIDDLE = {"comm", "launch", "gradient", "feedback", "optim", "metrics", "checkpoint"}
 MAY_IMPORT: dict[str, set[str]] = {
     **{name: set() for name in (*BASE, "provenance", "__init__")},
+    "board": {"interfaces"},
     **{name: BASE for name in MIDDLE},
     "train": BASE | MIDDLE,
     "report": {"config", "metrics"},

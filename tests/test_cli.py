@@ -116,7 +116,7 @@ def test_a_file_that_is_no_mapping_is_refused(refuse: Refuse, tmp_path: Path) ->
         ("reducer.density=0", "expected a number in (0, 1], got 0"),
         ("reducer.density=2", "expected a number in (0, 1], got 2"),
         ("reducer.density=lots", "expected a number in (0, 1], got 'lots'"),
-        ("reducer.threshold=-1", "expected a number in (0, inf) or auto, got -1"),
+        ("reducer.threshold=-1", "expected a number in [1.2e-38, 3.4e+38] or auto, got -1"),
         ("optimizer.lr=nan", "expected a number in [0, inf), got 'nan'"),
         ("optimizer.lr=.nan", "expected a number in [0, inf), got .nan"),
     ],
@@ -238,7 +238,7 @@ def test_workers_other_than_the_launchers_are_refused(
     assert line.startswith("--workers: expected 2, ")
     assert line.endswith(", got 3")
     monkeypatch.setenv("WORLD_SIZE", "two")
-    assert refuse(DIGITS) == "WORLD_SIZE: expected a number from the launcher, got 'two'"
+    assert refuse(DIGITS) == "WORLD_SIZE: expected a number in [1, 2147483648] from the launcher, got 'two'"
 
 
 def test_of_a_launchers_workers_one_a_host_says_what_is_wrong(

@@ -1,5 +1,6 @@
 """The communicators: what arrives, what is counted, and how trouble is told."""
 
+import threading
 from collections.abc import Callable
 
 import pytest
@@ -141,3 +142,51 @@ def test_a_workers_own_error_is_what_is_raised() -> None:
 
     with pytest.raises(KeyError, match="mine"):
         run(3, worker)
+
+
+def test_a_worker_that_does_not_come_is_an_error_for_all_and_its_late_call_too() -> None:
+    late = threading.Event()
+    errors = {}
+
+    def worker(comm: LocalComm) -> None:
+        if comm.rank == 1:
+            late.wait(10)
+        x = torch.full((1,), 7.0)
+        try:
+            comm.all_reduce(x)
+        except CommunicationError as error:
+            errors[comm.rank] = str(error)
+        x.fill_(777.0)  # what an abandoned call brought must reach nobody
+        late.set()
+
+    run(2, worker, timeout_seconds=0.2)
+    assert set(errors) == {0, 1}
+    assert all("workers [1] did not come within 0.2 s" in error for error in errors.values())
+
+
+def test_after_trouble_no_call_succeeds() -> None:
+    outcomes = []
+
+    def worker(comm: LocalComm) -> None:
+        for _ in range(2):
+            try:
+                comm.all_gather(torch.zeros(1 + comm.rank))
+                outcomes.append("arrived")
+            except CommunicationError:
+                outcomes.append("refused")
+
+    run(2, worker)
+    assert outcomes == ["refused"] * 4
+
+
+def test_a_hung_worker_is_not_waited_for_for_ever() -> None:
+    end = threading.Event()
+
+    def worker(comm: LocalComm) -> None:
+        if comm.rank == 1:
+            end.wait(60)
+        comm.all_reduce(torch.zeros(1))
+
+    with pytest.raises(CommunicationError, match=r"workers \[1\] did not come"):
+        run(2, worker, timeout_seconds=0.2)
+    end.set()

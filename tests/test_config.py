@@ -26,6 +26,7 @@ optimizer: {name: sgd, lr: 0.05, momentum: 0.9, weight_decay: 0.25}
 EVERYTHING_CHANGED = """\
 seed: 7
 epochs: 3
+stop_at_score: 0.5
 task: {name: cifar10, model: resnet18, batch_per_worker: 5}
 reducer: {name: sage, density: 1e-3, threshold: 1e-7, exchange: union, sampling: by_tensor}
 feedback: {name: none}
@@ -35,7 +36,7 @@ clip: {norm: 2.5, before_reduce: false}
 precision: bfloat16
 deterministic: false
 timeout_seconds: 12.5
-log: {every: 3}
+log: {every: 3, tensorboard: false}
 """
 Load = Callable[..., RunSettings]
 
@@ -130,7 +131,7 @@ def test_every_value_survives_a_round_trip(load: Load) -> None:
         for name, field in type(part).model_fields.items()
         if getattr(part, name) == field.default
     }
-    assert unchanged == {"name", "model"}  # of one choice each
+    assert unchanged == {"name", "model", "wandb"}  # wandb: needs its package
     assert load(text=config.to_yaml(settings)) == settings
 
 
@@ -198,8 +199,8 @@ MISTAKES = [  # path, value, what the line says was expected
     ("reducer.density", True, "a number in (0, 1]"),
     ("reducer.density", None, "a number in (0, 1]"),
     ("reducer.density", [0.1], "a number in (0, 1]"),
-    ("reducer.threshold", -1, "a number in (0, inf) or auto"),
-    ("reducer.threshold", "auot", "a number in (0, inf) or auto"),
+    ("reducer.threshold", -1, "a number in [1.2e-38, 3.4e+38] or auto"),
+    ("reducer.threshold", "auot", "a number in [1.2e-38, 3.4e+38] or auto"),
     ("reducer.exchange", "gathr", "gather, union"),
     ("optimizer.lr", "nan", "a number in [0, inf)"),
     ("optimizer.lr", float("nan"), "a number in [0, inf)"),

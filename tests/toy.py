@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from reducers import REDUCERS
 from run import TABLES
+from sage.board import Board
 from sage.clock import Clock
 from sage.comm import LocalComm
 from sage.config import Named, validate
 from sage.feedback import FEEDBACKS
 from sage.gradient import GradientBuffer
 from sage.interfaces import Place, Seeds, Task
-from sage.launch import Board
 from sage.metrics import Recorder
 from sage.optim import build_optimizer
 from sage.train import RunSettings, Trainer
