@@ -6,13 +6,14 @@
 All reducers and the floor take turns in one run (interleaved), one thread a process, each with error
 feedback and a memory of its own, which is kept; the figures are medians. The gradients are heavy-tailed
 (Student's t, 3 degrees of freedom), with a scale a tensor, as in networks, and differ from step to step.
-The hard threshold's constant, which is also SAGE's first one, is fitted beforehand so that the density
-is about the target in the measured steps. The mean density of the measured steps is printed beside the
-time.
+The hard threshold's constant and SAGE's first threshold are fitted beforehand so that the density is about
+the target in the measured steps: two that select as much are compared. The mean density of the measured
+steps is printed beside the time.
 """
 
 import argparse
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -30,7 +31,7 @@ from torch import Tensor
 
 from reducers import REDUCERS
 from sage.checkpoint import write_text
-from sage.comm import CountingComm, connect_comm
+from sage.comm import CountingComm, LocalComm, connect_comm
 from sage.interfaces import Communicator, Reducer, Seeds, Slot
 from tasks.models.resnet import resnet18
 
@@ -128,14 +129,31 @@ def fitting_threshold(layout: list[Slot], gradients: Gradients, density: float) 
     return statistics.median(thresholds[NUM_WARM_UP:])
 
 
+def fitting_start(layout: list[Slot], gradients: Gradients, density: float, constant: float) -> float:
+    """SAGE's first threshold: the fraction of the constant that brings its density nearest the target.
+
+    The memory is empty at first and fills, and SAGE's alpha raises the threshold with it.
+    """
+    n, errors = layout[-1].stop, {}
+    for fraction in (1.0, 0.7, 0.5, 0.35, 0.25, 0.18, 0.12):
+        entry = make_entry("sage", layout, density, fraction * constant, LocalComm.alone(), 0)
+        grad = torch.empty(n)
+        for _ in range(NUM_WARM_UP + NUM_MEASURED):
+            gradients.fill(grad)
+            entry.step(grad)
+        achieved = statistics.mean(entry.densities[NUM_WARM_UP:])
+        errors[abs(math.log(max(achieved, 1e-9) / density))] = fraction * constant
+    return errors[min(errors)]
+
+
 def make_entry(
-    name: str, layout: list[Slot], density: float, threshold: float, world_size: int, rank: int
+    name: str, layout: list[Slot], density: float, threshold: float, comm: CountingComm, rank: int
 ) -> Entry:
     settings = REDUCERS[name].Settings
     given = {"density": density, "threshold": threshold}
     config = settings(**{key: value for key, value in given.items() if key in settings.model_fields})
     reducer = REDUCERS[name](config, layout, seeds=Seeds.derive(1, rank), device=torch.device("cpu"))
-    return Entry(reducer, torch.zeros(layout[-1].stop), connect_comm(world_size), [], [])
+    return Entry(reducer, torch.zeros(layout[-1].stop), comm, [], [])
 
 
 def measure(
@@ -143,9 +161,14 @@ def measure(
 ) -> list[Row]:
     """Interleaved: every reducer and the floor once a round; the medians over the measured rounds."""
     n, gradients = layout[-1].stop, Gradients(layout, rank)
-    threshold = torch.tensor([fitting_threshold(layout, gradients, density)])
-    side.broadcast(threshold)
-    entries = {name: make_entry(name, layout, density, threshold.item(), world_size, rank) for name in names}
+    constant = fitting_threshold(layout, gradients, density)
+    thresholds = torch.tensor([constant, fitting_start(layout, gradients, density, constant)])
+    side.broadcast(thresholds)
+    constant, start = thresholds.tolist()
+    entries = {}
+    for name in names:
+        threshold = start if name == "sage" else constant
+        entries[name] = make_entry(name, layout, density, threshold, connect_comm(world_size), rank)
     grad, fresh, memory, floor = torch.empty(n), torch.empty(n), torch.zeros(n), []
     for step in range(NUM_WARM_UP + NUM_MEASURED):
         gradients.fill(fresh)
