@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from sage.interfaces import Place, Seeds
 from tasks.classification import Augmentation, ImageClassification, ImageSet
-from tasks.data import cifar10, digits
+from tasks.data import digits
+from tasks.data.cifar import CIFAR10
 from tasks.models.resnet import resnet18
 
 CPU = torch.device("cpu")
@@ -400,10 +401,10 @@ def test_a_prepared_file_is_read_as_it_was_written(tmp_path: Path) -> None:
         for part, count in (("train", 7), ("test", 3))
         for kind, shape in (("x", (count, 32, 32, 3)), ("y", (count,)))
     }
-    cifar10.path(tmp_path).parent.mkdir()
-    np.savez(cifar10.path(tmp_path), classes=np.array(["airplane"]), **arrays)
-    assert cifar10.check(tmp_path) == 7
-    found = vars(cifar10.read(tmp_path))
+    CIFAR10.path(tmp_path).parent.mkdir()
+    np.savez(CIFAR10.path(tmp_path), classes=np.array(["airplane"]), **arrays)
+    assert CIFAR10.check(tmp_path) == 7
+    found = vars(CIFAR10.read(tmp_path))
     assert set(found) == set(arrays)
     assert all(np.array_equal(found[key], array) for key, array in arrays.items())
 
@@ -411,10 +412,10 @@ def test_a_prepared_file_is_read_as_it_was_written(tmp_path: Path) -> None:
 @pytest.mark.realdata
 def test_the_prepared_cifar10_passes_its_check_and_has_10_classes() -> None:
     data = Path(os.environ.get("SAGE_DATA", ""))
-    if not os.environ.get("SAGE_DATA") or not cifar10.path(data).is_file():
+    if not os.environ.get("SAGE_DATA") or not CIFAR10.path(data).is_file():
         pytest.skip("needs SAGE_DATA, a folder with cifar10/cifar10.npz")
-    found = cifar10.read(data)
-    assert cifar10.check(data) == len(found.train_x) == len(found.train_y)
+    found = CIFAR10.read(data)
+    assert CIFAR10.check(data) == len(found.train_x) == len(found.train_y)
     assert len(found.test_x) == len(found.test_y)
     for images, labels in ((found.train_x, found.train_y), (found.test_x, found.test_y)):
         assert images.shape[1:] == (32, 32, 3)

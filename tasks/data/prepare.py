@@ -4,9 +4,15 @@ import argparse
 import sys
 from pathlib import Path
 
-from tasks.data import cifar10
+from tasks.data import ptb, wikitext2
+from tasks.data.cifar import CIFAR10, CIFAR100
 
-PREPARE = {"cifar10": cifar10.prepare}
+PREPARE = {
+    "cifar10": CIFAR10.prepare,
+    "cifar100": CIFAR100.prepare,
+    "ptb": ptb.prepare,
+    "wikitext2": wikitext2.prepare,
+}
 
 
 def main() -> int:

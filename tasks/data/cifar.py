@@ -1,0 +1,160 @@
+"""CIFAR-10 and CIFAR-100 in their prepared form: DATA/NAME/NAME.npz with train_x, train_y, test_x, test_y,
+uint8, NHWC."""
+
+import math
+import tempfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from torchvision import datasets
+from torchvision.datasets.utils import check_integrity, extract_archive
+
+from tasks.classification import ImageSet
+
+KEYS = ("train_x", "train_y", "test_x", "test_y")
+Headers = dict[str, tuple[tuple[int, ...], np.dtype]]
+Found = TypeVar("Found")
+
+
+@dataclass(frozen=True)
+class CifarSet:
+    """One of the two data sets of Krizhevsky 2009, Learning multiple layers of features from tiny images."""
+
+    name: str
+    num_classes: int
+    official: type[datasets.CIFAR10]
+    """torchvision's reader: it knows the official place, the archive's format and its checksums."""
+
+    def path(self, data: Path) -> Path:
+        return data / self.name / f"{self.name}.npz"
+
+    def check(self, data: Path) -> int:
+        """The number of training images, from the headers and labels alone. Raises ValueError, in one line,
+        where the prepared file is missing, is none, or has wrong keys, shapes, types or labels."""
+        file = self.path(data)
+        headers = self._attempt(_headers, data)
+        _check_headers(file, headers)
+        for key, largest in self._attempt(_largest_labels, data).items():
+            if largest >= self.num_classes:
+                raise ValueError(f"{file}: expected labels below {self.num_classes} in {key}, got {largest}")
+        return headers["train_x"][0][0]
+
+    def prepare(self, data: Path, given: Path | None) -> str:
+        """Make the prepared file, by torchvision from the official place or from what is given: the archive,
+        or a folder that holds it or what was in it. Says what was done.
+
+        Nothing is done where the file is there; an interrupted call leaves none. Raises ValueError where what
+        is given is not the published data, by its MD5 checksums, or where nothing can be downloaded.
+        """
+        file = self.path(data)
+        if file.exists():
+            self.check(data)
+            return f"{file} is there already"
+        verified = None if given is None else self._verified(given)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=file.parent) as temporary:
+            arrays = self._arrays(self._unpacked(verified, Path(temporary)))
+            whole = Path(temporary) / file.name
+            np.savez_compressed(whole, **arrays)
+            whole.replace(file)
+        return f"{file}: {len(arrays['train_x'])} images for training, {len(arrays['test_x'])} for testing"
+
+    def read(self, data: Path) -> ImageSet:
+        """The whole data set; check() has passed."""
+        with np.load(self.path(data), allow_pickle=False) as arrays:
+            return ImageSet(**{key: arrays[key] for key in KEYS})
+
+    def _attempt(self, read: Callable[[Path], Found], data: Path) -> Found:
+        """What read finds in the prepared file; one that cannot be read is a ValueError in one line."""
+        file = self.path(data)
+        try:
+            return read(file)
+        except FileNotFoundError:
+            command = f"./prepare_dataset.sh {self.name} --data {data}"
+            raise ValueError(f"{file}: there is no such file; make it with: {command}") from None
+        except Exception as error:  # a damaged archive fails in many ways
+            raise ValueError(f"{file}: expected a prepared npz file; it cannot be read: {error}") from None
+
+    def _verified(self, given: Path) -> Path:
+        """The archive, or the folder in which the unpacked archive lies; its checksums are right."""
+        official, name = self.official, given.resolve().name
+        meta = (official.meta["filename"], official.meta["md5"])
+        if name == official.base_folder or (given / official.base_folder).is_dir():
+            root = given.resolve().parent if name == official.base_folder else given
+            for file, md5 in (*official.train_list, *official.test_list, meta):
+                part = root / official.base_folder / file
+                if not check_integrity(part, md5):
+                    raise ValueError(f"{part}: expected a file with MD5 {md5}, got another or none")
+            return root
+        archive = given / official.filename if given.is_dir() else given
+        if not check_integrity(archive, official.tgz_md5):
+            raise ValueError(
+                f"{archive}: expected {official.filename} with MD5 {official.tgz_md5}, got another or none"
+            )
+        return archive
+
+    def _unpacked(self, verified: Path | None, temporary: Path) -> Path:
+        """The folder in which the unpacked archive lies: the temporary one, where it is not unpacked yet."""
+        if verified is None:
+            try:
+                self.official(temporary, download=True)
+            except (OSError, RuntimeError) as error:  # no network, no answer, or another file there
+                told = f"cannot be downloaded ({error}); fetch it by hand and pass it with --from"
+                raise ValueError(f"{self.official.url}: {told}") from None
+        elif verified.is_file():
+            extract_archive(str(verified), str(temporary))
+        else:
+            return verified
+        return temporary
+
+    def _arrays(self, root: Path) -> dict[str, Any]:
+        """Images (N, 32, 32, 3) and labels (N,), uint8, of the unpacked archive in a folder."""
+        arrays: dict[str, Any] = {}
+        for part in ("train", "test"):
+            images = self.official(root, train=part == "train")
+            arrays |= {f"{part}_x": images.data, f"{part}_y": np.array(images.targets, np.uint8)}
+        return arrays
+
+
+CIFAR10 = CifarSet("cifar10", 10, datasets.CIFAR10)
+CIFAR100 = CifarSet("cifar100", 100, datasets.CIFAR100)
+
+
+def _headers(file: Path) -> Headers:
+    headers = {}
+    with zipfile.ZipFile(file) as archive:
+        for name in archive.namelist():
+            with archive.open(name) as member:
+                version = np.lib.format.read_magic(member)
+                read_header = (
+                    np.lib.format.read_array_header_1_0
+                    if version == (1, 0)
+                    else np.lib.format.read_array_header_2_0
+                )
+                shape, _, dtype = read_header(member)
+                if member.tell() + math.prod(shape) * dtype.itemsize != archive.getinfo(name).file_size:
+                    raise ValueError(f"{name} is not as long as it says")
+                headers[name.removesuffix(".npy")] = (shape, dtype)
+    return headers
+
+
+def _check_headers(file: Path, headers: Headers) -> None:
+    """Raise ValueError where keys, shapes or types are not those of the prepared form."""
+    if not set(KEYS) <= set(headers):
+        raise ValueError(f"{file}: expected the arrays {', '.join(KEYS)}, got {', '.join(headers) or 'none'}")
+    for part in ("train", "test"):
+        count = headers[f"{part}_x"][0][0] if headers[f"{part}_x"][0] else 0
+        for key, shape in ((f"{part}_x", (count, 32, 32, 3)), (f"{part}_y", (count,))):
+            if headers[key] != (shape, np.dtype(np.uint8)) or count == 0:
+                got_shape, got_type = headers[key]
+                expected = "(N, 32, 32, 3)" if key.endswith("_x") else f"({count},)"
+                raise ValueError(f"{file}: expected {key} as uint8 {expected}, got {got_type} {got_shape}")
+
+
+def _largest_labels(file: Path) -> dict[str, int]:
+    with np.load(file, allow_pickle=False) as arrays:
+        return {key: int(arrays[key].max()) for key in ("train_y", "test_y")}

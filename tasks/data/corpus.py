@@ -1,0 +1,197 @@
+"""A text corpus in three files, as it is published: fetched, verified, and converted once to the prepared
+form, DATA/<name>/<tokenizer>.npz."""
+
+import hashlib
+import io
+import shutil
+import tarfile
+import tempfile
+import urllib.request
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from http.client import HTTPException
+from pathlib import Path
+from typing import get_args
+
+import rich.console
+import rich.progress
+
+from tasks.data.text import PARTS, SPECIALS, Text, TokenizerName, build, read, save, tokenizer
+
+TIMEOUT_SECONDS = 30
+TOKENIZERS: tuple[TokenizerName, ...] = get_args(TokenizerName)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Where a corpus is found, and by what it is recognised."""
+
+    name: str
+    places: tuple[tuple[str, ...], ...]
+    """The official place, then its mirrors; a place is one archive, or the three files."""
+    files: dict[str, tuple[str, ...]]
+    """Of each part: the names that its file may have."""
+    num_lines: dict[str, int]
+    """Of each part: how many ends of a line its file has; tells another corpus, or a file cut short."""
+    md5: dict[str, str]
+    """Of what a place offers, by file name: the published checksum, where there is one."""
+
+    def path(self, data: Path, name: TokenizerName) -> Path:
+        return data / self.name / f"{name}.npz"
+
+    def read(self, data: Path, name: TokenizerName) -> Text:
+        """The prepared form by a tokenizer. Raises ValueError, in one line, where it is not there or not
+        whole."""
+        return read(self.path(data, name), f"./prepare_dataset.sh {self.name} --data {data}")
+
+
+def prepare(data: Path, source: Path | None, corpus: Corpus) -> str:
+    """Make the prepared forms, one a tokenizer, from a folder or archive, or the net; says what was done.
+
+    What is there whole stays; an interrupted call leaves no half-made file. Raises ValueError, in one line,
+    where the source is not the corpus, or nothing answers.
+    """
+    missing = [name for name in TOKENIZERS if not corpus.path(data, name).exists()]
+    told = [_describe(corpus, data, name) for name in TOKENIZERS if name not in missing]
+    if not missing:
+        return "\n".join(told)
+    folder = data / corpus.name
+    texts = _texts(source, corpus) if source is not None else {}
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        if source is None:
+            texts = _texts(_download(corpus, Path(scratch)), corpus)
+        for name in missing:
+            lines = {part: _lines(text) for part, text in texts.items()}
+            whole = Path(scratch) / f"{name}.npz"
+            save(whole, build(lines, tokenizer(name), SPECIALS[name]))
+            whole.replace(corpus.path(data, name))
+            told.append(_describe(corpus, data, name))
+    return "\n".join(told)
+
+
+def _describe(corpus: Corpus, data: Path, name: TokenizerName) -> str:
+    text = corpus.read(data, name)
+    sizes = ", ".join(f"{getattr(text, part).size:,} {part}" for part in PARTS)
+    return f"{corpus.path(data, name)}: tokens {sizes}; {len(text.vocabulary):,} types"
+
+
+def _lines(text: str) -> Iterator[str]:
+    """Lines as a text file's are: \\n, \\r\\n or \\r end one, and no other character does."""
+    return (line.rstrip("\n") for line in io.StringIO(text, newline=None))
+
+
+# --- reading what was published -------------------------------------------------------------------
+
+
+def _texts(source: Path, corpus: Corpus) -> dict[str, str]:
+    """part -> text, from a folder or an archive, verified."""
+    if source.is_file():
+        _verify(corpus, source)
+    wanted = [name for names in corpus.files.values() for name in names]
+    files = _contents(source, wanted)
+    texts = {}
+    for part, names in corpus.files.items():
+        name = next((name for name in names if name in files), None)
+        if name is None:
+            raise ValueError(
+                f"{source}: expected {corpus.name}, with a file {' or '.join(names)}; there is none"
+            )
+        texts[part] = _decoded(files[name], source / name)
+        found, expected = texts[part].count("\n"), corpus.num_lines[part]
+        if found != expected:
+            raise ValueError(
+                f"{source / name}: expected the {expected:,} lines of {corpus.name}, got {found:,}; it is "
+                "cut short, or another corpus"
+            )
+    return texts
+
+
+def _contents(source: Path, wanted: list[str]) -> dict[str, bytes]:
+    """File name -> content of the wanted files, from a folder (or a folder in it), a zip or a tar archive."""
+    reader = next((read for suits, read in _READERS if suits(source)), None)
+    if reader is None:
+        what = "it is none, or cut short" if source.exists() else "there is nothing"
+        raise ValueError(f"{source}: expected a folder, a zip or a tar archive; {what}")
+    try:
+        return dict(reader(source, wanted))
+    except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, OSError) as error:
+        raise ValueError(f"{source}: it cannot be read, and may be cut short: {error}") from None
+
+
+def _from_folder(source: Path, wanted: list[str]) -> Iterator[tuple[str, bytes]]:
+    for name in wanted:
+        for file in sorted([*source.glob(f"*/{name}"), *source.glob(name)]):  # the last one counts
+            yield name, file.read_bytes()
+
+
+def _from_zip(source: Path, wanted: list[str]) -> Iterator[tuple[str, bytes]]:
+    with zipfile.ZipFile(source) as archive:
+        for member in archive.namelist():
+            if Path(member).name in wanted:
+                yield Path(member).name, archive.read(member)
+
+
+def _from_tar(source: Path, wanted: list[str]) -> Iterator[tuple[str, bytes]]:
+    with tarfile.open(source) as archive:
+        for member in archive:
+            content = archive.extractfile(member) if Path(member.name).name in wanted else None
+            if content is not None:
+                yield Path(member.name).name, content.read()
+
+
+_READERS: tuple[tuple[Callable[[Path], bool], Callable[..., Iterator[tuple[str, bytes]]]], ...] = (
+    (Path.is_dir, _from_folder),
+    (lambda source: source.is_file() and zipfile.is_zipfile(source), _from_zip),
+    (lambda source: source.is_file() and tarfile.is_tarfile(source), _from_tar),
+)
+
+
+def _decoded(content: bytes, file: Path) -> str:
+    if not content.strip():
+        raise ValueError(f"{file}: expected text, the file is empty")
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: expected text in UTF-8: {error.reason} at byte {error.start}") from None
+
+
+def _verify(corpus: Corpus, file: Path) -> None:
+    """Raise ValueError where a file of a published name is not the published one."""
+    expected, found = corpus.md5.get(file.name), hashlib.md5(file.read_bytes()).hexdigest()
+    if expected is not None and found != expected:
+        raise ValueError(f"{file}: expected the published file, with MD5 {expected}, got {found}")
+
+
+# --- from the net ---------------------------------------------------------------------------------
+
+
+def _download(corpus: Corpus, folder: Path) -> Path:
+    """The archive, or the folder with the files, from the first place that has them all."""
+    reasons = []
+    for place in corpus.places:
+        try:
+            files = [_fetch(url, folder) for url in place]
+            for file in files:
+                _verify(corpus, file)
+            return files[0] if len(files) == 1 else folder
+        except (OSError, HTTPException, ValueError) as error:
+            reasons.append(f"{place[0]}: {error}")
+    raise ValueError(
+        f"{corpus.name} cannot be downloaded; fetch it elsewhere and use --from ({'; '.join(reasons)})"
+    )
+
+
+def _fetch(url: str, folder: Path) -> Path:
+    """Download one file, with a progress bar. Raises OSError where that fails or stops early."""
+    file = folder / url.rpartition("/")[2]
+    with urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS) as answer, file.open("wb") as target:
+        size = int(answer.headers.get("Content-Length", 0))
+        console = rich.console.Console(stderr=True)
+        with rich.progress.wrap_file(answer, size, description=file.name, console=console) as shown:
+            shutil.copyfileobj(shown, target)
+    if size and file.stat().st_size != size:
+        raise OSError(f"it ended after {file.stat().st_size} of {size} bytes")
+    return file
