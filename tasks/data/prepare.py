@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from tasks.data import ptb, wikitext2
+from tasks.data import movielens, ptb, wikitext2
 from tasks.data.cifar import CIFAR10, CIFAR100
 
 PREPARE = {
@@ -12,6 +12,7 @@ PREPARE = {
     "cifar100": CIFAR100.prepare,
     "ptb": ptb.prepare,
     "wikitext2": wikitext2.prepare,
+    **{name: ratings.prepare for name, ratings in movielens.SETS.items()},
 }
 
 

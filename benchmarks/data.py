@@ -1,0 +1,146 @@
+"""How many images, tokens or interactions a second a task's batches bring, without model and optimizer.
+
+    python -m benchmarks.data [--tasks NAME,...] [--data data] [--seconds 1.0] [--json FILE]
+
+One worker on the CPU with one thread, the task's default settings, its own train_batches from epoch to
+epoch, whose beginnings are counted in. Of several rounds, taking turns, the median counts, beside the
+slowest and the fastest; and the rate per second of processor time, which other programs disturb less.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from sage.checkpoint import write_text
+from sage.interfaces import Place, Seeds, Task
+from tasks import TASKS
+
+NUM_ROUNDS = 5
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Feed:
+    """What a task's batches bring, and how many of it one batch has."""
+
+    items: str
+    number_in: Callable[[Any], int]
+
+
+IMAGES = Feed("images", lambda batch: len(batch[1]))
+
+FEEDS: dict[str, Feed] = {
+    "cifar10": IMAGES,
+    "cifar100": IMAGES,
+    "digits": IMAGES,
+}
+"""Which tasks are measured: one line each."""
+
+
+@dataclass(frozen=True)
+class Row:
+    task: str
+    items: str
+    items_per_batch: float
+    items_per_second: float
+    slowest: float
+    fastest: float
+    items_per_processor_second: float
+
+
+class Measurement:
+    """A task whose batches are taken round by round."""
+
+    def __init__(self, name: str, data: Path) -> None:
+        settings = TASKS[name].Settings()
+        TASKS[name].check(settings, data, world_size=1)
+        self.name, self.feed = name, FEEDS[name]
+        task = TASKS[name](settings, data, Place(0, 1), seeds=Seeds.derive(1, 0), device=CPU)
+        self._batches = endless_batches(task)
+        self._sizes: list[int] = []
+        self._rates: list[float] = []
+        self._processor_rates: list[float] = []
+
+    def take(self, seconds: float, *, keep: bool) -> None:
+        """One round of at least so many seconds; what it was is kept or forgotten."""
+        sizes: list[int] = []
+        started, processor = time.perf_counter(), time.process_time()
+        while (passed := time.perf_counter() - started) < seconds or not sizes:
+            sizes.append(self.feed.number_in(next(self._batches)))
+        if keep:
+            self._sizes += sizes
+            self._rates.append(sum(sizes) / passed)
+            self._processor_rates.append(sum(sizes) / (time.process_time() - processor))
+
+    def row(self) -> Row:
+        return Row(
+            self.name,
+            self.feed.items,
+            statistics.mean(self._sizes),
+            statistics.median(self._rates),
+            min(self._rates),
+            max(self._rates),
+            statistics.median(self._processor_rates),
+        )
+
+
+def endless_batches(task: Task) -> Iterator[Any]:
+    for epoch in count():
+        yield from task.train_batches(epoch)
+
+
+def measure(names: list[str], data: Path, seconds: float) -> list[Row]:
+    """The rows of those tasks whose data is there; the others are told, with the command that makes it."""
+    torch.set_num_threads(1)
+    measurements = []
+    for name in names:
+        try:
+            measurements.append(Measurement(name, data))
+        except ValueError as error:
+            Console(stderr=True, soft_wrap=True).print(f"left out: {error}", highlight=False)
+    for measurement in measurements:
+        measurement.take(seconds / 4, keep=False)
+    for _ in range(NUM_ROUNDS):
+        for measurement in measurements:
+            measurement.take(seconds, keep=True)
+    return [measurement.row() for measurement in measurements]
+
+
+def show(rows: list[Row]) -> None:
+    table = Table("task", "items", "a batch", "a second", "slowest", "fastest", "a processor second")
+    for row in rows:
+        rates = (row.items_per_second, row.slowest, row.fastest, row.items_per_processor_second)
+        table.add_row(row.task, row.items, f"{row.items_per_batch:,.0f}", *(f"{rate:,.0f}" for rate in rates))
+    Console().print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tasks", default=",".join(FEEDS), metavar="NAME,...")
+    parser.add_argument("--data", type=Path, default=Path("data"), metavar="DIR")
+    parser.add_argument("--seconds", type=float, default=1.0, help="a round, of which there are 5")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows as a list of objects")
+    arguments = parser.parse_args()
+    names = arguments.tasks.split(",")
+    if unknown := set(names) - set(FEEDS):
+        parser.error(f"--tasks: expected some of {','.join(FEEDS)}, got {','.join(sorted(unknown))}")
+    rows = measure(names, arguments.data, arguments.seconds)
+    show(rows)
+    if arguments.json:
+        write_text(arguments.json, json.dumps([asdict(row) for row in rows], indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
