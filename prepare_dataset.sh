@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Prepare a data set once: ./prepare_dataset.sh NAME [--from ARCHIVE] [--data DIR]     (--help explains)
+# Prepare a data set once: ./prepare_dataset.sh NAME [--from PATH] [--data DIR]     (--help explains)
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 python=$here/.venv/bin/python

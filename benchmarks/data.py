@@ -38,11 +38,17 @@ class Feed:
 
 
 IMAGES = Feed("images", lambda batch: len(batch[1]))
+TOKENS = Feed("tokens", lambda batch: batch[1].numel())
+INTERACTIONS = Feed("interactions", lambda batch: len(batch[2]))
 
 FEEDS: dict[str, Feed] = {
     "cifar10": IMAGES,
     "cifar100": IMAGES,
     "digits": IMAGES,
+    "wikitext2": TOKENS,
+    "python_docs": TOKENS,
+    "ml-100k": INTERACTIONS,
+    "synthetic_ratings": INTERACTIONS,
 }
 """Which tasks are measured: one line each."""
 

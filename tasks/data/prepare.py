@@ -22,7 +22,8 @@ def main() -> int:
         description="Download a data set, verify it, convert it once; a whole result is left alone.",
     )
     parser.add_argument("name", choices=PREPARE, metavar="NAME", help="one of %(choices)s")
-    parser.add_argument("--from", dest="archive", type=Path, metavar="ARCHIVE", help="instead of downloading")
+    told = "an archive or folder fetched by hand"
+    parser.add_argument("--from", dest="archive", type=Path, metavar="PATH", help=told)
     parser.add_argument(
         "--data", type=Path, default=Path("data"), metavar="DIR", help="where to (default: data)"
     )
