@@ -5,6 +5,7 @@ one place, for all reducers alike, sizes and padding included.
 """
 
 import math
+import re
 import threading
 import time
 from abc import abstractmethod
@@ -124,7 +125,8 @@ class DistComm(CountingComm):
         try:
             collective()
         except RuntimeError as error:  # gloo raises RuntimeError, NCCL its subclasses
-            reason = str(error).strip().splitlines()[0]
+            # Without the source line before it and the advice after it.
+            reason = re.sub(r"^\[\S+\] ", "", str(error).strip().splitlines()[0]).split(". ")[0]
             raise CommunicationError(f"{name} failed: {reason}") from error
 
 

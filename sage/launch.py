@@ -71,12 +71,13 @@ class Worker:
 
 def started_by_launcher() -> bool:
     """Whether this process is already one of torchrun's (or of spawn's) workers."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    return "RANK" in os.environ or "WORLD_SIZE" in os.environ
 
 
 def speaks_here() -> bool:
     """Whether this process is the one of its host that says what is wrong."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"
+    local_rank = os.environ.get("LOCAL_RANK", "0")
+    return local_rank == "0" or not local_rank.isdecimal()
 
 
 def find_worker(num_threads: int | None, num_workers: int | None, data: Path | None) -> Worker:
@@ -86,6 +87,9 @@ def find_worker(num_threads: int | None, num_workers: int | None, data: Path | N
     numbers are none, or are not num_workers.
     """
     environ = os.environ if started_by_launcher() else {}
+    for name in ("RANK", "WORLD_SIZE"):
+        if environ and name not in environ:
+            raise ValueError(f"{name}: expected a number from the launcher, got nothing")
     world_size = _number(environ, "WORLD_SIZE", num_workers or 1, low=1)
     if num_workers not in (None, world_size):
         raise ValueError(f"--workers: expected {world_size}, as launched, got {num_workers}")
@@ -105,7 +109,7 @@ def find_worker(num_threads: int | None, num_workers: int | None, data: Path | N
         device=torch.device("cuda", local_rank % num_gpus) if num_gpus else torch.device("cpu"),
         backend="nccl" if num_gpus >= local_world_size else "gloo",
         num_threads=num_threads or max(1, len(os.sched_getaffinity(0)) // local_world_size),
-        data=data or Path(os.environ.get("SAGE_DATA", "data")),
+        data=data or Path(os.environ.get("SAGE_DATA") or "data"),
     )
 
 

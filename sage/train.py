@@ -122,6 +122,11 @@ class Trainer:
         for epoch in range(self.settings.epochs):
             self._train_epoch(epoch)
             values = self._evaluate(self.task.evaluate)
+            for name, value in values.items():
+                if not math.isfinite(value):
+                    raise TrainingError(
+                        f"the {self.task.evaluated} {name} became {value} after epoch {epoch}"
+                    )
             self._check_replicas(epoch)
             scores.append(values[self.task.score])
             score = {"name": self.task.score, "value": scores[-1]}

@@ -241,6 +241,34 @@ def test_workers_other_than_the_launchers_are_refused(
     assert refuse(DIGITS) == "WORLD_SIZE: expected a number in [1, 2147483648] from the launcher, got 'two'"
 
 
+@pytest.mark.parametrize(
+    ("variables", "named"),
+    [
+        ({"RANK": "0"}, "WORLD_SIZE"),
+        ({"WORLD_SIZE": "2"}, "RANK"),
+        ({"RANK": "5", "WORLD_SIZE": "1"}, "RANK"),
+        ({"RANK": "0", "WORLD_SIZE": "0"}, "WORLD_SIZE"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}, "MASTER_PORT"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "99999"}, "MASTER_PORT"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "1234"}, "MASTER_ADDR"),
+        ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "x"}, "LOCAL_RANK"),
+    ],
+)
+def test_a_launchers_bad_variable_is_named(
+    refuse: Refuse, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], named: str
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert refuse(DIGITS).startswith(f"{named}: expected ")
+
+
+def test_a_place_where_no_run_can_be_kept_is_refused(refuse: Refuse, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert refuse(DIGITS, "--runs", str(tmp_path / "file")).startswith(
+        f"--runs {tmp_path / 'file'}: expected "
+    )
+
+
 def test_of_a_launchers_workers_one_a_host_says_what_is_wrong(
     nothing_starts: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

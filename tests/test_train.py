@@ -280,6 +280,38 @@ def test_a_loss_that_is_not_finite_stops_all_workers_and_is_named(every: int, tm
     assert len(losses_of(tmp_path)) == {1: 2, 3: 1, 100: 1}[every]
 
 
+class DivergedTask(ToyTask):
+    """Its last step ruins the weights, which only the evaluation sees."""
+
+    def evaluate(self) -> dict[str, tuple[float, float]]:
+        sums = super().evaluate()
+        return {name: (math.inf, count) for name, (_, count) in sums.items()}
+
+
+def test_an_evaluation_that_is_not_finite_is_no_success() -> None:
+    with pytest.raises(TrainingError, match="the test loss became inf after epoch 0"):
+        train(settings_of("exact"), LocalComm.alone(), task=DivergedTask(8, Place(0, 1)))
+
+
+class PoisonedGradientTask(ToyTask):
+    """A finite loss with a gradient that is not."""
+
+    def loss(self, batch: slice) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, logged = super().loss(batch)
+        if self.place.rank == 1:
+            loss.register_hook(lambda grad: grad * math.nan)
+        return loss, logged
+
+
+@pytest.mark.parametrize("reducer", ["exact", "sage", "threshold"])
+def test_a_gradient_that_is_not_finite_stops_all_workers(reducer: str) -> None:
+    def worker(comm: LocalComm) -> None:
+        with pytest.raises(TrainingError, match="became nan at epoch 0, step 0"):
+            train(settings_of(reducer), comm, task=PoisonedGradientTask(8, Place(comm.rank, 2)))
+
+    LocalComm.run(2, worker)
+
+
 class DriftingTask(ToyTask):
     """Worker 1 changes one bit of one weight after the first epoch's training."""
 
