@@ -32,7 +32,7 @@ from torch import Tensor
 from reducers import REDUCERS
 from sage.checkpoint import write_text
 from sage.comm import CountingComm, LocalComm, connect_comm
-from sage.interfaces import Communicator, Reducer, Seeds, Slot
+from sage.interfaces import Communicator, Reducer, Seeds, Slot, lay_out
 from tasks.models.resnet import resnet18
 
 NUM_WARM_UP, NUM_MEASURED = 8, 15
@@ -62,14 +62,6 @@ class Row:
     ratio_to_floor: float
     density: float
     payload_bytes: float
-
-
-def slots_of(shapes: list[tuple[int, ...]]) -> list[Slot]:
-    slots, start = [], 0
-    for index, shape in enumerate(shapes):
-        slots.append(Slot(str(index), start, shape))
-        start = slots[-1].stop
-    return slots
 
 
 class Gradients:
@@ -204,7 +196,7 @@ def worker(arguments: argparse.Namespace) -> None:
             world_size=world_size,
             timeout=timedelta(minutes=5),
         )
-    layout = slots_of(LAYOUTS[arguments.layout]())
+    layout = lay_out((str(index), shape) for index, shape in enumerate(LAYOUTS[arguments.layout]()))
     names = arguments.reducers.split(",")
     rows = measure(names, layout, arguments.density, rank, world_size, connect_comm(world_size))
     if rank == 0:

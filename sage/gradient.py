@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from sage.interfaces import Slot
+from sage.interfaces import lay_out
 
 
 class GradientBuffer:
@@ -21,12 +21,8 @@ class GradientBuffer:
                 f"one dtype and device for all parameters is needed, got {len(kinds)} kinds of them"
             )
         ((dtype, device),) = kinds
-        self.layout: list[Slot] = []
-        start = 0
-        for name, parameter in self._named:
-            self.layout.append(Slot(name, start, tuple(parameter.shape)))
-            start += parameter.numel()
-        self.flat = torch.zeros(start, dtype=dtype, device=device)  # (n,)
+        self.layout = lay_out((name, tuple(parameter.shape)) for name, parameter in self._named)
+        self.flat = torch.zeros(self.layout[-1].stop, dtype=dtype, device=device)  # (n,)
         for slot, (_, parameter) in zip(self.layout, self._named, strict=True):
             parameter.grad = self.flat[slot.start : slot.stop].view(slot.shape)
 

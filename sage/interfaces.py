@@ -6,7 +6,7 @@ imports nothing of ours, and every other part may import it.
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -31,6 +31,14 @@ class Slot:
     @property
     def stop(self) -> int:
         return self.start + self.size
+
+
+def lay_out(shapes: Iterable[tuple[str, tuple[int, ...]]]) -> list[Slot]:
+    """The slots of named shapes, one after the other."""
+    layout: list[Slot] = []
+    for name, shape in shapes:
+        layout.append(Slot(name, layout[-1].stop if layout else 0, tuple(shape)))
+    return layout
 
 
 @dataclass(frozen=True)

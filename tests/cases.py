@@ -10,17 +10,13 @@ from torch import Tensor
 
 from reducers import REDUCERS
 from sage.comm import CountingComm
-from sage.interfaces import Reducer, Seeds, Slot
+from sage.interfaces import Reducer, Seeds, Slot, lay_out
 
 SHAPES = ((8, 3, 3, 3), (8,), (20, 11), (11,), (1,))
 
 
 def layout_of(shapes: tuple[tuple[int, ...], ...]) -> list[Slot]:
-    slots, start = [], 0
-    for index, shape in enumerate(shapes):
-        slots.append(Slot(f"parameter{index}", start, shape))
-        start = slots[-1].stop
-    return slots
+    return lay_out((f"parameter{index}", shape) for index, shape in enumerate(shapes))
 
 
 LAYOUT = layout_of(SHAPES)

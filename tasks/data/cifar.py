@@ -1,9 +1,7 @@
 """CIFAR-10 and CIFAR-100 in their prepared form: DATA/NAME/NAME.npz with train_x, train_y, test_x, test_y,
 uint8, NHWC."""
 
-import math
 import tempfile
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +12,9 @@ from torchvision import datasets
 from torchvision.datasets.utils import check_integrity, extract_archive
 
 from tasks.classification import ImageSet
+from tasks.data.npz import Headers, read_headers
 
 KEYS = ("train_x", "train_y", "test_x", "test_y")
-Headers = dict[str, tuple[tuple[int, ...], np.dtype]]
 Found = TypeVar("Found")
 
 
@@ -36,7 +34,7 @@ class CifarSet:
         """The number of training images, from the headers and labels alone. Raises ValueError, in one line,
         where the prepared file is missing, is none, or has wrong keys, shapes, types or labels."""
         file = self.path(data)
-        headers = self._attempt(_headers, data)
+        headers = self._attempt(read_headers, data)
         _check_headers(file, headers)
         for key, largest in self._attempt(_largest_labels, data).items():
             if largest >= self.num_classes:
@@ -122,24 +120,6 @@ class CifarSet:
 
 CIFAR10 = CifarSet("cifar10", 10, datasets.CIFAR10)
 CIFAR100 = CifarSet("cifar100", 100, datasets.CIFAR100)
-
-
-def _headers(file: Path) -> Headers:
-    headers = {}
-    with zipfile.ZipFile(file) as archive:
-        for name in archive.namelist():
-            with archive.open(name) as member:
-                version = np.lib.format.read_magic(member)
-                read_header = (
-                    np.lib.format.read_array_header_1_0
-                    if version == (1, 0)
-                    else np.lib.format.read_array_header_2_0
-                )
-                shape, _, dtype = read_header(member)
-                if member.tell() + math.prod(shape) * dtype.itemsize != archive.getinfo(name).file_size:
-                    raise ValueError(f"{name} is not as long as it says")
-                headers[name.removesuffix(".npy")] = (shape, dtype)
-    return headers
 
 
 def _check_headers(file: Path, headers: Headers) -> None:

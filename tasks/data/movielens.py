@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from torchvision.datasets.utils import download_url
 
-from tasks.data.cifar import _headers
+from tasks.data.npz import Headers, read_headers
 from tasks.recommendation import Interactions, popularity
 
 COLUMNS = ("userId", "movieId", "timestamp")
@@ -152,7 +152,7 @@ class MovieLensSet:
         the prepared file is missing, is none, or has wrong arrays."""
         file = self.path(data)
         try:
-            headers = _headers(file)
+            headers = read_headers(file)
         except FileNotFoundError:
             command = f"./prepare_dataset.sh {self.name} --data {data}"
             raise ValueError(f"{file}: there is no such file; make it with: {command}") from None
@@ -278,7 +278,7 @@ class MovieLensSet:
         return Ratings(*(frame[name].to_numpy() for name in COLUMNS))
 
 
-def _check_headers(file: Path, headers: dict[str, tuple[tuple[int, ...], np.dtype]]) -> int:
+def _check_headers(file: Path, headers: Headers) -> int:
     """The number of training interactions; ValueError where shapes or types are not the prepared form's."""
     count, num_users = ((headers.get(key, ((), None))[0] or (0,))[0] for key in ("users", "test_items"))
     shapes = {"users": (count,), "items": (count,), "test_items": (num_users, 1 + NUM_NEGATIVES)}
