@@ -1,8 +1,8 @@
 """The one table of cases that drives the laws, and the small gradient that all rows share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -13,6 +13,8 @@ from sage.comm import CountingComm
 from sage.interfaces import Reducer, Seeds, Slot, lay_out
 
 SHAPES = ((8, 3, 3, 3), (8,), (20, 11), (11,), (1,))
+Collective = Literal["all_reduce", "all_gather"]
+Law = Literal["conservation", "zeros", "one huge value", "one element", "a worker without gradient"]
 
 
 def layout_of(shapes: tuple[tuple[int, ...], ...]) -> list[Slot]:
@@ -39,12 +41,20 @@ class Case:
     """No all_reduce: processes and threads agree bit for bit."""
     exact_with: dict[str, Any] | None = None
     """Settings under which the first step is exact; None: none are."""
-    nan_is_sent: bool = True
-    """Whether a NaN is selected; if not, it stays in send."""
+    nan: Literal["sent", "kept", "spreads", "lost"] = "sent"
+    """A NaN is sent alone, stays in send alone, takes others of its tensor along, or changes nothing."""
     count: Callable[[Tensor, dict[str, float]], int] | None = None
     """How many elements a worker selects, from send (n,) and its metrics; None: a dense reducer."""
     fixed_count: bool = False
     """The count is the same at every step."""
+    collectives: tuple[tuple[Collective, int], ...] | None = None
+    """Every step's collectives and the bytes that a worker hands over, by hand from SHAPES; None: a
+    sparsifier's, which follow from the counts."""
+    rounding: float = 0.0
+    """How far results may be off beyond the law's own bound, relative to the largest magnitude of what was
+    given: for methods with matrix products or a narrower type. The row derives it."""
+    unpromised: Mapping[Law, str] = field(default_factory=dict)
+    """The laws that the method does not keep, each with the reason."""
 
     def __str__(self) -> str:
         return "-".join([self.reducer, *(str(value) for value in self.settings.values())])
@@ -72,12 +82,12 @@ def reached(send: Tensor, metrics: dict[str, float]) -> int:
 
 TOPK = {"exact_with": {"density": 1.0}, "count": layerwise, "fixed_count": True}
 GLOBAL = {"exact_with": {"density": 1.0}, "count": overall, "fixed_count": True}
-BY_THRESHOLD = {"exact_with": {"threshold": 1e-30}, "count": reached, "nan_is_sent": False}
+BY_THRESHOLD = {"exact_with": {"threshold": 1e-30}, "count": reached, "nan": "kept"}
 SAGE = {"density": 0.05, "threshold": 0.03}
 UNION = {"exchange": "union"}
 
 CASES = [
-    Case("exact", gathers_only=False, exact_with={}),
+    Case("exact", gathers_only=False, exact_with={}, collectives=(("all_reduce", 4 * N),)),
     Case("topk", {"density": 0.05}, **TOPK),
     Case("topk", {"density": 0.05, **UNION}, gathers_only=False, **TOPK),
     Case("global_topk", {"density": 0.05}, **GLOBAL),

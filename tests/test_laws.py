@@ -12,9 +12,15 @@ import torch
 from torch import Tensor
 
 from sage.comm import LocalComm
-from tests.cases import CASES, LAYOUT, Case, N, Step, gradient, layout_of, run_case, run_steps
+from tests.cases import CASES, LAYOUT, Case, Law, N, Step, gradient, layout_of, run_case, run_steps
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+def every_case_that_promises(law: Law) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("case", [case for case in CASES if law not in case.unpromised], ids=str)
+
+
 WORLD_SIZES = (1, 2, 3, 4)
 every_world_size = pytest.mark.parametrize("world_size", WORLD_SIZES)
 EPSILON = 2.0**-24
@@ -31,15 +37,20 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.view(torch.int32), b.view(torch.int32))
 
 
-def assert_is_mean(mean: Tensor, parts: list[Tensor]) -> None:
-    """mean is the average of parts up to float32 rounding.
+def assert_is_mean(mean: Tensor, parts: list[Tensor], slack: float = 0.0) -> None:
+    """mean is the average of parts up to float32 rounding, and an absolute slack.
 
     W divisions and W - 1 additions, or W - 1 additions and one division, each of relative error EPSILON:
     at most W EPSILON sum|x_i| / W to first order; the second order is below 1 % of it.
     """
     exact = torch.stack(parts).double().mean(0)
-    bound = 1.01 * EPSILON * torch.stack(parts).double().abs().sum(0)
+    bound = 1.01 * EPSILON * torch.stack(parts).double().abs().sum(0) + slack
     assert ((mean.double() - exact).abs() <= bound).all()
+
+
+def slack_of(case: Case, sends: list[Tensor]) -> float:
+    """The row's rounding, times the largest magnitude that any worker was given."""
+    return case.rounding * max(send.abs().max().item() for send in sends)
 
 
 @every_case
@@ -81,12 +92,13 @@ def test_six_steps_are_three_and_a_reload_and_three(case: Case) -> None:
         assert not same_bits(straight[2].mean, straight[5].mean)
 
 
-@every_case
+@every_case_that_promises("conservation")
 @every_world_size
 def test_what_left_send_arrives_in_mean(case: Case, world_size: int) -> None:
     workers = in_threads(case, world_size)
     for steps in zip(*workers, strict=True):
-        assert_is_mean(steps[0].mean, [step.before - step.after for step in steps])
+        slack = slack_of(case, [step.before for step in steps])
+        assert_is_mean(steps[0].mean, [step.before - step.after for step in steps], slack)
         assert any(step.mean.count_nonzero() for step in steps)
 
 
@@ -94,7 +106,9 @@ def test_what_left_send_arrives_in_mean(case: Case, world_size: int) -> None:
 def test_one_worker_needs_no_collective_and_gets_what_it_sent(case: Case) -> None:
     (steps,) = in_threads(case, 1)
     for step in steps:
-        assert torch.equal(step.mean, step.before - step.after)
+        if "conservation" not in case.unpromised:
+            off = (step.mean - (step.before - step.after)).abs().max().item()
+            assert off <= slack_of(case, [step.before])
         assert not any(step.counted.values())
 
 
@@ -106,8 +120,12 @@ def test_everything_selected_is_exact(case: Case, world_size: int) -> None:
         return run_steps(reducer, comm, range(1), torch.zeros(N))[0]
 
     steps = LocalComm.run(world_size, first_step)
-    assert_is_mean(steps[0].mean, [gradient(rank, 0) for rank in range(world_size)])
-    assert all(step.after.count_nonzero() == 0 and step.density == 1 for step in steps)
+    sends = [gradient(rank, 0) for rank in range(world_size)]
+    slack = slack_of(case, sends)
+    assert_is_mean(steps[0].mean, sends, slack)
+    assert all(step.density == 1 for step in steps)
+    if "conservation" not in case.unpromised:
+        assert all(step.after.abs().max() <= slack for step in steps)
 
 
 class SpyComm(LocalComm):
@@ -133,15 +151,17 @@ def counts_of(case: Case, steps: tuple[Step, ...]) -> list[int]:
 
 
 def expected_ledger(case: Case, steps: tuple[Step, ...], rank: int) -> dict[str, float]:
-    """payload: sizes 4, then 8 kmax (gather) or 4 kmax + 4 |union|; padding up to kmax; the ring's bytes."""
+    """The row's collectives, or payload: sizes 4, then 8 kmax (gather) or 4 kmax + 4 |union|; padding up to
+    kmax; the ring's bytes."""
     world_size = len(steps)
     ring_reduce, ring_gather = 2 * (world_size - 1) / world_size, world_size - 1
-    if case.count is None:
+    if case.collectives is not None:
+        factors = {"all_reduce": ring_reduce, "all_gather": ring_gather}
         return {
-            "num_collectives": 1,
-            "payload_bytes": 4 * N,
+            "num_collectives": len(case.collectives),
+            "payload_bytes": sum(handed for _, handed in case.collectives),
             "padding_bytes": 0,
-            "wire_bytes": 4 * N * ring_reduce,
+            "wire_bytes": sum(factors[kind] * handed for kind, handed in case.collectives),
         }
     counts = counts_of(case, steps)
     longest = max(counts)
@@ -185,7 +205,7 @@ def test_density_is_the_share_of_selected_elements(case: Case) -> None:
             assert steps[0].metrics["union_density"] == int(steps[0].mean.count_nonzero()) / N
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.count is None or c.fixed_count], ids=str)
+@pytest.mark.parametrize("case", [c for c in CASES if c.collectives or c.fixed_count], ids=str)
 def test_the_expected_payload_is_what_a_step_of_fixed_density_sends(case: Case) -> None:
     for steps in in_threads(case, 2, num_steps=2):
         expected = case.build().expected_payload_bytes(2)
@@ -243,6 +263,7 @@ def test_gloo_processes_are_threads(case: Case, gloo_run: list[dict]) -> None:
             # and mean is 1/W of the sum.
             magnitude = sum(gradient(other, 0).abs() for other in range(world_size))
             bound = 2 * (world_size - 1) * EPSILON * magnitude / world_size
+            bound += slack_of(case, [gradient(other, 0) for other in range(world_size)])
             assert ((processes[0].mean - threads[rank][0].mean).abs() <= bound).all()
             assert processes[0].counted == threads[rank][0].counted
         for mine, theirs in zip(processes, gloo_run[0][str(case)], strict=True):
@@ -263,7 +284,7 @@ def first_steps(case: Case, sends: list[Tensor], layout: list = LAYOUT) -> list[
     return LocalComm.run(len(sends), worker)
 
 
-@every_case
+@every_case_that_promises("zeros")
 def test_zeros_give_zeros_and_training_goes_on(case: Case) -> None:
     def zeros_then_gradients(comm: LocalComm) -> list[Step]:
         def some(rank: int, step: int) -> Tensor:
@@ -278,35 +299,39 @@ def test_zeros_give_zeros_and_training_goes_on(case: Case) -> None:
         assert steps[1].metrics.get("threshold") == steps[0].metrics.get("threshold")
 
 
-@every_case
+@every_case_that_promises("one huge value")
 def test_one_huge_value_arrives(case: Case) -> None:
     sends = [gradient(0, 0), gradient(1, 0)]
     sends[1][36] = -3e37
     for step in first_steps(case, sends):
-        assert step.mean[36].item() == pytest.approx(-1.5e37, rel=4 * EPSILON)
+        assert step.mean[36].item() == pytest.approx(-1.5e37, rel=4 * EPSILON + 2 * case.rounding)
         assert step.mean.isfinite().all()
 
 
-@every_case
+@every_case_that_promises("one element")
 def test_a_gradient_of_one_element_works(case: Case) -> None:
     steps = first_steps(case, [torch.tensor([2.0]), torch.tensor([4.0])], layout_of(((1,),)))
     assert [step.mean.item() for step in steps] == [3.0, 3.0]
 
 
-@every_case
+@every_case_that_promises("a worker without gradient")
 def test_a_worker_may_have_nothing_to_send(case: Case) -> None:
     steps = first_steps(case, [gradient(0, 0), torch.zeros(N)])
     assert same_bits(steps[0].mean, steps[1].mean)
-    assert_is_mean(steps[0].mean, [step.before - step.after for step in steps])
+    slack = slack_of(case, [gradient(0, 0)])
+    assert_is_mean(steps[0].mean, [step.before - step.after for step in steps], slack)
     assert steps[0].mean.count_nonzero() > 0
 
 
 @every_case
-def test_nan_is_sent_or_kept_as_the_table_says(case: Case) -> None:
+def test_nan_goes_where_the_table_says(case: Case) -> None:
     sends = [gradient(0, 0), gradient(1, 0)]
     sends[1][36] = float("nan")
     steps = first_steps(case, sends)
     assert same_bits(steps[0].mean, steps[1].mean)
-    assert bool(steps[0].mean[36].isnan()) == case.nan_is_sent
-    assert bool(steps[1].after[36].isnan()) != case.nan_is_sent
-    assert steps[0].mean.isnan().sum() <= 1
+    in_mean, in_send = steps[0].mean.isnan(), steps[1].after.isnan()
+    assert bool(in_mean[36]) == (case.nan in ("sent", "spreads"))
+    assert in_mean.sum() <= 1 or case.nan == "spreads"
+    assert not in_mean[LAYOUT[0].stop :].any()  # it stays in its tensor
+    if case.nan in ("sent", "kept"):
+        assert bool(in_send[36]) == (case.nan == "kept")

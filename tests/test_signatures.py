@@ -1,0 +1,115 @@
+"""What only this reducer does: two steps of each, worked out in numpy, so that none can stand in for another.
+
+A signature takes the gradients (steps, W, n) float32 of two workers and gives the mean (n,) of the last step,
+with error feedback where the method leaves something in send.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from reducers import REDUCERS
+from sage.comm import LocalComm
+from sage.interfaces import Seeds
+from tests.cases import LAYOUT, N, gradient, run_steps
+
+Signature = Callable[[np.ndarray], np.ndarray]
+GRADIENTS = np.stack([[gradient(rank, step).numpy() for rank in range(2)] for step in range(2)])
+DENSITY, THRESHOLD = 0.05, 0.03
+
+
+def with_feedback(grads: np.ndarray, sent: Callable[[np.ndarray, int, int], np.ndarray]) -> np.ndarray:
+    """sent(send, step, rank) is what a worker sends of send (n,); the rest stays for its next step."""
+    memory = np.zeros_like(grads[0])
+    for step, grad in enumerate(grads):
+        memory += grad
+        parts = np.stack([sent(memory[rank].copy(), step, rank) for rank in range(len(memory))])
+        memory -= parts
+    return parts.mean(0)
+
+
+def largest(send: np.ndarray, k: int) -> np.ndarray:
+    """send with all but its k elements of largest magnitude set to 0."""
+    kept = np.zeros_like(send)
+    places = np.argsort(-np.abs(send))[:k]
+    kept[places] = send[places]
+    return kept
+
+
+def exact(grads: np.ndarray) -> np.ndarray:
+    return grads[-1].mean(0)
+
+
+def topk(grads: np.ndarray) -> np.ndarray:
+    def sent(send: np.ndarray, step: int, rank: int) -> np.ndarray:
+        pieces = [send[slot.start : slot.stop] for slot in LAYOUT]
+        return np.concatenate([largest(piece, max(1, int(DENSITY * len(piece)))) for piece in pieces])
+
+    return with_feedback(grads, sent)
+
+
+def global_topk(grads: np.ndarray) -> np.ndarray:
+    return with_feedback(grads, lambda send, step, rank: largest(send, int(DENSITY * N)))
+
+
+def threshold(grads: np.ndarray) -> np.ndarray:
+    return with_feedback(grads, lambda send, step, rank: np.where(np.abs(send) >= THRESHOLD, send, 0))
+
+
+def sage(grads: np.ndarray) -> np.ndarray:
+    generators = [torch.Generator().manual_seed(Seeds.derive(1, rank).worker) for rank in range(2)]
+    samples = [0.0, 0.0]
+
+    def sent(send: np.ndarray, step: int, rank: int) -> np.ndarray:
+        drawn = torch.randint(N, (int(N / (1 + N * 0.05**2)),), generator=generators[rank]).numpy()
+        before, samples[rank] = samples[rank], np.abs(send[drawn]).mean()
+        if step == 0:
+            return np.where(np.abs(send) >= THRESHOLD, send, 0)
+        moved = THRESHOLD * samples[rank] / before
+        exam = (np.abs(send) >= moved).mean()
+        gamma = 0.95 if exam < 0.1 * DENSITY else 1.05 if exam > 10 * DENSITY else 1.0
+        return np.where(np.abs(send) >= moved * 2 / (1 + np.exp(DENSITY - exam)) * gamma, send, 0)
+
+    return with_feedback(grads, sent)
+
+
+SIGNATURES: dict[str, tuple[dict[str, object], Signature]] = {
+    "exact": ({}, exact),
+    "topk": ({"density": DENSITY}, topk),
+    "global_topk": ({"density": DENSITY}, global_topk),
+    "threshold": ({"threshold": THRESHOLD}, threshold),
+    "sage": ({"threshold": THRESHOLD, "density": DENSITY}, sage),
+}
+TOLERANCE = 1e-6
+"""Relative to the largest magnitude of the mean: float32 sums in another order, over at most 20 elements in a
+matrix product; two methods differ by far more."""
+
+
+def distance(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.abs(a - b).max() / np.abs(b).max())
+
+
+def test_every_reducer_has_a_signature() -> None:
+    assert set(SIGNATURES) == set(REDUCERS)
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_a_reducer_does_what_its_signature_says(name: str) -> None:
+    settings, signature = SIGNATURES[name]
+
+    def last_mean(comm: LocalComm) -> np.ndarray:
+        config = REDUCERS[name].Settings.model_validate(settings)
+        seeds, device = Seeds.derive(1, comm.rank), torch.device("cpu")
+        reducer = REDUCERS[name](config, LAYOUT, seeds=seeds, device=device)
+        return run_steps(reducer, comm, range(2), torch.zeros(N))[-1].mean.numpy()
+
+    for mean in LocalComm.run(2, last_mean):
+        assert distance(mean, signature(GRADIENTS)) <= TOLERANCE
+
+
+def test_no_two_signatures_are_alike() -> None:
+    means = [signature(GRADIENTS) for _, signature in SIGNATURES.values()]
+    for index, mean in enumerate(means):
+        assert all(distance(other, mean) > 1000 * TOLERANCE for other in means[:index])
