@@ -2,6 +2,7 @@
 
 from reducers.exact import Exact
 from reducers.global_topk import GlobalTopK
+from reducers.powersgd import PowerSGD
 from reducers.sage import Sage
 from reducers.threshold import HardThreshold
 from reducers.topk import TopK
@@ -13,4 +14,5 @@ REDUCERS: dict[str, type[Reducer]] = {
     "global_topk": GlobalTopK,
     "threshold": HardThreshold,
     "sage": Sage,
+    "powersgd": PowerSGD,
 }

@@ -1,20 +1,31 @@
-"""The exact mean: the dense baseline."""
+"""The exact mean, in the gradient's own precision or in half of it: the dense baselines."""
 
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from reducers.dense import average
 from sage.config import Named
 from sage.interfaces import Communicator, Reducer, Seeds, Slot
+
+HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 class ExactSettings(Named):
     name: Literal["exact"] = "exact"
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """What travels: the gradient as it is, or its elements rounded to 2 bytes each."""
 
 
 class Exact(Reducer):
-    """mean = sum_i send_i / W by one all-reduce of the flat gradient; nothing is left in send."""
+    """mean = sum_i send_i / W by one all-reduce of the flat gradient.
+
+    In float32 nothing is left in send. In half precision each worker sends q_i = half(send_i / W), the
+    all-reduce adds in that precision, and send_i - W q_i is left: under error feedback no rounding of a
+    worker's own is lost, only that of the W - 1 additions. What float16 cannot hold (above 65504) is sent
+    at that limit, and its rest stays in send. A NaN is sent, and stays.
+    """
 
     Settings: ClassVar[type[Named]] = ExactSettings
 
@@ -22,13 +33,23 @@ class Exact(Reducer):
         self, config: ExactSettings, layout: list[Slot], *, seeds: Seeds, device: torch.device
     ) -> None:
         self.n = layout[-1].stop
+        self._half: Tensor | None = None
+        if config.dtype in HALVES:
+            self._half = torch.empty(self.n, dtype=HALVES[config.dtype], device=device)  # (n,)
 
     def reduce(self, send: Tensor, mean: Tensor, comm: Communicator) -> None:
-        mean.copy_(send)
-        comm.all_reduce(mean)
-        if comm.world_size > 1:
-            mean.div_(comm.world_size)
-        send.zero_()
+        if self._half is None:
+            average(send, mean, comm)
+            return
+        limit = torch.finfo(self._half.dtype).max
+        # q = half(clamp(send) / W): a sum of W such numbers does not overflow
+        torch.clamp(send, -limit, limit, out=mean)
+        self._half.copy_(mean.div_(comm.world_size))
+        # send = send - W q
+        send.sub_(mean.copy_(self._half), alpha=comm.world_size)
+        comm.all_reduce(self._half)
+        mean.copy_(self._half)
 
     def expected_payload_bytes(self, world_size: int) -> int:
-        return 4 * self.n if world_size > 1 else 0
+        bytes_each = 4 if self._half is None else self._half.element_size()
+        return bytes_each * self.n if world_size > 1 else 0

@@ -13,7 +13,7 @@ from sage.comm import CountingComm
 from sage.interfaces import Reducer, Seeds, Slot, lay_out
 
 SHAPES = ((8, 3, 3, 3), (8,), (20, 11), (11,), (1,))
-Collective = Literal["all_reduce", "all_gather"]
+Collectives = tuple[tuple[Literal["all_reduce", "all_gather", "broadcast"], int], ...]
 Law = Literal["conservation", "zeros", "one huge value", "one element", "a worker without gradient"]
 
 
@@ -47,9 +47,11 @@ class Case:
     """How many elements a worker selects, from send (n,) and its metrics; None: a dense reducer."""
     fixed_count: bool = False
     """The count is the same at every step."""
-    collectives: tuple[tuple[Collective, int], ...] | None = None
+    collectives: Collectives | None = None
     """Every step's collectives and the bytes that a worker hands over, by hand from SHAPES; None: a
     sparsifier's, which follow from the counts."""
+    collectives_at: Mapping[int, Collectives] = field(default_factory=dict)
+    """Those of single steps, by number, where they differ."""
     rounding: float = 0.0
     """How far results may be off beyond the law's own bound, relative to the largest magnitude of what was
     given: for methods with matrix products or a narrower type. The row derives it."""
@@ -59,9 +61,11 @@ class Case:
     def __str__(self) -> str:
         return "-".join([self.reducer, *(str(value) for value in self.settings.values())])
 
-    def build(self, layout: list[Slot] = LAYOUT, rank: int = 0, **changes: Any) -> Reducer:
+    def build(
+        self, layout: list[Slot] = LAYOUT, rank: int = 0, changes: Mapping[str, Any] | None = None
+    ) -> Reducer:
         reducer = REDUCERS[self.reducer]
-        config = reducer.Settings.model_validate({**self.settings, **changes})
+        config = reducer.Settings.model_validate({**self.settings, **(changes or {})})
         return reducer(config, layout, seeds=Seeds.derive(1, rank), device=torch.device("cpu"))
 
 
@@ -85,6 +89,28 @@ GLOBAL = {"exact_with": {"density": 1.0}, "count": overall, "fixed_count": True}
 BY_THRESHOLD = {"exact_with": {"threshold": 1e-30}, "count": reached, "nan": "kept"}
 SAGE = {"density": 0.05, "threshold": 0.03}
 UNION = {"exchange": "union"}
+HALF = {"gathers_only": False, "nan": "spreads", "collectives": (("all_reduce", 2 * N),)}
+SATURATES = "float16 ends at 65504: what is above is sent in later steps"
+
+
+# (8, 27) and (20, 11) at rank 2: P has 16 + 40 numbers, Q 54 + 22; the vectors have 8 + 11 + 1.
+LOWRANK = {
+    "gathers_only": False,
+    "nan": "spreads",
+    # Three matrix products of at most 27 terms each, and factors whose columns (drawn at random) are
+    # conditioned no worse than 30: 3 * 27 * 30 * 2^-24.
+    "rounding": 1.5e-4,
+}
+HALF_OF_IT = {"one huge value": "one step gives the projection on the factor of the step before"}
+
+FULL_RANK = {"rank": 27, "min_compression_rate": 0}
+TWO_SIDED = {
+    **LOWRANK,
+    "exact_with": FULL_RANK,
+    "collectives": (("all_reduce", 4 * (56 + 20)), ("all_reduce", 4 * 76)),
+}
+ALTERNATING = {"rank": 2, "form": "alternating"}
+ONE_SIDE = {**LOWRANK, "unpromised": HALF_OF_IT, "collectives": (("all_reduce", 4 * (76 + 20)),)}
 
 CASES = [
     Case("exact", gathers_only=False, exact_with={}, collectives=(("all_reduce", 4 * N),)),
@@ -98,6 +124,27 @@ CASES = [
     Case("sage", SAGE, **BY_THRESHOLD),
     Case("sage", {**SAGE, **UNION}, gathers_only=False, **BY_THRESHOLD),
     Case("sage", {**SAGE, "sampling": "by_tensor"}, **BY_THRESHOLD),
+    # W - 1 = 3 additions at most, each rounded to 11 or 8 bits.
+    Case(
+        "exact", {"dtype": "float16"}, **HALF, rounding=3 * 2**-11, unpromised={"one huge value": SATURATES}
+    ),
+    Case("exact", {"dtype": "bfloat16"}, **HALF, rounding=3 * 2**-8),
+    Case("powersgd", {"rank": 2}, **TWO_SIDED),
+    Case("powersgd", {"rank": 2, "residual": "mean"}, **TWO_SIDED),
+    Case("powersgd", {"rank": 2, "orthogonalization": "gram_schmidt"}, **TWO_SIDED),
+    Case("powersgd", {"rank": 2, "warm_start": False}, **TWO_SIDED),
+    Case(
+        "powersgd",
+        ALTERNATING,
+        **ONE_SIDE,
+        collectives_at={step: (("all_reduce", 4 * (56 + 20)),) for step in (1, 3, 5)},
+    ),
+    Case(
+        "powersgd",
+        {**ALTERNATING, "iterations": 2},
+        **LOWRANK,
+        collectives=(("all_reduce", 4 * (76 + 20)), ("all_reduce", 4 * 56)),
+    ),
 ]
 
 

@@ -116,7 +116,7 @@ def test_one_worker_needs_no_collective_and_gets_what_it_sent(case: Case) -> Non
 @every_world_size
 def test_everything_selected_is_exact(case: Case, world_size: int) -> None:
     def first_step(comm: LocalComm) -> Step:
-        reducer = case.build(rank=comm.rank, **(case.exact_with or {}))
+        reducer = case.build(rank=comm.rank, changes=case.exact_with)
         return run_steps(reducer, comm, range(1), torch.zeros(N))[0]
 
     steps = LocalComm.run(world_size, first_step)
@@ -125,7 +125,10 @@ def test_everything_selected_is_exact(case: Case, world_size: int) -> None:
     assert_is_mean(steps[0].mean, sends, slack)
     assert all(step.density == 1 for step in steps)
     if "conservation" not in case.unpromised:
-        assert all(step.after.abs().max() <= slack for step in steps)
+        # Of a low-rank method's residuals only the mean is zero: the factors span the mean's columns.
+        rests = [step.after for step in steps] if case.rounding == 0 else []
+        assert all(rest.count_nonzero() == 0 for rest in rests)
+        assert torch.stack([step.after for step in steps]).mean(0).abs().max() <= slack
 
 
 class SpyComm(LocalComm):
@@ -150,18 +153,19 @@ def counts_of(case: Case, steps: tuple[Step, ...]) -> list[int]:
     return [case.count(step.before, step.metrics) for step in steps]
 
 
-def expected_ledger(case: Case, steps: tuple[Step, ...], rank: int) -> dict[str, float]:
+def expected_ledger(case: Case, number: int, steps: tuple[Step, ...], rank: int) -> dict[str, float]:
     """The row's collectives, or payload: sizes 4, then 8 kmax (gather) or 4 kmax + 4 |union|; padding up to
     kmax; the ring's bytes."""
     world_size = len(steps)
     ring_reduce, ring_gather = 2 * (world_size - 1) / world_size, world_size - 1
     if case.collectives is not None:
-        factors = {"all_reduce": ring_reduce, "all_gather": ring_gather}
+        collectives = case.collectives_at.get(number, case.collectives)
+        factors = {"all_reduce": ring_reduce, "all_gather": ring_gather, "broadcast": ring_reduce / 2}
         return {
-            "num_collectives": len(case.collectives),
-            "payload_bytes": sum(handed for _, handed in case.collectives),
+            "num_collectives": len(collectives),
+            "payload_bytes": sum(handed for _, handed in collectives),
             "padding_bytes": 0,
-            "wire_bytes": sum(factors[kind] * handed for kind, handed in case.collectives),
+            "wire_bytes": sum(factors[kind] * handed for kind, handed in collectives),
         }
     counts = counts_of(case, steps)
     longest = max(counts)
@@ -188,9 +192,9 @@ def test_the_ledger_is_the_closed_formula_and_the_tensors_bytes(case: Case, worl
         return run_case(case, spy, 4), spy.handed
 
     workers = LocalComm.run(world_size, spied)
-    for steps in zip(*(steps for steps, _ in workers), strict=True):
+    for number, steps in enumerate(zip(*(steps for steps, _ in workers), strict=True)):
         for rank, step in enumerate(steps):
-            assert step.counted == pytest.approx(expected_ledger(case, steps, rank), rel=1e-15)
+            assert step.counted == pytest.approx(expected_ledger(case, number, steps, rank), rel=1e-15)
     for steps, handed in workers:
         assert sum(handed) == sum(step.counted["payload_bytes"] for step in steps)
         assert len(handed) == sum(step.counted["num_collectives"] for step in steps)

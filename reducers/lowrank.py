@@ -1,0 +1,144 @@
+"""What the low-rank methods share: which tensors are matrices, their factors, orthonormal columns."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sage.interfaces import Slot
+
+
+def matrix_shape(slot: Slot) -> tuple[int, int] | None:
+    """(shape[0], product of the rest); None of a vector and of an empty tensor."""
+    return (slot.shape[0], slot.size // slot.shape[0]) if len(slot.shape) > 1 and slot.size else None
+
+
+@dataclass(frozen=True)
+class Group:
+    """Matrices of one shape and rank. Their factors lie side by side, so that a batch of them is a view."""
+
+    rows: int
+    columns: int
+    rank: int
+    slots: tuple[Slot, ...]
+
+
+class Matrices:
+    """A layout as matrices, grouped by shape, and the rest, which is sent whole.
+
+    ranks: one a slot; a matrix n x m gets r = min(n, m, its rank), if r (n + m) min_compression_rate < n m.
+    Matrices, left and right factors are listed in the groups' order.
+    """
+
+    def __init__(self, layout: list[Slot], ranks: Sequence[int], min_compression_rate: float) -> None:
+        found: dict[tuple[int, int, int], list[Slot]] = {}
+        self.whole: list[Slot] = []
+        for slot, rank in zip(layout, ranks, strict=True):
+            rows, columns = matrix_shape(slot) or (0, 0)
+            r = min(rows, columns, rank)
+            if r * (rows + columns) * min_compression_rate < rows * columns:
+                found.setdefault((rows, columns, r), []).append(slot)
+            else:
+                self.whole.append(slot)
+        self.groups = [Group(*shape, tuple(slots)) for shape, slots in found.items()]
+        self.left_size = sum(len(g.slots) * g.rows * g.rank for g in self.groups)
+        self.right_size = sum(len(g.slots) * g.columns * g.rank for g in self.groups)
+        self.whole_size = sum(slot.size for slot in self.whole)
+
+    def of(self, flat: Tensor) -> list[Tensor]:
+        """Views (n, m) of a flat gradient."""
+        return [
+            flat[slot.start : slot.stop].view(group.rows, group.columns)
+            for group in self.groups
+            for slot in group.slots
+        ]
+
+    def wholes(self, flat: Tensor) -> list[Tensor]:
+        """Views (size,) of a flat gradient: what is no matrix, or too small a one."""
+        return [flat[slot.start : slot.stop] for slot in self.whole]
+
+    def left_blocks(self, flat: Tensor) -> list[Tensor]:
+        """Views (B, n, r), one a group, of the left factors (left_size,)."""
+        shapes = [(len(group.slots), group.rows, group.rank) for group in self.groups]
+        return _blocks(flat, shapes)
+
+    def right_blocks(self, flat: Tensor) -> list[Tensor]:
+        """Views (B, m, r), one a group, of the right factors (right_size,)."""
+        shapes = [(len(group.slots), group.columns, group.rank) for group in self.groups]
+        return _blocks(flat, shapes)
+
+
+def _blocks(flat: Tensor, shapes: list[tuple[int, int, int]]) -> list[Tensor]:
+    sizes = [count * rows * rank for count, rows, rank in shapes]
+    return [part.view(shape) for part, shape in zip(flat.split(sizes), shapes, strict=True)]
+
+
+def each(blocks: Iterable[Tensor]) -> list[Tensor]:
+    """The matrices of batches, in order."""
+    return [matrix for block in blocks for matrix in block]
+
+
+def multiply(a: list[Tensor], b: list[Tensor], out: list[Tensor]) -> None:
+    """out_i = a_i b_i.
+
+    One product a matrix: the big factor is a view of the flat gradient, and copying it into a batch costs
+    more than the product, which only reads it once.
+    """
+    for left, right, product in zip(a, b, out, strict=True):
+        torch.mm(left, right, out=product)
+
+
+def add_products(out: list[Tensor], a: list[Tensor], b: list[Tensor], alpha: float) -> None:
+    """out_i += alpha a_i b_i^T."""
+    for total, left, right in zip(out, a, b, strict=True):
+        total.addmm_(left, right.T, alpha=alpha)
+
+
+def transposed(matrices: list[Tensor]) -> list[Tensor]:
+    return [matrix.T for matrix in matrices]
+
+
+DEPENDENT = 1e-6
+"""A column of which less than this is left by the projection is rounding error, not a direction."""
+
+
+def orthonormalize(blocks: list[Tensor], method: str) -> None:
+    """Replace the columns of each matrix of batches (B, n, r), r <= n, by orthonormal ones, in place.
+
+    They span the same space; where a column is zero or depends on those before it, another direction takes
+    its place, so that a factor can grow out of zero again. method: qr (Householder) or gram_schmidt.
+    """
+    for block in blocks:
+        if method == "qr":
+            block.copy_(torch.linalg.qr(block).Q)
+        else:
+            _gram_schmidt(block)
+
+
+def _gram_schmidt(block: Tensor) -> None:
+    scale = block.abs().amax(dim=1, keepdim=True)
+    block.div_(torch.where(scale > 0, scale, 1.0))  # the squares of huge values would overflow
+    for index in range(block.shape[2]):
+        column, before = block[:, :, index : index + 1], block[:, :, :index]  # (B, n, 1), (B, n, index)
+        length = torch.linalg.vector_norm(column, dim=1, keepdim=True)
+        rest = _project_out(column, before)
+        dependent = torch.linalg.vector_norm(rest, dim=1, keepdim=True) <= DEPENDENT * length
+        rest = torch.where(dependent, _project_out(_freest_unit(before), before), rest)
+        column.copy_(rest / torch.linalg.vector_norm(rest, dim=1, keepdim=True))
+
+
+def _project_out(column: Tensor, before: Tensor) -> Tensor:
+    """column - B B^T column, twice: once leaves rounding errors of the size of the column."""
+    for _ in range(2):
+        column = column - before @ (before.mT @ column)
+    return column
+
+
+def _freest_unit(before: Tensor) -> Tensor:
+    """(B, n, 1): the unit vector of the row in which the orthonormal columns (B, n, c), c < n, are least.
+
+    Its squared length outside their span is at least 1 - c / n.
+    """
+    row = before.square().sum(dim=2).argmin(dim=1)  # (B,)
+    return torch.nn.functional.one_hot(row, before.shape[1]).to(before.dtype).unsqueeze(2)
