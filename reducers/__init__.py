@@ -1,5 +1,6 @@
 """Every reducer by its name in the configuration."""
 
+from reducers.accordion import Accordion
 from reducers.exact import Exact
 from reducers.global_topk import GlobalTopK
 from reducers.powersgd import PowerSGD
@@ -15,4 +16,6 @@ REDUCERS: dict[str, type[Reducer]] = {
     "threshold": HardThreshold,
     "sage": Sage,
     "powersgd": PowerSGD,
+    "accordion": Accordion,
 }
+Accordion.inners = {"topk": TopK, "powersgd": PowerSGD}

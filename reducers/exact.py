@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from reducers.dense import average
+from reducers.common import average
 from sage.config import Named
 from sage.interfaces import Communicator, Reducer, Seeds, Slot
 

@@ -7,10 +7,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from reducers.dense import average
+from reducers.common import Leveled, average
 from reducers.lowrank import Matrices, add_products, each, multiply, orthonormalize, transposed
 from sage.config import Named
-from sage.interfaces import Communicator, Reducer, Seeds, Slot
+from sage.interfaces import Communicator, Seeds, Slot
 
 
 class PowerSGDSettings(Named):
@@ -33,7 +33,7 @@ class PowerSGDSettings(Named):
     """The first step with compression; the gradient is averaged exactly before it."""
 
 
-class PowerSGD(Reducer):
+class PowerSGD(Leveled):
     """M ~ P Q^T, with M (n, m) = shape[0] x rest, P (n, r), Q (m, r), one of them orthonormal.
 
     Vogels, Karimireddy and Jaggi 2019, arXiv 1905.13727, algorithm 1; alternating: 2020, arXiv 2008.01425,

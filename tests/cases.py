@@ -10,7 +10,7 @@ from torch import Tensor
 
 from reducers import REDUCERS
 from sage.comm import CountingComm
-from sage.interfaces import Reducer, Seeds, Slot, lay_out
+from sage.interfaces import Progress, Reducer, Seeds, Slot, lay_out
 
 SHAPES = ((8, 3, 3, 3), (8,), (20, 11), (11,), (1,))
 Collectives = tuple[tuple[Literal["all_reduce", "all_gather", "broadcast"], int], ...]
@@ -112,6 +112,18 @@ TWO_SIDED = {
 ALTERNATING = {"rank": 2, "form": "alternating"}
 ONE_SIDE = {**LOWRANK, "unpromised": HALF_OF_IT, "collectives": (("all_reduce", 4 * (76 + 20)),)}
 
+
+def by_level(send: Tensor, metrics: dict[str, float]) -> int:
+    """k of Accordion: the matrices' at densities of 0.1 or 0.02, and the vectors whole."""
+    return 21 + 22 + 20 if metrics["low_compression"] == 1 else 4 + 4 + 20
+
+
+# Two steps an epoch: the first decision, for low compression, comes with step 2, the second with step 4. No
+# norm changes tenfold, so all five tensors go to high compression.
+ACCORDION = {"interval_epochs": 1, "change": 10.0}
+LOW, HIGH = (("all_gather", 4), ("all_gather", 8 * 63)), (("all_gather", 4), ("all_gather", 8 * 28))
+DECISION = (("broadcast", 5),)
+
 CASES = [
     Case("exact", gathers_only=False, exact_with={}, collectives=(("all_reduce", 4 * N),)),
     Case("topk", {"density": 0.05}, **TOPK),
@@ -145,6 +157,26 @@ CASES = [
         **LOWRANK,
         collectives=(("all_reduce", 4 * (76 + 20)), ("all_reduce", 4 * 56)),
     ),
+    Case(
+        "accordion",
+        {"densities": (0.1, 0.02), **ACCORDION},
+        gathers_only=True,
+        exact_with={"densities": (1.0, 1.0)},
+        count=by_level,
+        collectives=LOW,
+        collectives_at={2: DECISION + LOW, 4: DECISION + HIGH, 5: HIGH},
+    ),
+    Case(
+        "accordion",
+        {"inner": "powersgd", "ranks": (2, 1), **ACCORDION},
+        **LOWRANK,
+        collectives=TWO_SIDED["collectives"],
+        collectives_at={
+            2: DECISION + TWO_SIDED["collectives"],
+            4: (*DECISION, ("all_reduce", 4 * (28 + 20)), ("all_reduce", 4 * 38)),
+            5: (("all_reduce", 4 * (28 + 20)), ("all_reduce", 4 * 38)),
+        },
+    ),
 ]
 
 
@@ -166,10 +198,11 @@ Gradient = Callable[[int, int], Tensor]
 def run_steps(
     reducer: Reducer, comm: CountingComm, steps: range, memory: Tensor, gradient_of: Gradient = gradient
 ) -> list[Step]:
-    """Steps of a worker with error feedback; memory (n,) is changed."""
+    """Steps of a worker with error feedback, two an epoch; memory (n,) is changed."""
     seen = []
     for step in steps:
         mean = gradient_of(comm.rank, step).clone()
+        reducer.begin_step(Progress(epoch=step / 2, step=step, lr=0.1, steps_per_epoch=2))
         reducer.accumulate(memory, mean)
         before = memory.clone()
         reducer.reduce(memory, mean, comm)

@@ -12,7 +12,7 @@ SOURCES = [
     *(path for part in ("sage", "reducers", "tasks") for path in (ROOT / part).rglob("*.py")),
 ]
 SHARED = {
-    "reducers.dense",
+    "reducers.common",
     "reducers.lowrank",
     "reducers.sparse",
     "tasks.classification",

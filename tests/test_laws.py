@@ -146,6 +146,10 @@ class SpyComm(LocalComm):
         self.handed.append(x.nbytes)
         return super()._all_gather(x)
 
+    def _broadcast(self, x: Tensor, source: int) -> None:
+        self.handed.append(x.nbytes)
+        super()._broadcast(x, source)
+
 
 def counts_of(case: Case, steps: tuple[Step, ...]) -> list[int]:
     """How many elements each worker should have selected, from what it wanted to send."""
@@ -189,7 +193,7 @@ def expected_ledger(case: Case, number: int, steps: tuple[Step, ...], rank: int)
 def test_the_ledger_is_the_closed_formula_and_the_tensors_bytes(case: Case, world_size: int) -> None:
     def spied(comm: LocalComm) -> tuple[list[Step], list[int]]:
         spy = SpyComm(comm)
-        return run_case(case, spy, 4), spy.handed
+        return run_case(case, spy, 6), spy.handed
 
     workers = LocalComm.run(world_size, spied)
     for number, steps in enumerate(zip(*(steps for steps, _ in workers), strict=True)):

@@ -12,7 +12,7 @@ import torch
 
 from reducers import REDUCERS
 from sage.comm import LocalComm
-from sage.interfaces import Seeds
+from sage.interfaces import Seeds, Slot
 from tests.cases import LAYOUT, N, gradient, run_steps
 
 Signature = Callable[[np.ndarray], np.ndarray]
@@ -75,12 +75,57 @@ def sage(grads: np.ndarray) -> np.ndarray:
     return with_feedback(grads, sent)
 
 
+def powersgd(grads: np.ndarray) -> np.ndarray:
+    """Rank 1, from the reducer's own first factors: two steps of Q = M^T P / W, P = orthonormal(M Q)."""
+    reducer = REDUCERS["powersgd"](
+        REDUCERS["powersgd"].Settings(rank=1), LAYOUT, seeds=Seeds.derive(1, 0), device=torch.device("cpu")
+    )
+    starts = iter(reducer.state_dict()["q"].numpy().astype(np.float64).copy())
+    sends, mean = np.zeros(grads.shape[1:]), np.zeros(N)
+    factors = {
+        slot.name: np.array([next(starts) for _ in range(len(slot_matrix(grads[0][0], slot)[0]))])
+        for slot in LAYOUT
+        if len(slot.shape) > 1
+    }
+    for grad in grads:
+        sends = sends + grad
+        for slot in LAYOUT:
+            part = slice(slot.start, slot.stop)
+            mean[part] = sends[:, part].mean(0)
+            if slot.name in factors:
+                matrix = slot_matrix(mean, slot)
+                left = matrix @ factors[slot.name]
+                left /= np.linalg.norm(left)
+                factors[slot.name] = matrix.T @ left
+                mean[part] = np.outer(left, factors[slot.name]).ravel()
+        sends = sends - mean  # the published residual; the means that follow are those of the local one
+    return mean
+
+
+def slot_matrix(flat: np.ndarray, slot: Slot) -> np.ndarray:
+    return flat[slot.start : slot.stop].reshape(slot.shape[0], -1)
+
+
+def accordion(grads: np.ndarray) -> np.ndarray:
+    """Low compression, a density of 0.1, before the first decision; vectors whole."""
+
+    def sent(send: np.ndarray, step: int, rank: int) -> np.ndarray:
+        pieces = [(send[slot.start : slot.stop], len(slot.shape) > 1) for slot in LAYOUT]
+        return np.concatenate(
+            [largest(piece, len(piece) // 10) if matrix else piece for piece, matrix in pieces]
+        )
+
+    return with_feedback(grads, sent)
+
+
 SIGNATURES: dict[str, tuple[dict[str, object], Signature]] = {
     "exact": ({}, exact),
     "topk": ({"density": DENSITY}, topk),
     "global_topk": ({"density": DENSITY}, global_topk),
     "threshold": ({"threshold": THRESHOLD}, threshold),
     "sage": ({"threshold": THRESHOLD, "density": DENSITY}, sage),
+    "powersgd": ({"rank": 1}, powersgd),
+    "accordion": ({}, accordion),
 }
 TOLERANCE = 1e-6
 """Relative to the largest magnitude of the mean: float32 sums in another order, over at most 20 elements in a

@@ -1,0 +1,120 @@
+"""Accordion: low compression for the tensors whose gradient is changing, high for the others."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import Field, Strict
+from torch import Tensor
+
+from reducers.common import Leveled
+from sage.config import Named
+from sage.interfaces import Communicator, Progress, Reducer, Seeds, Slot
+
+Density = Annotated[float, Field(gt=0, le=1)]
+Rank = Annotated[int, Field(ge=1)]
+
+
+class AccordionSettings(Named):
+    name: Literal["accordion"] = "accordion"
+    inner: Literal["topk", "powersgd"] = "topk"
+    densities: Annotated[tuple[Density, Density], Strict(False)] = (0.1, 0.01)
+    """topk: the density at low and at high compression."""
+    ranks: Annotated[tuple[Rank, Rank], Strict(False)] = (2, 1)
+    """powersgd: the rank at low and at high compression."""
+    detector: Literal["epoch", "batch"] = "epoch"
+    """Whose norm tells a change: the gradient summed over an epoch (the paper), or the first batch's of an
+    epoch (SAGE's published code)."""
+    interval_epochs: int = Field(default=10, ge=1)
+    """Epochs between two decisions."""
+    change: float = Field(default=0.5, gt=0)
+    """The relative change of the norm from which on a tensor is in a critical regime: low compression."""
+    vectors: Literal["whole", "compressed"] = "whole"
+    """topk: send all of a tensor of one dimension (the paper), or treat it as the others."""
+
+
+class Accordion(Reducer):
+    """Agarwal et al. 2021, arXiv 2010.16248, algorithm 1, around a reducer with a level a tensor.
+
+    After every interval_epochs-th epoch, rank 0 compares the norm of each tensor of its raw gradient with the
+    norm an interval ago: |before - now| / before >= change means low compression until the next decision, as
+    do a first decision, a norm of zero and, from the epoch in which it happens, a lower learning rate. The
+    choice is broadcast. Without begin_step compression stays low.
+    """
+
+    Settings: ClassVar[type[Named]] = AccordionSettings
+    state_names = ("levels", "previous", "total", "epoch", "lr", "inner")
+    inners: ClassVar[Mapping[str, type[Leveled]]]
+    """What may be wrapped, by name; set where all reducers are known."""
+
+    def __init__(
+        self, config: AccordionSettings, layout: list[Slot], *, seeds: Seeds, device: torch.device
+    ) -> None:
+        self.config, self.layout = config, layout
+        inner = self.inners[config.inner]
+        self.inner = inner(inner.Settings(name=config.inner), layout, seeds=seeds, device=device)
+        self.epoch, self.lr = -1, 0.0
+        self.previous = torch.zeros(len(layout), device=device)  # norms at the last decision
+        sums = layout[-1].stop if config.detector == "epoch" else 0
+        self.total = torch.zeros(sums, device=device)  # the epoch's raw gradients so far
+        self._progress: Progress | None = None
+        self._set(torch.ones(len(layout), dtype=torch.uint8, device=device))
+
+    def begin_step(self, progress: Progress) -> None:
+        self._progress = progress
+
+    def accumulate(self, send: Tensor, grad: Tensor) -> None:
+        self.inner.accumulate(send, grad)
+
+    def reduce(self, send: Tensor, mean: Tensor, comm: Communicator) -> None:
+        if self._progress is not None:
+            self._watch(mean, self._progress, comm)
+        self.inner.reduce(send, mean, comm)
+        self.density = self.inner.density
+
+    def _watch(self, grad: Tensor, progress: Progress, comm: Communicator) -> None:
+        """Take the raw gradient (n,) of a step; where an epoch begins, decide if it is time to."""
+        epoch, ended = int(progress.epoch), self.epoch
+        by_batch = self.config.detector == "batch"
+        if epoch != ended:
+            fell, self.epoch, self.lr = progress.lr < self.lr, epoch, progress.lr
+            judged = epoch if by_batch else ended
+            if judged >= 0 and judged % self.config.interval_epochs == 0:
+                self._decide(grad if by_batch else self.total, comm)
+            if fell:
+                self._set(torch.ones_like(self.levels))
+            self.total.zero_()
+        if not by_batch:
+            self.total.add_(grad)
+
+    def _decide(self, gradient: Tensor, comm: Communicator) -> None:
+        """1. rank 0 judges every tensor; 2. its choice is everybody's."""
+        parts = [gradient[slot.start : slot.stop] for slot in self.layout]
+        norms = torch.stack(torch._foreach_norm(parts))  # (tensors,)
+        # low compression unless | ||G_before|| - ||G|| | / ||G_before|| < change
+        calm = (self.previous - norms).abs() < self.config.change * self.previous
+        low = (~calm).to(torch.uint8)
+        comm.broadcast(low)
+        self.previous = norms
+        self._set(low)
+
+    def _set(self, low: Tensor) -> None:
+        """low (tensors,) uint8: 1 for low compression."""
+        self.levels = low
+        choices = self.config.densities if self.config.inner == "topk" else self.config.ranks
+        levels: list[float] = [choices[0] if is_low else choices[1] for is_low in low.tolist()]
+        if self.config.inner == "topk" and self.config.vectors == "whole":
+            levels = [
+                level if len(slot.shape) > 1 else 1.0 for level, slot in zip(levels, self.layout, strict=True)
+            ]
+        self.inner.set_levels(levels)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._set(state["levels"])  # the sizes of the inner reducer's state follow from the levels
+        super().load_state_dict(state)
+
+    def expected_payload_bytes(self, world_size: int) -> int:
+        return self.inner.expected_payload_bytes(world_size)
+
+    def metrics(self) -> dict[str, float]:
+        return {**self.inner.metrics(), "low_compression": self.levels.float().mean().item()}
