@@ -8,7 +8,8 @@ feedback and a memory of its own, which is kept; the figures are medians. The gr
 (Student's t, 3 degrees of freedom), with a scale a tensor, as in networks, and differ from step to step.
 The hard threshold's constant and SAGE's first threshold are fitted beforehand so that the density is about
 the target in the measured steps: two that select as much are compared. The mean density of the measured
-steps is printed beside the time.
+steps is printed beside the time, and the compression error of the step after them: the squared norm of what
+was not sent over that of what was to be sent.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import time
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -35,6 +37,14 @@ from sage.comm import CountingComm, LocalComm, connect_comm
 from sage.interfaces import Communicator, Reducer, Seeds, Slot, lay_out
 from tasks.models.resnet import resnet18
 
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: (name, {}) for name in REDUCERS},
+    "exact-bfloat16": ("exact", {"dtype": "bfloat16"}),
+    "powersgd-alternating": ("powersgd", {"form": "alternating"}),
+    "accordion-powersgd": ("accordion", {"inner": "powersgd"}),
+}
+"""What is measured, by label: a reducer and its settings; density and threshold are given where it has
+them."""
 NUM_WARM_UP, NUM_MEASURED = 8, 15
 NUM_GRADIENTS = 5
 """Gradients kept in memory; their product with signs and shifts gives as many as there are steps."""
@@ -62,6 +72,7 @@ class Row:
     ratio_to_floor: float
     density: float
     payload_bytes: float
+    compression_error: float
 
 
 class Gradients:
@@ -105,6 +116,13 @@ class Entry:
         self.seconds.append(time.perf_counter() - started)
         self.densities.append(self.reducer.density)
 
+    def compression_error(self, grad: Tensor) -> float:
+        """||send - sent||^2 / ||send||^2 of one more step."""
+        self.reducer.accumulate(self.memory, grad)
+        before = self.memory.norm()
+        self.reducer.reduce(self.memory, grad, self.comm)
+        return float((self.memory.norm() / before) ** 2)
+
 
 def fitting_threshold(layout: list[Slot], gradients: Gradients, density: float) -> float:
     """The constant whose density under error feedback is about the target in the measured steps.
@@ -139,11 +157,12 @@ def fitting_start(layout: list[Slot], gradients: Gradients, density: float, cons
 
 
 def make_entry(
-    name: str, layout: list[Slot], density: float, threshold: float, comm: CountingComm, rank: int
+    label: str, layout: list[Slot], density: float, threshold: float, comm: CountingComm, rank: int
 ) -> Entry:
+    name, changes = VARIANTS[label]
     settings = REDUCERS[name].Settings
-    given = {"density": density, "threshold": threshold}
-    config = settings(**{key: value for key, value in given.items() if key in settings.model_fields})
+    given = {"density": density, "threshold": threshold, "densities": (density, density / 10)}
+    config = settings(**{key: given[key] for key in given.keys() & settings.model_fields.keys()}, **changes)
     reducer = REDUCERS[name](config, layout, seeds=Seeds.derive(1, rank), device=torch.device("cpu"))
     return Entry(reducer, torch.zeros(layout[-1].stop), comm, [], [])
 
@@ -175,12 +194,14 @@ def measure(
         memory.add_(fresh)
         floor.append(time.perf_counter() - started)
     floor_ms = 1000 * statistics.median(floor[NUM_WARM_UP:])
-    rows = [Row("floor", n, world_size, floor_ms, 1.0, 1.0, 0.0)]
+    rows = [Row("floor", n, world_size, floor_ms, 1.0, 1.0, 0.0, 0.0)]
     for name, entry in entries.items():
         milliseconds = 1000 * statistics.median(entry.seconds[NUM_WARM_UP:])
         achieved = statistics.mean(entry.densities[NUM_WARM_UP:])
         payload = entry.comm.ledger.take()["payload_bytes"] / NUM_MEASURED
-        rows.append(Row(name, n, world_size, milliseconds, milliseconds / floor_ms, achieved, payload))
+        error = entry.compression_error(grad.copy_(fresh))
+        ratio = milliseconds / floor_ms
+        rows.append(Row(name, n, world_size, milliseconds, ratio, achieved, payload, error))
     return rows
 
 
@@ -219,7 +240,7 @@ def run_group(arguments: argparse.Namespace, world_size: int) -> list[Row]:
 
 
 def show(rows: list[Row]) -> None:
-    table = Table("reducer", "workers", "ms", "x floor", "density", "payload kB")
+    table = Table("reducer", "workers", "ms", "x floor", "density", "payload kB", "error")
     for row in rows:
         table.add_row(
             row.reducer,
@@ -228,6 +249,7 @@ def show(rows: list[Row]) -> None:
             f"{row.ratio_to_floor:.2f}",
             f"{row.density:.2e}",
             f"{row.payload_bytes / 1000:.1f}",
+            f"{row.compression_error:.3f}",
         )
     Console().print(table)
 
@@ -238,15 +260,15 @@ def main() -> None:
     )
     parser.add_argument("--layout", choices=LAYOUTS, default="resnet18")
     parser.add_argument("--world-sizes", type=int, nargs="+", default=[1, 2], metavar="W")
-    parser.add_argument("--reducers", default=",".join(REDUCERS), metavar="NAME,...")
+    parser.add_argument("--reducers", default=",".join(VARIANTS), metavar="NAME,...")
     parser.add_argument("--density", type=float, default=0.001)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows as a list of objects")
     for hidden in ("--rank", "--world-size"):
         parser.add_argument(hidden, type=int, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if unknown := set(arguments.reducers.split(",")) - set(REDUCERS):
-        parser.error(f"--reducers: expected some of {','.join(REDUCERS)}, got {','.join(sorted(unknown))}")
+    if unknown := set(arguments.reducers.split(",")) - set(VARIANTS):
+        parser.error(f"--reducers: expected some of {','.join(VARIANTS)}, got {','.join(sorted(unknown))}")
     if arguments.rank is not None:
         worker(arguments)
         return

@@ -41,10 +41,10 @@ class Exact(Reducer):
         if self._half is None:
             average(send, mean, comm)
             return
-        limit = torch.finfo(self._half.dtype).max
-        # q = half(clamp(send) / W): a sum of W such numbers does not overflow
-        torch.clamp(send, -limit, limit, out=mean)
-        self._half.copy_(mean.div_(comm.world_size))
+        # q = half(clamp(send) / W): a sum of W such numbers does not overflow; bfloat16's range is float32's
+        limit = torch.finfo(torch.float16).max
+        held = torch.clamp(send, -limit, limit, out=mean) if self._half.dtype == torch.float16 else send
+        self._half.copy_(torch.div(held, comm.world_size, out=mean))
         # send = send - W q
         send.sub_(mean.copy_(self._half), alpha=comm.world_size)
         comm.all_reduce(self._half)
