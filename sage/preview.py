@@ -1,6 +1,5 @@
 """What --dry-run tells: how large a run is, what a worker holds, how long a simulated step takes."""
 
-from collections.abc import Iterable
 from statistics import median
 from typing import Any
 
@@ -94,14 +93,20 @@ def held_bytes(parts: Parts) -> dict[str, int]:
     found: dict[int, int] = {}
     held: dict[str, int] = {}
     for name, owner in owners.items():
-        more = dict(_storages(owner))
-        held[name] = sum(size for place, size in more.items() if place not in found)
-        found |= more
+        before = sum(found.values())
+        found |= _storages(owner)
+        held[name] = sum(found.values()) - before
     return held
 
 
-def _storages(root: Any) -> Iterable[tuple[int, int]]:
-    """Address and bytes of the memory of each tensor and array that is reachable from an object."""
+def bytes_of(root: Any) -> int:
+    """Of the tensors and arrays that are reachable from an object, each memory once."""
+    return sum(_storages(root).values())
+
+
+def _storages(root: Any) -> dict[int, int]:
+    """address -> bytes."""
+    found: dict[int, int] = {}
     seen: set[int] = set()
     waiting = [root]
     while waiting:
@@ -110,12 +115,13 @@ def _storages(root: Any) -> Iterable[tuple[int, int]]:
             continue
         seen.add(id(item))
         if isinstance(item, Tensor):
-            yield item.untyped_storage().data_ptr(), item.untyped_storage().nbytes()
+            found[item.untyped_storage().data_ptr()] = item.untyped_storage().nbytes()
         elif isinstance(item, np.ndarray):
-            yield item.ctypes.data, item.nbytes
+            found[item.ctypes.data] = item.nbytes
         elif isinstance(item, dict):
             waiting += item.values()
         elif isinstance(item, list | tuple | set):
             waiting += item
-        elif not isinstance(item, type):
-            waiting += vars(item).values() if hasattr(item, "__dict__") else ()
+        elif hasattr(item, "__dict__") and not isinstance(item, type):
+            waiting += vars(item).values()
+    return found
