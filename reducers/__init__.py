@@ -1,5 +1,9 @@
 """Every reducer by its name in the configuration."""
 
+from typing import Any
+
+import torch
+
 from reducers.accordion import Accordion
 from reducers.exact import Exact
 from reducers.global_topk import GlobalTopK
@@ -7,7 +11,8 @@ from reducers.powersgd import PowerSGD
 from reducers.sage import Sage
 from reducers.threshold import HardThreshold
 from reducers.topk import TopK
-from sage.interfaces import Reducer
+from sage.config import Named, Settings, validate
+from sage.interfaces import Reducer, Seeds, Slot
 
 REDUCERS: dict[str, type[Reducer]] = {
     "exact": Exact,
@@ -19,3 +24,26 @@ REDUCERS: dict[str, type[Reducer]] = {
     "accordion": Accordion,
 }
 Accordion.inners = {"topk": TopK, "powersgd": PowerSGD}
+_SETTINGS = {name: reducer.Settings for name, reducer in REDUCERS.items()}
+
+
+class _Chosen(Settings):
+    reducer: Named
+
+
+def build_reducer(
+    name: str,
+    layout: list[Slot],
+    *,
+    rank: int,
+    seed: int = 1,
+    device: torch.device | str = "cpu",
+    **settings: Any,
+) -> Reducer:
+    """A reducer for a training loop of your own: settings are those of its section in a configuration.
+
+    seed is equal on all workers, rank is this one's; layout is GradientBuffer(model).layout. Raises
+    ValueError where there is no such reducer or setting, or a value is out of its range.
+    """
+    chosen = validate({"reducer": {"name": name, **settings}}, _Chosen, {"reducer": _SETTINGS}).reducer
+    return REDUCERS[name](chosen, layout, seeds=Seeds.derive(seed, rank), device=torch.device(device))

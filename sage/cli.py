@@ -12,6 +12,7 @@ Train a task with a gradient compressor, as a YAML file says.
   python run.py configs/digits.yaml                          one worker
   python run.py configs/digits.yaml --workers 2              two processes on this machine
   torchrun --nproc-per-node 2 run.py configs/digits.yaml     the same, by torchrun
+  python run.py configs/digits.yaml --simulate 16            16 workers that take turns in one process
   python run.py configs/digits.yaml reducer.name=topk epochs=3
 
 key.path=value changes one value of the file, in YAML's syntax. An override of a name (reducer.name=exact)
@@ -27,6 +28,7 @@ class Arguments:
     config: Path
     overrides: list[str]
     workers: int | None
+    simulate: int | None
     threads: int | None
     data: Path | None
     runs: Path
@@ -49,7 +51,9 @@ def parse(arguments: list[str]) -> Arguments:
         metavar="CONFIG key.path=value",
         help="a YAML file (see configs/), and changes to it",
     )
-    add("--workers", type=_count, metavar="N", help="start N processes on this machine")
+    many = parser.add_mutually_exclusive_group().add_argument
+    many("--workers", type=_count, metavar="N", help="start N processes on this machine")
+    many("--simulate", type=_count, metavar="W", help="train W workers in turn in this process, on one model")
     add("--threads", type=_count, metavar="N", help="threads a worker (default: cores / workers here)")
     add("--data", type=Path, metavar="DIR", help="prepared data sets (default: $SAGE_DATA, else ./data)")
     add("--runs", type=Path, metavar="DIR", default=Path("runs"), help="where runs go (default: runs)")

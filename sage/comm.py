@@ -10,6 +10,7 @@ import threading
 import time
 from abc import abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeVar
 
@@ -19,8 +20,11 @@ from torch import Tensor
 
 from sage.clock import Clock
 from sage.interfaces import CommunicationError, Communicator
+from sage.room import Room
 
 Result = TypeVar("Result")
+Away = Callable[[], AbstractContextManager[None]]
+"""Entered by a worker while it waits for the others."""
 
 
 @dataclass
@@ -130,66 +134,6 @@ class DistComm(CountingComm):
             raise CommunicationError(f"{name} failed: {reason}") from error
 
 
-class _Room:
-    """Where the threads of LocalComm meet: the last to come combines what all have brought."""
-
-    def __init__(self, world_size: int, timeout_seconds: float) -> None:
-        self.world_size = world_size
-        self.timeout_seconds = timeout_seconds
-        self._condition = threading.Condition()
-        self._brought: dict[int, tuple[str, Tensor]] = {}
-        self._generation = 0
-        self._result: Tensor | None = None
-        self._ended: set[int] = set()
-        self._trouble: str | None = None
-
-    def meet(self, rank: int, call: str, x: Tensor, combine: Callable[[list[Tensor]], Tensor]) -> Tensor:
-        """The combination of every worker's x; it shares no storage with any of them, and is not to be
-        changed."""
-        with self._condition:
-            if self._trouble is not None:  # once it has failed, no later call can tell who is where
-                raise CommunicationError(f"worker {rank} calls {call}: {self._trouble}")
-            generation = self._generation
-            self._brought[rank] = (call, x)
-            if self._ended:
-                self._fail(f"worker {min(self._ended)} has ended")
-            elif len(self._brought) == self.world_size:
-                self._finish(combine)
-            arrived = self._condition.wait_for(
-                lambda: self._generation != generation or self._trouble is not None, self.timeout_seconds
-            )
-            if self._generation != generation:
-                assert self._result is not None
-                return self._result
-            if not arrived:
-                missing = sorted(set(range(self.world_size)) - set(self._brought))
-                self._fail(f"workers {missing} did not come within {self.timeout_seconds:g} s")
-            raise CommunicationError(f"worker {rank} waits in {call}: {self._trouble}")
-
-    def leave(self, rank: int) -> None:
-        """A worker that has ended cannot come again: whoever waits for it is told."""
-        with self._condition:
-            self._ended.add(rank)
-            if self._brought:
-                self._fail(f"worker {rank} has ended")
-
-    def _finish(self, combine: Callable[[list[Tensor]], Tensor]) -> None:
-        calls = {call for call, _ in self._brought.values()}
-        if len(calls) > 1:
-            told = ", ".join(f"worker {rank}: {call}" for rank, (call, _) in sorted(self._brought.items()))
-            self._fail(f"workers called different collectives ({told})")
-            return
-        self._result = combine([self._brought[rank][1] for rank in range(self.world_size)])
-        self._brought = {}
-        self._generation += 1
-        self._condition.notify_all()
-
-    def _fail(self, trouble: str) -> None:
-        self._trouble = self._trouble or trouble
-        self._brought = {}
-        self._condition.notify_all()
-
-
 class LocalComm(CountingComm):
     """Over threads of one process, combined in rank order: the same bits at every run.
 
@@ -197,14 +141,22 @@ class LocalComm(CountingComm):
     ended.
     """
 
-    def __init__(self, rank: int, room: _Room, clock: Clock | None = None) -> None:
+    def __init__(self, rank: int, room: Room, clock: Clock | None = None, away: Away = nullcontext) -> None:
         super().__init__(rank, room.world_size, clock)
-        self._room = room
+        self._room, self._away = room, away
 
     @classmethod
     def alone(cls, clock: Clock | None = None) -> "LocalComm":
         """The communicator of a single worker."""
-        return cls(0, _Room(1, timeout_seconds=0), clock)
+        return cls(0, Room(1, timeout_seconds=0), clock)
+
+    def beside(self, clock: Clock | None = None, away: Away = nullcontext) -> "LocalComm":
+        """The same worker's once more, with a ledger of its own."""
+        return LocalComm(self.rank, self._room, clock, away)
+
+    def collect(self, name: str, value: Result) -> list[Result]:
+        """Every worker's value, of any type, in rank order; not counted."""
+        return self._meet(name, value, list)
 
     @classmethod
     def run(
@@ -214,7 +166,7 @@ class LocalComm(CountingComm):
 
         Raises what the first worker to fail raised.
         """
-        room = _Room(world_size, timeout_seconds)
+        room = Room(world_size, timeout_seconds)
         results: list[Any] = [None] * world_size
         errors: list[BaseException] = []
 
@@ -229,26 +181,37 @@ class LocalComm(CountingComm):
         threads = [threading.Thread(target=run_one, args=(rank,), daemon=True) for rank in range(world_size)]
         for thread in threads:
             thread.start()
-        deadline = (
-            math.inf
-        )  # until a worker fails; a hung one is not waited for longer than the others waited
-        for thread in threads:
-            while thread.is_alive() and time.monotonic() < deadline:
-                thread.join(0.1)
-                if errors and deadline == math.inf:
-                    deadline = time.monotonic() + timeout_seconds
+        deadline = math.inf  # until one fails; a hung one is not waited for longer than the others waited
+        try:
+            for thread in threads:
+                while thread.is_alive() and time.monotonic() < deadline:
+                    thread.join(0.1)
+                    if errors and deadline == math.inf:
+                        deadline = time.monotonic() + timeout_seconds
+        except KeyboardInterrupt:  # a thread that computes while the interpreter ends may crash it
+            room.fail("the run was interrupted")
+            for thread in threads:
+                thread.join(timeout_seconds)
+            raise
         if errors:
             raise errors[0]
         return results
 
     def _all_reduce(self, x: Tensor, op: str) -> None:
-        x.copy_(self._room.meet(self.rank, _call("all_reduce", x, op), x, _sum if op == "sum" else _max))
+        x.copy_(self._meet(_call("all_reduce", x, op), x, _sum if op == "sum" else _max))
 
     def _all_gather(self, x: Tensor) -> Tensor:
-        return self._room.meet(self.rank, _call("all_gather", x), x, torch.stack).clone()
+        return self._meet(_call("all_gather", x), x, torch.stack).clone()
 
     def _broadcast(self, x: Tensor, source: int) -> None:
-        x.copy_(self._room.meet(self.rank, _call("broadcast", x, source), x, lambda xs: xs[source].clone()))
+        x.copy_(self._meet(_call("broadcast", x, source), x, lambda xs: xs[source].clone()))
+
+    def _meet(self, call: str, x: Any, combine: Callable[[list[Any]], Result]) -> Result:
+        """The combination shares no storage with any x, and is not to be changed."""
+        with self._away():
+            result = self._room.meet(self.rank, call, x, combine)
+        self._room.check(f"worker {self.rank} comes from {call}")  # another may have failed meanwhile
+        return result
 
 
 def _call(name: str, x: Tensor, *arguments: object) -> str:

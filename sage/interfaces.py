@@ -186,7 +186,11 @@ class Reducer(Stateful, ABC):
 
 
 class Task(ABC):
-    """A model, its data and its score. backward, clipping and the optimizer belong to the loop."""
+    """A model, its data and its score. backward, clipping and the optimizer belong to the loop.
+
+    Tensors that are its attributes, and are not named in state_names, are never changed in place: workers
+    that are simulated in one process share those that they hold alike.
+    """
 
     Settings: ClassVar[type[Any]]
     model: nn.Module

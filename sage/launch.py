@@ -1,8 +1,8 @@
 """From an environment to a running worker: who am I, which device, which process group. The only reader of
 os.environ.
 
-One process; torchrun's variables; or --workers N, which starts N processes through torch's own elastic
-launcher.
+One process, for one worker or for all of a simulation; torchrun's variables; or --workers N, which starts N
+processes through torch's own elastic launcher.
 """
 
 import logging
@@ -42,11 +42,14 @@ class Worker:
     num_threads: int
     data: Path
     """The folder of prepared data sets."""
+    simulated: bool = False
+    """Whether all workers live in this process, and take turns."""
 
     def facts(self) -> dict[str, Any]:
         """What environment.json says of all workers alike."""
         return {
             "world_size": self.place.world_size,
+            "simulated": self.simulated,
             "backend": self.backend if self.place.world_size > 1 else None,
             "threads_per_worker": self.num_threads,
         }
@@ -58,6 +61,9 @@ class Worker:
 
     def describe(self) -> str:
         """The choices made here, in one line."""
+        if self.simulated:
+            in_turn = f"{self.place.world_size} simulated workers in turn on {self.device}"
+            return f"{in_turn}, {self.num_threads} threads"
         if self.place.world_size == 1:
             return f"1 worker on {self.device}, {self.num_threads} threads"
         sharing = ""
@@ -74,23 +80,36 @@ def started_by_launcher() -> bool:
     return "RANK" in os.environ or "WORLD_SIZE" in os.environ
 
 
+def is_to_spawn(worker: Worker) -> bool:
+    """Whether the workers are processes that this one is to start."""
+    return worker.place.world_size > 1 and not worker.simulated and not started_by_launcher()
+
+
 def speaks_here() -> bool:
     """Whether this process is the one of its host that says what is wrong."""
     local_rank = os.environ.get("LOCAL_RANK", "0")
     return local_rank == "0" or not local_rank.isdecimal()
 
 
-def find_worker(num_threads: int | None, num_workers: int | None, data: Path | None) -> Worker:
-    """This process's worker, by torchrun's variables; else worker 0 of num_workers that are to be started.
+def find_worker(
+    num_threads: int | None, num_workers: int | None, data: Path | None, num_simulated: int | None = None
+) -> Worker:
+    """This process's worker, by torchrun's variables; else worker 0 of num_workers that are to be started,
+    or of num_simulated in this process.
 
     The data folder is the given one, else SAGE_DATA, else ./data. Raises ValueError where the launcher's
-    numbers are none, or are not num_workers.
+    numbers are none, or are not num_workers, or where a launcher started a simulation.
     """
     environ = os.environ if started_by_launcher() else {}
+    if num_simulated is not None and environ:
+        raise ValueError(
+            f"--simulate: expected one process without a launcher, got one with "
+            f"{' and '.join(name for name in ('RANK', 'WORLD_SIZE') if name in environ)} in its environment"
+        )
     for name in ("RANK", "WORLD_SIZE"):
         if environ and name not in environ:
             raise ValueError(f"{name}: expected a number from the launcher, got nothing")
-    world_size = _number(environ, "WORLD_SIZE", num_workers or 1, low=1)
+    world_size = _number(environ, "WORLD_SIZE", num_workers or num_simulated or 1, low=1)
     if num_workers not in (None, world_size):
         raise ValueError(f"--workers: expected {world_size}, as launched, got {num_workers}")
     rank = _number(environ, "RANK", 0, high=world_size - 1)
@@ -107,9 +126,10 @@ def find_worker(num_threads: int | None, num_workers: int | None, data: Path | N
         place=Place(rank, world_size),
         local_world_size=local_world_size,
         device=torch.device("cuda", local_rank % num_gpus) if num_gpus else torch.device("cpu"),
-        backend="nccl" if num_gpus >= local_world_size else "gloo",
+        backend="threads" if num_simulated else "nccl" if num_gpus >= local_world_size else "gloo",
         num_threads=num_threads or max(1, len(os.sched_getaffinity(0)) // local_world_size),
         data=data or Path(os.environ.get("SAGE_DATA") or "data"),
+        simulated=num_simulated is not None,
     )
 
 
@@ -172,7 +192,7 @@ def connect(worker: Worker, timeout_seconds: float, *, deterministic: bool) -> I
         torch.use_deterministic_algorithms(True)
         # Filling new tensors with NaN costs a pass over each.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    if worker.place.world_size == 1:
+    if worker.place.world_size == 1 or worker.simulated:
         yield Board(worker.place, None)
         return
     try:

@@ -31,6 +31,7 @@ NEEDED = {
 }
 RESULTS = ("\nbest", "density\nmean / target", "\np99", "payload\nMB", "\nto exact")
 TIMES = ("compute\nms", "compression\nms", "communication\nms", "total\nms", "speed\nto exact")
+SIMULATED = "\nsimulated: one worker's times, taken alone on the machine; communication has none"
 LAYOUT: Any = {"box": box.SIMPLE_HEAD, "pad_edge": False, "title_justify": "left", "caption_justify": "left"}
 UNITS = {"accuracy": "fraction", "perplexity": "tokens", "density": "fraction", "threshold": "|gradient|"}
 # Lines and bars differ in more than colour, so that they can be told apart in grey.
@@ -56,6 +57,7 @@ class Run:
     epochs: list[Flat]
     summary: Flat
     torn: bool
+    simulated: bool
 
     @property
     def score(self) -> str:
@@ -83,7 +85,8 @@ def read_run(folder: Path) -> Run:
         raise ReportError(f"{path}: expected a run's resolved configuration, with task.name and reducer.name")
     path = folder / "environment.json"
     environment = parse(path.read_bytes(), path, path.name)
-    place = f"{config['task.name']}, world size {environment['world_size']}"
+    simulated = environment.get("simulated") is True
+    place = f"{config['task.name']}, world size {environment['world_size']}{', simulated' * simulated}"
     path = folder / "summary.json"
     summary = parse(path.read_bytes(), path, path.name) if path.exists() else {}
     path = folder / "metrics.jsonl"
@@ -91,7 +94,7 @@ def read_run(folder: Path) -> Run:
     lines = [parse(text, f"{path}: line {number}") for number, text in enumerate(texts, 1)]
     steps = {line["step"]: line for line in lines if line["kind"] == "step"}
     epochs = {line["epoch"]: line for line in lines if line["kind"] == "epoch"}
-    return Run(folder, config, place, [*steps.values()], [*epochs.values()], summary, bool(rest))
+    return Run(folder, config, place, [*steps.values()], [*epochs.values()], summary, bool(rest), simulated)
 
 
 def parse(text: bytes, origin: Path | str, kind: str = "") -> Flat:
@@ -122,10 +125,10 @@ def per_step(run: Run, name: str) -> float:
 
 
 def phases(run: Run) -> dict[str, float]:
-    """Milliseconds per step; zeros before the first epoch is done."""
+    """Milliseconds per step; zeros before the first epoch is done, and for a simulation's communication."""
     times = {name: 1000 * per_step(run, f"seconds.{name}") for name in (*COMPUTE, "reduce", "communicate")}
     times["compression"] = times.pop("reduce") - times["communicate"]
-    return times | {"communication": times.pop("communicate")}
+    return times | {"communication": times.pop("communicate") * (not run.simulated)}
 
 
 def exact_for(run: Run, runs: list[Run]) -> Run | None:
@@ -180,8 +183,9 @@ def time_row(run: Run, exact: Run | None) -> list[str]:
         return ["-"] * len(TIMES)
     *compute, compression, communication = phases(run).values()
     total = sum(compute) + compression + communication
-    speed = f"{number(sum(phases(exact).values()) / total)}x" if exact else "-"
-    return [*map(number, (sum(compute), compression, communication, total)), speed]
+    speed = f"{number(sum(phases(exact).values()) / total)}x" if exact and not run.simulated else "-"
+    waiting = (None, None) if run.simulated else (communication, total)
+    return [*map(number, (sum(compute), compression, *waiting)), speed]
 
 
 def build_tables(runs: list[Run]) -> list[Table]:
@@ -189,7 +193,7 @@ def build_tables(runs: list[Run]) -> list[Table]:
     places = " or ".join(sorted({run.place for run in runs}))
     results = Table(Column("run", overflow="fold"), title=f"Results: {places}", **LAYOUT)
     results.caption = "payload: handed to collectives by one worker; to exact: per step"
-    note = f"compute: {', '.join(COMPUTE)}; evaluation is not counted"
+    note = f"compute: {', '.join(COMPUTE)}; evaluation is not counted" + SIMULATED * ("simulated" in places)
     times = Table(Column("run", overflow="fold"), title="\nTime per step", caption=note, **LAYOUT)
     for table, columns in ((results, (f"{score_names(runs)}\nlast", *RESULTS)), (times, TIMES)):
         for column in columns:

@@ -49,6 +49,8 @@ class Trainer:
     comm is counted; side carries what is not part of the method: metrics, checks, the first weights.
     """
 
+    simulated = False
+
     def __init__(
         self,
         settings: RunSettings,
@@ -194,15 +196,19 @@ class Trainer:
         return self.task.derive(values)
 
     def _check_replicas(self, epoch: int) -> None:
-        """Raise TrainingError where a parameter's bits are not the same on all workers."""
-        names, parameters = zip(*self.task.model.named_parameters(), strict=True)
-        checksums = self.side.all_gather(torch.stack([_checksum(p.data) for p in parameters]))  # (W, tensors)
+        """Raise TrainingError where a replicated tensor's bits are not the same on all workers."""
+        names, tensors = zip(*self.replicated(), strict=True)
+        checksums = self.side.all_gather(torch.stack([_checksum(t) for t in tensors]))  # (W, tensors)
         differs = (checksums != checksums[0]).nonzero()
         if len(differs):
             rank, index = differs[0].tolist()
             raise TrainingError(
                 f"the replicas differ after epoch {epoch}: {names[index]} of ranks 0 and {rank}"
             )
+
+    def replicated(self) -> list[tuple[str, Tensor]]:
+        """What the workers hold alike, by name."""
+        return [(name, parameter.data) for name, parameter in self.task.model.named_parameters()]
 
     def _broadcast(self, tensors: list[Tensor]) -> None:
         for tensor in tensors:
@@ -213,6 +219,7 @@ class Trainer:
         totals = self.meter.totals()
         return {
             "world_size": self.comm.world_size,
+            "simulated": self.simulated,
             "epochs": len(scores),
             "steps": self.step,
             "parameters": self.gradient.flat.numel(),

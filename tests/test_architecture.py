@@ -21,13 +21,16 @@ SHARED = {
 }
 """What a family shares; also everything under tasks.models and tasks.data."""
 
-BASE = {"interfaces", "config", "clock", "board"}
+BASE = {"interfaces", "config", "clock", "board", "room"}
 MIDDLE = {"comm", "launch", "gradient", "feedback", "optim", "metrics", "checkpoint"}
 MAY_IMPORT: dict[str, set[str]] = {
     **{name: set() for name in (*BASE, "provenance", "__init__")},
     "board": {"interfaces"},
+    "room": {"interfaces"},
     **{name: BASE for name in MIDDLE},
     "train": BASE | MIDDLE,
+    "simulate": {*BASE, *MIDDLE, "train"},
+    "preview": {*BASE, *MIDDLE, "train"},
     "report": {"config", "metrics"},
     "cli": {"config", "metrics"},
 }

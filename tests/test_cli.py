@@ -105,7 +105,11 @@ def test_a_file_that_is_no_mapping_is_refused(refuse: Refuse, tmp_path: Path) ->
     assert refuse(str(path)) == f"{path}: expected a mapping of keys to values, got [1, 2]"
 
 
-@pytest.mark.parametrize("workers", [[], ["--workers", "2"]], ids=["one worker", "two workers"])
+@pytest.mark.parametrize(
+    "workers",
+    [[], ["--workers", "2"], ["--simulate", "2"]],
+    ids=["one worker", "two workers", "two simulated"],
+)
 @pytest.mark.parametrize(
     ("override", "told"),
     [
@@ -127,7 +131,7 @@ def test_a_bad_value_is_refused(refuse: Refuse, workers: list[str], override: st
     assert line.endswith(told)
 
 
-@pytest.mark.parametrize("option", ["--workers", "--threads"])
+@pytest.mark.parametrize("option", ["--workers", "--simulate", "--threads"])
 @pytest.mark.parametrize("count", ["0", "x", "-1", "1.5", ""])
 def test_a_count_below_one_is_refused(refuse: Refuse, option: str, count: str) -> None:
     told = f"argument {option}: expected an integer in [1, inf), got {count!r} (--help explains)"
@@ -241,6 +245,19 @@ def test_workers_other_than_the_launchers_are_refused(
     assert refuse(DIGITS) == "WORLD_SIZE: expected a number in [1, 2147483648] from the launcher, got 'two'"
 
 
+def test_a_simulation_is_one_process_without_a_launcher(
+    refuse: Refuse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = "argument --workers: not allowed with argument --simulate (--help explains)"
+    assert refuse(DIGITS, "--simulate", "2", "--workers", "2") == told
+    line = refuse(DIGITS, "--simulate", "45")  # times 32 images
+    assert line.startswith("task.batch_per_worker: expected at most 31 ")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    told = "--simulate: expected one process without a launcher, got one with WORLD_SIZE in its environment"
+    assert refuse(DIGITS, "--simulate", "2") == told
+    assert refuse(DIGITS, "--simulate", "2", "--dry-run") == told
+
+
 @pytest.mark.parametrize(
     ("variables", "named"),
     [
@@ -300,6 +317,7 @@ def test_help_explains_overrides(nothing_starts: None, capsys: pytest.CaptureFix
         "key.path=value",
         "reducer.name=exact",
         "--workers",
+        "--simulate",
         "--data",
         "--print-config",
         "--dry-run",

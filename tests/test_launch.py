@@ -122,6 +122,18 @@ def test_an_interrupt_of_the_launcher_reaches_each_worker_once(
     assert not any(map(is_alive, workers))
 
 
+def test_an_interrupt_ends_a_simulation(tmp_path: Path) -> None:
+    simulation = start(command(*ENDLESS, "--simulate", "4", runs=tmp_path))
+    try:
+        wait_for_steps(tmp_path)
+        os.kill(simulation.pid, signal.SIGINT)
+        output, _ = simulation.communicate(timeout=90)
+    finally:
+        simulation.kill()
+    assert simulation.returncode == 128 + signal.SIGINT
+    assert "Traceback" not in output
+
+
 def test_when_the_store_is_gone_that_is_said(tmp_path: Path) -> None:
     """Without a launcher rank 0's process holds the store; it is killed."""
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}

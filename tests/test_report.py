@@ -77,6 +77,19 @@ def text_in_80_columns(runs: list[report.Run]) -> str:
     return file.getvalue()
 
 
+def test_a_simulations_time_in_collectives_is_not_told(folder: Path) -> None:
+    (folder / "sage/environment.json").write_text('{"world_size": 2, "simulated": true}')
+    exact, sage = runs_in(folder)
+    assert sage.place == "digits, world size 2, simulated"
+    assert report.time_row(sage, exact) == ["8.00", "3.00", "-", "-", "-"]
+    assert report.phases(sage)["communication"] == 0
+    assert report.phases(exact)["communication"] == 8
+    assert report.exact_for(sage, [exact, sage]) is None
+    told = "simulated: one worker's times"
+    assert told in text_in_80_columns([exact, sage])
+    assert told not in text_in_80_columns([exact])
+
+
 def test_the_rows_hold_the_numbers_worked_by_hand(folder: Path) -> None:
     exact, sage = runs_in(folder)
     # (0.0102 + 0.01) / 2; 4 steps of 20 kB; 1 MB a step over 20 kB; 18 ms over 13 ms

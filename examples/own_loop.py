@@ -1,0 +1,39 @@
+"""Your own training loop with SAGE and error feedback: four lines for torch's optimizer to step on a mean.
+
+python -m examples.own_loop                                    one worker
+torchrun --nproc-per-node 2 -m examples.own_loop               two
+"""
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F  # noqa: N812  its usual name
+
+from reducers import build_reducer
+from sage.comm import connect_comm
+from sage.feedback import Residual
+from sage.gradient import GradientBuffer
+
+if dist.is_torchelastic_launched():
+    dist.init_process_group("gloo")
+comm = connect_comm(dist.get_world_size() if dist.is_initialized() else 1)
+
+torch.manual_seed(0)  # the same first weights on every worker
+model = torch.nn.Sequential(torch.nn.Linear(20, 256), torch.nn.ReLU(), torch.nn.Linear(256, 4))
+truth = torch.nn.Linear(20, 4)  # what the model is to learn
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+gradient = GradientBuffer(model)  # one flat vector; every param.grad is a view of it
+reducer = build_reducer("sage", gradient.layout, rank=comm.rank, density=0.05)
+feedback = Residual(gradient.flat)  # what was not sent, for the next step
+
+rng = torch.Generator().manual_seed(comm.rank)  # other data on every worker
+for step in range(100):
+    x = torch.randn(64, 20, generator=rng)
+    gradient.zero()  # in the place of optimizer.zero_grad()
+    loss = F.cross_entropy(model(x), truth(x).argmax(1))
+    loss.backward()
+    feedback.compensate(reducer, gradient.flat)  # memory += gradient
+    reducer.reduce(feedback.memory, gradient.flat, comm)  # gradient: the workers' mean; memory: the rest
+    optimizer.step()
+    if comm.rank == 0 and step % 20 == 19:
+        print(f"step {step + 1}  loss {loss.item():.3f}  density {reducer.density:.4f}")

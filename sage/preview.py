@@ -1,0 +1,127 @@
+"""What --dry-run tells: how large a run is, what a worker holds, how long a simulated step takes."""
+
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sage.board import Board
+from sage.clock import Clock
+from sage.comm import LocalComm
+from sage.feedback import Residual
+from sage.gradient import GradientBuffer
+from sage.interfaces import Place, Progress, Reducer, Task
+from sage.launch import Worker
+from sage.metrics import Recorder
+from sage.train import RunSettings, Trainer, describe
+
+Parts = tuple[Task, Reducer, Residual, GradientBuffer, torch.optim.Optimizer]
+"""What a trainer is built from, in its order."""
+TIMED_STEPS = 3
+"""Gradients timed, after one that is not; their median is told."""
+
+
+def preview(settings: RunSettings, parts: Parts, worker: Worker) -> str:
+    """What a run would be. Makes a step of a single worker, of learning rate 0: on zeros, to fill what is
+    made at need (the optimizer's state, a reducer's buffers); of a simulation also a real one, and timed."""
+    task, reducer, _, gradient, _ = parts
+    torch.set_num_threads(worker.num_threads)
+    trainer = _lone_trainer(settings, parts)
+    _make_step(trainer)
+    held, world_size = held_bytes(parts), worker.place.world_size
+    total = sum(held.values())
+    listed = ", ".join(f"{name} {count:,}" for name, count in held.items())
+    lines = [
+        describe(task, reducer, gradient, settings.epochs, worker.place),
+        f"memory      {total:,} B a worker: {listed}; data and activations not counted",
+    ]
+    if worker.simulated:
+        once = held["parameters"] + held["optimizer"]
+        in_all = once + world_size * (total - once)
+        lines.append(f"simulated   {in_all:,} B for {world_size}: parameters and optimizer are held once")
+        lines.append(f"time        {_told_time(_time_step(trainer), world_size, task.steps_per_epoch)}")
+    return "\n".join(lines)
+
+
+def _lone_trainer(settings: RunSettings, parts: Parts) -> Trainer:
+    device = parts[3].flat.device
+    clock, recorder, board = Clock(device), Recorder(None, 0, settings.log), Board(Place(0, 1), None)
+    return Trainer(settings, *parts, LocalComm.alone(clock), LocalComm.alone(), clock, recorder, board)
+
+
+def _make_step(trainer: Trainer) -> None:
+    progress = Progress(0.0, 0, trainer.base_lrs[0], trainer.task.steps_per_epoch)
+    trainer.exchange(progress, measure=False)
+    trainer.apply(0.0)
+
+
+def _time_step(trainer: Trainer) -> dict[str, float]:
+    """Seconds by phase of one worker's step, with those of forward and backward, on one batch several times,
+    as "gradient"."""
+    batch, gradients = next(trainer.task.train_batches(0)), []
+    for _ in range(1 + TIMED_STEPS):
+        trainer.clock.take()
+        trainer.compute_gradient(batch)
+        taken = trainer.clock.take()
+        gradients.append(taken["forward"] + taken["backward"])
+    _make_step(trainer)
+    return trainer.clock.take() | {"gradient": median(gradients[1:])}
+
+
+def _told_time(seconds: dict[str, float], world_size: int, steps_per_epoch: int) -> str:
+    # every worker's gradient and exchange, one after the other; one optimizer
+    step = world_size * (seconds["gradient"] + seconds["reduce"]) + seconds["optimizer"]
+    return (
+        f"{1000 * seconds['gradient']:.3g} ms a worker's gradient step, measured; so about "
+        f"{1000 * step:.3g} ms a step of all {world_size}, {step * steps_per_epoch:.3g} s an epoch"
+    )
+
+
+def held_bytes(parts: Parts) -> dict[str, int]:
+    """Bytes of what a worker holds, by name; what two of them hold counts for the first."""
+    task, reducer, feedback, gradient, optimizer = parts
+    owners = {
+        "parameters": [parameter.data for parameter in task.model.parameters()],
+        "buffers": list(task.model.buffers()),
+        "gradient": gradient.flat,
+        "residual": feedback,
+        "optimizer": dict(optimizer.state),
+        "reducer": reducer,
+    }
+    found: dict[int, int] = {}
+    held: dict[str, int] = {}
+    for name, owner in owners.items():
+        before = sum(found.values())
+        found |= _storages(owner)
+        held[name] = sum(found.values()) - before
+    return held
+
+
+def bytes_of(root: Any) -> int:
+    """Of the tensors and arrays that are reachable from an object, each memory once."""
+    return sum(_storages(root).values())
+
+
+def _storages(root: Any) -> dict[int, int]:
+    """address -> bytes."""
+    found: dict[int, int] = {}
+    seen: set[int] = set()
+    waiting = [root]
+    while waiting:
+        item = waiting.pop()
+        if id(item) in seen:
+            continue
+        seen.add(id(item))
+        if isinstance(item, Tensor):
+            found[item.untyped_storage().data_ptr()] = item.untyped_storage().nbytes()
+        elif isinstance(item, np.ndarray):
+            found[item.ctypes.data] = item.nbytes
+        elif isinstance(item, dict):
+            waiting += item.values()
+        elif isinstance(item, list | tuple | set):
+            waiting += item
+        elif hasattr(item, "__dict__") and not isinstance(item, type):
+            waiting += vars(item).values()
+    return found

@@ -1,0 +1,74 @@
+"""Where the threads of one process meet, as the workers of LocalComm do."""
+
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from sage.interfaces import CommunicationError
+
+Result = TypeVar("Result")
+
+
+class Room:
+    """A meeting of world_size threads: the last to come combines what all have brought."""
+
+    def __init__(self, world_size: int, timeout_seconds: float) -> None:
+        self.world_size = world_size
+        self.timeout_seconds = timeout_seconds
+        self._condition = threading.Condition()
+        self._brought: dict[int, tuple[str, Any]] = {}
+        self._generation = 0
+        self._result: Any = None
+        self._ended: set[int] = set()
+        self._trouble: str | None = None
+
+    def meet(self, rank: int, call: str, x: Any, combine: Callable[[list[Any]], Result]) -> Result:
+        """The combination of what every worker brought, in rank order; all get the same object."""
+        with self._condition:
+            self.check(f"worker {rank} calls {call}")  # after a failure no call can tell who is where
+            generation = self._generation
+            self._brought[rank] = (call, x)
+            if self._ended:
+                self.fail(f"worker {min(self._ended)} has ended")
+            elif len(self._brought) == self.world_size:
+                self._finish(combine)
+            arrived = self._condition.wait_for(
+                lambda: self._generation != generation or self._trouble is not None, self.timeout_seconds
+            )
+            if self._generation != generation:
+                result: Result = self._result
+                return result
+            if not arrived:
+                missing = sorted(set(range(self.world_size)) - set(self._brought))
+                self.fail(f"workers {missing} did not come within {self.timeout_seconds:g} s")
+            raise CommunicationError(f"worker {rank} waits in {call}: {self._trouble}")
+
+    def leave(self, rank: int) -> None:
+        """A worker that has ended cannot come again: whoever waits for it is told."""
+        with self._condition:
+            self._ended.add(rank)
+            if self._brought:
+                self.fail(f"worker {rank} has ended")
+
+    def check(self, where: str) -> None:
+        """Raise CommunicationError where the room has failed."""
+        if self._trouble is not None:
+            raise CommunicationError(f"{where}: {self._trouble}")
+
+    def fail(self, trouble: str) -> None:
+        """Whoever waits, or comes later, is told."""
+        with self._condition:
+            self._trouble = self._trouble or trouble
+            self._brought = {}
+            self._condition.notify_all()
+
+    def _finish(self, combine: Callable[[list[Any]], Any]) -> None:
+        calls = {call for call, _ in self._brought.values()}
+        if len(calls) > 1:
+            told = ", ".join(f"worker {rank}: {call}" for rank, (call, _) in sorted(self._brought.items()))
+            self.fail(f"workers called different collectives ({told})")
+            return
+        self._result = combine([self._brought[rank][1] for rank in range(self.world_size)])
+        self._brought = {}
+        self._generation += 1
+        self._condition.notify_all()
