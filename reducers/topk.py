@@ -3,18 +3,18 @@
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
 
-from reducers.sparse import Sparsifier, SparsifierSettings, target_count
+from reducers.largest import LargestSparsifier, Part
+from reducers.sparse import SparsifierSettings, target_count
 from sage.config import Named
-from sage.interfaces import Place, Seeds, Slot
+from sage.interfaces import Seeds, Slot
 
 
 class TopKSettings(SparsifierSettings):
     name: Literal["topk"] = "topk"
 
 
-class TopK(Sparsifier):
+class TopK(LargestSparsifier):
     """k_l = max(1, floor(density n_l)); S_l = argtop_{k_l} |a_l|. NaN counts as the largest and is sent.
 
     Aji and Heafield 2017, arXiv 1704.05021; Stich et al. 2018, arXiv 1809.07599. At least one element a
@@ -27,15 +27,6 @@ class TopK(Sparsifier):
         self, config: TopKSettings, layout: list[Slot], *, seeds: Seeds, device: torch.device
     ) -> None:
         super().__init__(config, layout)
-        self._slots = [(slot.start, slot.stop, target_count(config.density, slot.size)) for slot in layout]
 
-    def select(self, send: Tensor, place: Place) -> Tensor:
-        return torch.cat(
-            [
-                send[start:stop].abs().topk(k, sorted=False).indices + start  # (k_l,)
-                for start, stop, k in self._slots
-            ]
-        )
-
-    def target_counts(self) -> int:
-        return sum(k for _, _, k in self._slots)
+    def parts(self, density: float) -> list[Part]:
+        return [Part(slot.start, slot.stop, target_count(density, slot.size)) for slot in self.layout]

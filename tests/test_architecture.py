@@ -11,7 +11,14 @@ SOURCES = [
     ROOT / "run.py",
     *(path for part in ("sage", "reducers", "tasks") for path in (ROOT / part).rglob("*.py")),
 ]
-SHARED = {"reducers.sparse", "tasks.classification", "tasks.language", "tasks.recommendation"}
+SHARED = {
+    "reducers.largest",
+    "reducers.schedule",
+    "reducers.sparse",
+    "tasks.classification",
+    "tasks.language",
+    "tasks.recommendation",
+}
 """What a family shares; also everything under tasks.models and tasks.data."""
 
 BASE = {"interfaces", "config", "clock", "board"}
