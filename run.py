@@ -17,7 +17,7 @@ from sage.interfaces import Reducer, Seeds, Task
 from sage.launch import Worker
 from sage.metrics import Recorder, say
 from sage.optim import OPTIMIZERS, build_optimizer
-from sage.train import RunSettings, Trainer, describe
+from sage.train import RunSettings, Trainer, check, describe
 from tasks import TASKS
 
 COMPONENTS: dict[str, Any] = {"task": TASKS, "reducer": REDUCERS, "feedback": FEEDBACKS}
@@ -32,10 +32,10 @@ def main(arguments: list[str]) -> int:
         if options.print_config:
             return cli.show(config.to_yaml(settings), launch.speaks_here())
         worker = launch.find_worker(options.threads, options.workers, options.data)
-        TASKS[settings.task.name].check(settings.task, worker.data, worker.place.world_size)
+        task, reducer = TASKS[settings.task.name], REDUCERS[settings.reducer.name]
+        check(settings, task, reducer, worker.data, worker.place.world_size)
         if options.dry_run:
-            task, gradient, reducer = build(settings, worker)
-            text = describe(task, reducer, gradient, settings.epochs, worker.place)
+            text = describe(*build(settings, worker), settings.epochs, worker.place)
             return cli.show(text, launch.speaks_here())
         checkpoint.check_writable(options.runs)
     except ValueError as error:
@@ -60,7 +60,7 @@ def train(settings: RunSettings, options: cli.Arguments, worker: Worker, board: 
     clock, world_size, speaks = Clock(worker.device), worker.place.world_size, worker.place.rank == 0
     comm, side = connect_comm(world_size, clock), connect_comm(world_size)
     task, gradient, reducer = build(settings, worker)
-    feedback = FEEDBACKS[settings.feedback.name](gradient.flat)
+    feedback = FEEDBACKS[settings.feedback.name](settings.feedback, gradient.flat)
     optimizer = build_optimizer(settings.optimizer, task.model)
     run = board.agree("run", provenance.run_id(settings.reducer.name, settings.seed))
     folder = options.runs / options.config.stem / run
