@@ -43,7 +43,7 @@ class Part:
         return math.ceil(max(NUM_ABOVE * self.size / max(self.k, 1), SHARE * self.size))
 
     def is_worth_a_sample(self) -> bool:
-        return self.num_sampled() <= MOST_SAMPLED * self.size and self.k <= MOST_SELECTED * self.size
+        return 0 < self.num_sampled() <= MOST_SAMPLED * self.size and self.k <= MOST_SELECTED * self.size
 
     def rank_of_bound(self) -> int:
         """Which of the sampled magnitudes, from the largest, is the bound."""
