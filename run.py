@@ -18,7 +18,7 @@ from sage.metrics import Recorder, say
 from sage.optim import OPTIMIZERS, build_optimizer
 from sage.preview import Parts, preview
 from sage.simulate import Stage, alone, simulate
-from sage.train import RunSettings
+from sage.train import RunSettings, check
 from tasks import TASKS
 
 COMPONENTS: dict[str, Any] = {"task": TASKS, "reducer": REDUCERS, "feedback": FEEDBACKS}
@@ -33,7 +33,8 @@ def main(arguments: list[str]) -> int:
         if options.print_config:
             return cli.show(config.to_yaml(settings), launch.speaks_here())
         worker = launch.find_worker(options.threads, options.workers, options.data, options.simulate)
-        TASKS[settings.task.name].check(settings.task, worker.data, worker.place.world_size)
+        task, reducer = TASKS[settings.task.name], REDUCERS[settings.reducer.name]
+        check(settings, task, reducer, worker.data, worker.place.world_size)
         if options.dry_run:
             return cli.show(preview(settings, build(settings, worker), worker), launch.speaks_here())
         checkpoint.check_writable(options.runs)
@@ -53,7 +54,7 @@ def build(settings: RunSettings, worker: Worker) -> Parts:
     torch.manual_seed(seeds.worker)  # dropout
     gradient = GradientBuffer(task.model)
     reducer = REDUCERS[settings.reducer.name](settings.reducer, gradient.layout, seeds=seeds, device=device)
-    feedback = FEEDBACKS[settings.feedback.name](gradient.flat)
+    feedback = FEEDBACKS[settings.feedback.name](settings.feedback, gradient.flat)
     return task, reducer, feedback, gradient, build_optimizer(settings.optimizer, task.model)
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F  # noqa: N812  its usual name
 
 from reducers import build_reducer
 from sage.comm import connect_comm
-from sage.feedback import Residual
+from sage.feedback import Residual, ResidualSettings
 from sage.gradient import GradientBuffer
 
 if dist.is_torchelastic_launched():
@@ -24,7 +24,7 @@ optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 
 gradient = GradientBuffer(model)  # one flat vector; every param.grad is a view of it
 reducer = build_reducer("sage", gradient.layout, rank=comm.rank, density=0.05)
-feedback = Residual(gradient.flat)  # what was not sent, for the next step
+feedback = Residual(ResidualSettings(), gradient.flat)  # what was not sent, for the next step
 
 rng = torch.Generator().manual_seed(comm.rank)  # other data on every worker
 for step in range(100):

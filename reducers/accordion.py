@@ -72,6 +72,13 @@ class Accordion(Reducer):
         self.inner.reduce(send, mean, comm)
         self.density = self.inner.density
 
+    @classmethod
+    def is_sparsifier(cls, config: AccordionSettings) -> bool:
+        return config.inner == "topk"
+
+    def sent_indices(self) -> Tensor:
+        return self.inner.sent_indices()
+
     def _watch(self, grad: Tensor, progress: Progress, comm: Communicator) -> None:
         """Take the raw gradient (n,) of a step; where an epoch begins, decide if it is time to."""
         epoch, ended = int(progress.epoch), self.epoch

@@ -3,18 +3,18 @@
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
 
-from reducers.sparse import Sparsifier, SparsifierSettings
+from reducers.largest import LargestSparsifier, Part
+from reducers.sparse import SparsifierSettings, target_count
 from sage.config import Named
-from sage.interfaces import Place, Seeds, Slot
+from sage.interfaces import Seeds, Slot
 
 
 class GlobalTopKSettings(SparsifierSettings):
     name: Literal["global_topk"] = "global_topk"
 
 
-class GlobalTopK(Sparsifier):
+class GlobalTopK(LargestSparsifier):
     """S = argtop_k |a|, k = max(1, floor(density n)). NaN counts as the largest and is sent.
 
     Shi et al. 2019, arXiv 1901.04359, section 2 (local selection; each worker sends its own k).
@@ -27,5 +27,5 @@ class GlobalTopK(Sparsifier):
     ) -> None:
         super().__init__(config, layout)
 
-    def select(self, send: Tensor, place: Place) -> Tensor:
-        return send.abs().topk(self.target_counts(), sorted=False).indices
+    def parts(self, density: float) -> list[Part]:
+        return [Part(0, self.n, target_count(density, self.n))]

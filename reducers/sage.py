@@ -80,20 +80,25 @@ class SageLaw(ThresholdLaw):
     state_names = ("lam", "previous_mean", "started", "generator")
 
     def __init__(self, config: SageSettings, layout: list[Slot], seed: int, device: torch.device) -> None:
-        self.target = config.density
+        self._first = config.threshold
         self.sampler = Sampler(layout, config.sampling, seed, device)
         self.generator = self.sampler.generator
-        self.lam = torch.tensor(
-            resolve_threshold(config.threshold, config.density, self.sampler.n), device=device
-        )
+        self.lam = torch.zeros((), device=device)
         self.previous_mean = torch.zeros((), device=device)
         self.started = False
         one = torch.ones((), device=device)
         self._usable = torch.zeros((), dtype=torch.bool, device=device)
         self._terms = {"alpha": one, "beta": one, "gamma": one, "density_exam": 0 * one}
+        self.aim(config.density)
+
+    def aim(self, density: float) -> None:
+        """The target; before the first step also the initial threshold, which the law then moves itself."""
+        self.target = density
         # The least beta * gamma of any examined density (beta's is at 0; gamma may be 0.95), with room for
         # rounding.
         self._least_correction = GAMMA_LOW * self._beta(torch.zeros(())).item() * (1 - 1e-6)
+        if not self.started:
+            self.lam.fill_(resolve_threshold(self._first, density, self.sampler.n))
 
     def lower_bound(self, send: Tensor, grad: Tensor | None) -> Tensor:
         indices = self.sampler.indices()

@@ -5,15 +5,16 @@ a subclass of ThresholdSparsifier that passes a law: who sets the threshold.
 """
 
 from abc import abstractmethod
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from reducers.schedule import DensitySchedule
 from sage.config import Named
-from sage.interfaces import Communicator, Place, Reducer, Slot, Stateful
+from sage.interfaces import Communicator, Place, Progress, Reducer, Slot, Stateful
 
 CHUNK = 65_536
 """Elements a step of the scan on the CPU: send, gradient and scratch of a chunk stay in a core's cache
@@ -23,6 +24,8 @@ together."""
 class SparsifierSettings(Named):
     density: float = Field(default=0.01, gt=0, le=1)
     """The target: elements a worker selects / n."""
+    density_schedule: DensitySchedule = DensitySchedule()
+    """Larger densities at first; by default the target from the first step on."""
     exchange: Literal["gather", "union"] = "gather"
     """gather: each worker sends the values it selected. union: all send their values at every selected
     index."""
@@ -70,9 +73,9 @@ def scan_whole(send: Tensor, grad: Tensor | None, threshold: Tensor) -> Tensor:
     return (send.abs() >= threshold).nonzero().view(-1)  # host synchronisation: the selection's size
 
 
-def scan_in_chunks(send: Tensor, grad: Tensor | None, threshold: Tensor) -> Tensor:
+def scan_in_chunks(send: Tensor, grad: Tensor | None, threshold: Tensor, selects_nan: bool = False) -> Tensor:
     """The form of scan for the CPU: numpy on the tensors' own memory, since its calls cost less than
-    torch's."""
+    torch's. selects_nan: NaN reaches every threshold, and everything reaches NaN."""
     flat, n, limit = send.numpy(), send.numel(), threshold.numpy()
     added = None if grad is None else grad.numpy()
     magnitude = np.empty(min(CHUNK, n), flat.dtype)
@@ -85,7 +88,11 @@ def scan_in_chunks(send: Tensor, grad: Tensor | None, threshold: Tensor) -> Tens
             if added is not None:
                 np.add(part, added[start : start + CHUNK], out=part)
             np.abs(part, out=magnitude[:size])
-            np.greater_equal(magnitude[:size], limit, out=selected[:size])
+            if selects_nan:
+                np.less(magnitude[:size], limit, out=selected[:size])
+                np.logical_not(selected[:size], out=selected[:size])
+            else:
+                np.greater_equal(magnitude[:size], limit, out=selected[:size])
             found.append(np.flatnonzero(selected[:size]) + start)
     return torch.from_numpy(np.concatenate(found))
 
@@ -105,10 +112,14 @@ def unpack(message: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return message[:k], message[k:].clone().view(dtype)  # a copy of k: a view may be misaligned
 
 
-def exchange_by_gather(send: Tensor, mean: Tensor, indices: Tensor, comm: Communicator) -> list[Tensor]:
+Exchanged = tuple[list[Tensor], Tensor]
+"""Every worker's indices (k_i,) int32, and the indices (m,) int64 whose values left send."""
+
+
+def exchange_by_gather(send: Tensor, mean: Tensor, indices: Tensor, comm: Communicator) -> Exchanged:
     """mean: the workers' selected values / W, added in rank order; send: 0 where this worker selected.
 
-    Returns every worker's indices. Two collectives: sizes, then indices and values in one message.
+    Two collectives: sizes, then indices and values in one message.
     """
     message = pack(indices, send[indices])
     send[indices] = 0
@@ -120,13 +131,13 @@ def exchange_by_gather(send: Tensor, mean: Tensor, indices: Tensor, comm: Commun
         # the ranks'.
         mean.index_add_(0, places, values / comm.world_size)
         gathered.append(places)
-    return gathered
+    return gathered, indices
 
 
-def exchange_by_union(send: Tensor, mean: Tensor, indices: Tensor, comm: Communicator) -> list[Tensor]:
+def exchange_by_union(send: Tensor, mean: Tensor, indices: Tensor, comm: Communicator) -> Exchanged:
     """mean: the workers' mean at every index that one of them selected; send: 0 there, on all workers.
 
-    Returns every worker's indices. Three collectives: sizes, indices, values at the union.
+    Three collectives: sizes, indices, values at the union.
     """
     gathered = comm.all_gather_ragged(indices.to(torch.int32))
     union = torch.cat(gathered).unique().long()  # host synchronisation: the union's size
@@ -135,7 +146,7 @@ def exchange_by_union(send: Tensor, mean: Tensor, indices: Tensor, comm: Communi
     send[union] = 0
     mean.zero_()
     mean[union] = values / comm.world_size
-    return gathered
+    return gathered, union
 
 
 # --- the reducers' bases --------------------------------------------------------------------------
@@ -150,24 +161,42 @@ class Sparsifier(Reducer):
             raise ValueError(
                 f"a sparsifier's indices are int32: needs fewer than 2^31 elements, got {self.n}"
             )
+        self.config = config
         self.target_density = config.density
         self.exchange = config.exchange
         self._gathered: list[Tensor] = []
+        self._sent = torch.empty(0, dtype=torch.int64)
 
     @abstractmethod
     def select(self, send: Tensor, place: Place) -> Tensor:
         """The indices (k,) int64 to send, unique, k may be 0."""
 
+    def begin_step(self, progress: Progress) -> None:
+        density = self.config.density_schedule.at(progress.epoch, self.config.density)
+        if density != self.target_density:
+            self.aim(density)
+
+    def aim(self, density: float) -> None:
+        """Select this share from the next step on. What was laid out for another is laid out anew here."""
+        self.target_density = density
+
     def reduce(self, send: Tensor, mean: Tensor, comm: Communicator) -> None:
         indices = self.select(send, Place(comm.rank, comm.world_size))
         exchange = exchange_by_gather if self.exchange == "gather" else exchange_by_union
-        self._gathered = exchange(send, mean, indices, comm)
+        self._gathered, self._sent = exchange(send, mean, indices, comm)
         num_selected = sum(places.numel() for places in self._gathered)
         self.density = num_selected / (comm.world_size * self.n)
 
+    @classmethod
+    def is_sparsifier(cls, config: Any) -> bool:
+        return True
+
+    def sent_indices(self) -> Tensor:
+        return self._sent
+
     def target_counts(self) -> int:
-        """Elements a worker sends in a step at the target density."""
-        return target_count(self.target_density, self.n)
+        """Elements a worker sends in a step at the target density, after any schedule."""
+        return target_count(self.config.density, self.n)
 
     def expected_payload_bytes(self, world_size: int) -> int:
         k = self.target_counts()
@@ -197,6 +226,9 @@ class ThresholdLaw(Stateful):
         """This step's threshold, from the magnitudes (c,) of the candidates among n elements."""
         raise NotImplementedError
 
+    def aim(self, density: float) -> None:
+        """Told when the target density changes."""
+
     def metrics(self) -> dict[str, float]:
         return {}
 
@@ -210,6 +242,10 @@ class ThresholdSparsifier(Sparsifier):
         super().__init__(config, layout)
         self.law = law
         self._candidates: Tensor | slice | None = None
+
+    def aim(self, density: float) -> None:
+        super().aim(density)
+        self.law.aim(density)
 
     def accumulate(self, send: Tensor, grad: Tensor) -> None:
         self._candidates = self._begin(send, grad)

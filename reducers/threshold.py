@@ -1,10 +1,12 @@
 """Hard threshold: every element whose magnitude reaches a constant."""
 
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import torch
+from pydantic import model_validator
 from torch import Tensor
 
+from reducers.schedule import DensitySchedule
 from reducers.sparse import (
     SparsifierSettings,
     Threshold,
@@ -19,14 +21,28 @@ from sage.interfaces import Seeds, Slot
 class HardThresholdSettings(SparsifierSettings):
     name: Literal["threshold"] = "threshold"
     threshold: Threshold = "auto"
-    """The constant; auto: 1 / (2 sqrt k), k = density n. Beside a number the density is a label only."""
+    """The constant; auto: 1 / (2 sqrt k), k = density n, which follows a density_schedule. Beside a number
+    the density is a label only."""
+
+    @model_validator(mode="after")
+    def _a_schedule_has_a_threshold_to_move(self) -> Self:
+        if self.threshold != "auto" and self.density_schedule != DensitySchedule():
+            raise ValueError(
+                f"density_schedule moves the threshold auto only, got threshold {self.threshold}"
+            )
+        return self
 
 
 class ConstantLaw(ThresholdLaw):
-    """The same threshold at every step."""
+    """The same threshold at every step of one density."""
 
-    def __init__(self, threshold: float, device: torch.device) -> None:
-        self._value = torch.tensor(threshold, device=device)
+    def __init__(self, config: HardThresholdSettings, n: int, device: torch.device) -> None:
+        self._setting, self._n = config.threshold, n
+        self._value = torch.zeros((), device=device)
+        self.aim(config.density)
+
+    def aim(self, density: float) -> None:
+        self._value.fill_(resolve_threshold(self._setting, density, self._n))
 
     def lower_bound(self, send: Tensor, grad: Tensor | None) -> Tensor:
         return self._value.to(send.dtype)
@@ -49,5 +65,4 @@ class HardThreshold(ThresholdSparsifier):
     def __init__(
         self, config: HardThresholdSettings, layout: list[Slot], *, seeds: Seeds, device: torch.device
     ) -> None:
-        threshold = resolve_threshold(config.threshold, config.density, layout[-1].stop)
-        super().__init__(config, layout, ConstantLaw(threshold, device))
+        super().__init__(config, layout, ConstantLaw(config, layout[-1].stop, device))

@@ -4,19 +4,19 @@ from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
 
 from reducers.common import Leveled
-from reducers.sparse import Sparsifier, SparsifierSettings, target_count
+from reducers.largest import LargestSparsifier, Part
+from reducers.sparse import SparsifierSettings, target_count
 from sage.config import Named
-from sage.interfaces import Place, Seeds, Slot
+from sage.interfaces import Seeds, Slot
 
 
 class TopKSettings(SparsifierSettings):
     name: Literal["topk"] = "topk"
 
 
-class TopK(Sparsifier, Leveled):
+class TopK(LargestSparsifier, Leveled):
     """k_l = max(1, floor(density n_l)); S_l = argtop_{k_l} |a_l|. NaN counts as the largest and is sent.
 
     Aji and Heafield 2017, arXiv 1704.05021; Stich et al. 2018, arXiv 1809.07599. At least one element a
@@ -28,24 +28,17 @@ class TopK(Sparsifier, Leveled):
     def __init__(
         self, config: TopKSettings, layout: list[Slot], *, seeds: Seeds, device: torch.device
     ) -> None:
+        self._levels: Sequence[float] = ()
         super().__init__(config, layout)
-        self._layout = layout
-        self.set_levels([config.density] * len(layout))
 
     def set_levels(self, levels: Sequence[float]) -> None:
-        """A density for each slot from now on."""
-        self._slots = [
-            (slot.start, slot.stop, target_count(density, slot.size))
-            for slot, density in zip(self._layout, levels, strict=True)
+        """A density for each slot from now on, in place of the configuration's."""
+        self._levels = levels
+        self.aim(self.target_counts() / self.n)
+
+    def parts(self, density: float) -> list[Part]:
+        densities = self._levels or [density] * len(self.layout)
+        return [
+            Part(slot.start, slot.stop, target_count(own, slot.size))
+            for slot, own in zip(self.layout, densities, strict=True)
         ]
-
-    def select(self, send: Tensor, place: Place) -> Tensor:
-        return torch.cat(
-            [
-                send[start:stop].abs().topk(k, sorted=False).indices + start  # (k_l,)
-                for start, stop, k in self._slots
-            ]
-        )
-
-    def target_counts(self) -> int:
-        return sum(k for _, _, k in self._slots)

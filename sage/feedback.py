@@ -1,16 +1,19 @@
 """Error feedback: what was not sent is added to the next gradient.
 
+feedback.begin_step(progress)
 feedback.compensate(reducer, grad)            # memory: this worker's compensated gradient
 reducer.reduce(feedback.memory, grad, comm)   # grad: the mean over workers; memory: what was not sent
+feedback.after_reduce(reducer)
 """
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from sage.config import Named
-from sage.interfaces import Reducer, Stateful
+from sage.interfaces import Progress, Reducer, Stateful
 
 
 class NoFeedbackSettings(Named):
@@ -19,33 +22,132 @@ class NoFeedbackSettings(Named):
 
 class ResidualSettings(Named):
     name: Literal["residual"] = "residual"
+    decay: float = Field(default=1.0, gt=0, le=1)
+    """What the memory is multiplied by before each step: below 1 old residuals fade."""
+    lr_correction: bool = False
+    """Rescale the memory when the learning rate changes, so that what waits moves the weights as much as it
+    would have moved them at its own step's learning rate."""
 
 
-class Residual(Stateful):
-    """a = g + e; send C(a); e = a - C(a). Stich et al. 2018, arXiv 1809.07599; Karimireddy et al. 2019,
-    1901.09847."""
+class MomentumSettings(Named):
+    name: Literal["momentum"] = "momentum"
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    """mu; the optimizer's own momentum must be 0."""
+    nesterov: bool = False
+    masking: bool = True
+    """Momentum factor masking: the momentum of what was sent starts again at 0, since its delayed sum would
+    push on in an old direction. false: momentum as at density 1."""
 
-    Settings: ClassVar[type[Named]] = ResidualSettings
-    state_names: tuple[str, ...] = ("memory",)
 
-    def __init__(self, like: Tensor) -> None:
+class Feedback(Stateful):
+    """A memory (n,) of what this worker has not sent, and how the next gradient joins it."""
+
+    Settings: ClassVar[type[Named]]
+
+    def __init__(self, config: Any, like: Tensor) -> None:
         """like (n,): a tensor of the flat gradient's size, dtype and device."""
         self.memory = torch.zeros_like(like)  # (n,)
 
+    @classmethod
+    def check(cls, reducer: type[Reducer], reducer_config: Named, optimizer: Named) -> None:
+        """Raise ValueError, in one line, where this feedback cannot work with these."""
+
+    def begin_step(self, progress: Progress) -> None:
+        """Told before each step."""
+
     def compensate(self, reducer: Reducer, grad: Tensor) -> None:
-        """memory += grad, through the reducer, which may scan the sum in the same pass."""
-        reducer.accumulate(self.memory, grad)
+        """Make memory what this worker wants to send; the last addition goes through the reducer, which may
+        scan the sum in the same pass. grad (n,) stays as it is."""
+        raise NotImplementedError
+
+    def after_reduce(self, reducer: Reducer) -> None:
+        """Told when memory holds what was not sent."""
 
 
-class NoFeedback(Residual):
+class NoFeedback(Feedback):
     """What was not sent is forgotten."""
 
-    Settings: ClassVar[type[Named]] = NoFeedbackSettings
-    state_names = ()
+    Settings = NoFeedbackSettings
 
     def compensate(self, reducer: Reducer, grad: Tensor) -> None:
         self.memory.zero_()
-        super().compensate(reducer, grad)
+        reducer.accumulate(self.memory, grad)
 
 
-FEEDBACKS: dict[str, type[Residual]] = {"none": NoFeedback, "residual": Residual}
+class Residual(Feedback):
+    """a = g + e; send C(a); e = a - C(a). Stich et al. 2018, arXiv 1809.07599; Karimireddy et al. 2019,
+    1901.09847.
+
+    decay b: a = g + b e. lr_correction: a = g + b (lr_{t-1} / lr_t) e, which is the memory in units of the
+    parameters (1901.09847, algorithm 1) written in units of the gradient (Zheng et al. 2019, 1905.10936). A
+    step with a learning rate of 0 leaves the memory unscaled: it moves nothing, and the next positive rate
+    is compared with the last positive one.
+    """
+
+    Settings = ResidualSettings
+    state_names = ("memory", "previous_lr")
+
+    def __init__(self, config: ResidualSettings, like: Tensor) -> None:
+        super().__init__(config, like)
+        self.decay, self.lr_correction = config.decay, config.lr_correction
+        self.previous_lr = 0.0  # the last positive one; 0: none yet
+        self._scale = 1.0
+
+    def begin_step(self, progress: Progress) -> None:
+        self._scale = self.decay
+        if self.lr_correction and progress.lr > 0:
+            self._scale *= self.previous_lr / progress.lr if self.previous_lr > 0 else 1.0
+            self.previous_lr = progress.lr
+
+    def compensate(self, reducer: Reducer, grad: Tensor) -> None:
+        if self._scale != 1:
+            self.memory.mul_(self._scale)
+        reducer.accumulate(self.memory, grad)
+
+
+class Momentum(Feedback):
+    """Momentum before the exchange: u = mu u + g; v = v + u; what is sent leaves v, and its u becomes 0.
+
+    Nesterov's form: u = mu (u + g); v = v + u + g. Lin et al. 2018 (DGC), arXiv 1712.01887, sections 3.1 and
+    3.2; v is the memory. The published code lets the optimizer's momentum act for the weight decay alone;
+    here weight decay has none. With masking, elements that are sent at every step (density 1, the first
+    epochs of a density schedule) have no momentum.
+    """
+
+    Settings = MomentumSettings
+    state_names = ("memory", "velocity")
+
+    def __init__(self, config: MomentumSettings, like: Tensor) -> None:
+        super().__init__(config, like)
+        self.config = config
+        self.velocity = torch.zeros_like(like)  # u (n,)
+
+    @classmethod
+    def check(cls, reducer: type[Reducer], reducer_config: Named, optimizer: Named) -> None:
+        name, own = reducer_config.name, getattr(optimizer, "momentum", None)
+        if not reducer.is_sparsifier(reducer_config):
+            told = f"expected a reducer that sends selected elements, such as topk, got {name}"
+            raise ValueError(f"feedback.name: momentum: {told}")
+        if own is None:
+            raise ValueError(f"optimizer.name: expected sgd beside feedback momentum, got {optimizer.name}")
+        if own != 0:
+            told = "(and nesterov: false) beside feedback momentum, which brings its own"
+            raise ValueError(f"optimizer.momentum: expected 0 {told}, got {own:g}")
+
+    def compensate(self, reducer: Reducer, grad: Tensor) -> None:
+        if self.config.nesterov:
+            # u = mu (u + g);  v = v + g, then + u
+            self.velocity.add_(grad).mul_(self.config.momentum)
+            self.memory.add_(grad)
+        else:
+            # u = mu u + g
+            torch.add(grad, self.velocity, alpha=self.config.momentum, out=self.velocity)
+        # v = v + u
+        reducer.accumulate(self.memory, self.velocity)
+
+    def after_reduce(self, reducer: Reducer) -> None:
+        if self.config.masking:
+            self.velocity[reducer.sent_indices()] = 0
+
+
+FEEDBACKS: dict[str, type[Feedback]] = {"none": NoFeedback, "residual": Residual, "momentum": Momentum}

@@ -176,6 +176,15 @@ class Reducer(Stateful, ABC):
         whether to keep it (error feedback). mean holds this worker's raw gradient on entry.
         """
 
+    @classmethod
+    def is_sparsifier(cls, config: Any) -> bool:
+        """Whether, with these settings, a step sends selected elements whole, which sent_indices names."""
+        return False
+
+    def sent_indices(self) -> Tensor:
+        """A sparsifier's indices (m,) int64 that left send in the last reduce."""
+        raise NotImplementedError
+
     @abstractmethod
     def expected_payload_bytes(self, world_size: int) -> int:
         """What one worker hands to collectives in a step at the target density; at most, where it varies."""

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -12,7 +13,7 @@ from sage.board import Board
 from sage.clock import Clock
 from sage.comm import CountingComm
 from sage.config import Named, Settings
-from sage.feedback import Residual
+from sage.feedback import FEEDBACKS, Feedback
 from sage.gradient import GradientBuffer
 from sage.interfaces import Communicator, Place, Progress, Reducer, Task, TrainingError
 from sage.metrics import Log, Meter, Recorder, readable_bytes
@@ -43,6 +44,14 @@ class RunSettings(Settings):
     log: Log = Log()
 
 
+def check(
+    settings: RunSettings, task: type[Task], reducer: type[Reducer], data: Path, world_size: int
+) -> None:
+    """Raise ValueError, in one line, where the chosen parts cannot run, or not together; cheap."""
+    task.check(settings.task, data, world_size)
+    FEEDBACKS[settings.feedback.name].check(reducer, settings.reducer, settings.optimizer)
+
+
 class Trainer:
     """Trains a task with a reducer and feedback over the workers of comm.
 
@@ -56,7 +65,7 @@ class Trainer:
         settings: RunSettings,
         task: Task,
         reducer: Reducer,
-        feedback: Residual,
+        feedback: Feedback,
         gradient: GradientBuffer,
         optimizer: torch.optim.Optimizer,
         comm: CountingComm,
@@ -97,11 +106,13 @@ class Trainer:
         if clip.norm is not None and clip.before_reduce:
             clip_norm(grad, clip.norm)
         self.reducer.begin_step(progress)
+        self.feedback.begin_step(progress)
         with self.clock.phase("reduce"):
             self.feedback.compensate(self.reducer, grad)
         norms += [memory.norm()] if measure else []
         with self.clock.phase("reduce"):
             self.reducer.reduce(memory, grad, self.comm)
+            self.feedback.after_reduce(self.reducer)
         norms += [memory.norm()] if measure else []
         if clip.norm is not None and not clip.before_reduce:
             clip_norm(grad, clip.norm)

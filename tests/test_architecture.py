@@ -14,6 +14,8 @@ SOURCES = [
 SHARED = {
     "reducers.common",
     "reducers.lowrank",
+    "reducers.largest",
+    "reducers.schedule",
     "reducers.sparse",
     "tasks.classification",
     "tasks.language",

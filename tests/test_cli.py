@@ -131,6 +131,20 @@ def test_a_bad_value_is_refused(refuse: Refuse, workers: list[str], override: st
     assert line.endswith(told)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["reducer.name=exact"], "feedback.name: momentum: expected a reducer that sends selected elements"),
+        (["optimizer.name=adam"], "optimizer.name: expected sgd beside feedback momentum, got adam"),
+        ([], "optimizer.momentum: expected 0 (and nesterov: false) beside feedback momentum"),
+    ],
+)
+def test_a_feedback_that_cannot_work_with_the_other_parts_is_refused(
+    refuse: Refuse, overrides: list[str], told: str
+) -> None:
+    assert refuse(DIGITS, "feedback.name=momentum", *overrides, "--workers", "2").startswith(told)
+
+
 @pytest.mark.parametrize("option", ["--workers", "--simulate", "--threads"])
 @pytest.mark.parametrize("count", ["0", "x", "-1", "1.5", ""])
 def test_a_count_below_one_is_refused(refuse: Refuse, option: str, count: str) -> None:

@@ -256,7 +256,7 @@ def test_an_unknown_key_is_one_line_with_the_nearest_name(load: Load, path: str,
 
 def test_an_unknown_key_like_no_other_is_told_the_keys_there_are(load: Load) -> None:
     (line,) = lines_of(load, "feedback.zzz=1")
-    assert line == "feedback.zzz: unknown key; expected one of name"
+    assert line == "feedback.zzz: unknown key; expected one of name, decay, lr_correction"
 
 
 @pytest.mark.parametrize("key", ["epochs", "reducer", "lr"])

@@ -89,7 +89,7 @@ def train(
     gradient = GradientBuffer(task.model)
     seeds, device = Seeds.derive(settings.seed, comm.rank), torch.device("cpu")
     reducer = REDUCERS[settings.reducer.name](settings.reducer, gradient.layout, seeds=seeds, device=device)
-    feedback = FEEDBACKS[settings.feedback.name](gradient.flat)
+    feedback = FEEDBACKS[settings.feedback.name](settings.feedback, gradient.flat)
     optimizer = build_optimizer(settings.optimizer, task.model)
     clock = Clock(device)
     comm, side = LocalComm(comm.rank, comm._room, clock), LocalComm(comm.rank, comm._room)

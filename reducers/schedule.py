@@ -1,0 +1,31 @@
+"""A density that falls over the first epochs: for every reducer that has one."""
+
+from typing import Annotated, Self
+
+from pydantic import Field, Strict, model_validator
+
+from sage.config import Settings
+
+
+class DensitySchedule(Settings):
+    """A density an epoch, until the target is reached. Lin et al. 2018, arXiv 1712.01887, section 3.3."""
+
+    warmup_epochs: int = Field(default=0, ge=0)
+    """E: in epoch e < E the density is max(c^(e+1), d), c = d^(1/(E+1)), d the target."""
+    densities: Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Strict(False)] = ()
+    """Or a list: the density of epoch 0, 1, ...; after its end the target."""
+
+    @model_validator(mode="after")
+    def _is_one_of_the_two(self) -> Self:
+        if self.warmup_epochs and self.densities:
+            raise ValueError(f"expected warmup_epochs or densities, got both ({self.warmup_epochs} epochs)")
+        return self
+
+    def at(self, epoch: float, target: float) -> float:
+        """The density of a (fractional) epoch; the target where nothing else is scheduled."""
+        e = int(epoch)
+        if e < len(self.densities):
+            return self.densities[e]
+        if e < self.warmup_epochs:  # d_e = max(c^(e+1), d): the first is never below a target in (0, 1]
+            return float(target ** ((e + 1) / (self.warmup_epochs + 1)))
+        return target
