@@ -1,6 +1,7 @@
 """MovieLens in its official formats: prepared once, and what is refused."""
 
 import os
+import urllib.request
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -154,22 +155,20 @@ def test_nothing_given_where_it_is_said_to_be_is_an_error(tmp_path: Path) -> Non
 def test_no_network_is_one_line_that_names_the_way_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*_: object) -> None:
+    def refuse(*_: object, **__: object) -> None:
         raise OSError("no route to host")
 
-    monkeypatch.setattr(movielens, "download_url", refuse)
-    told = r"^https://files.grouplens.org/.*/ml-1m.zip: cannot be downloaded \(no route to host\); .* --from$"
+    monkeypatch.setattr(urllib.request, "urlopen", refuse)
+    told = (
+        r"^ml-1m cannot be downloaded; .* --from \(https://files.grouplens.*/ml-1m.zip: no route to host\)$"
+    )
     with pytest.raises(ValueError, match=told):
         ML_1M.prepare(tmp_path, None)
 
 
 def test_a_download_with_another_checksum_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = archive_of(ML_1M, tmp_path, text_of(ML_1M, ratings_of(30, 25, 200))).read_bytes()
-
-    def deliver(_: str, folder: Path, name: str) -> None:
-        (folder / name).write_bytes(made)
-
-    monkeypatch.setattr(movielens, "download_url", deliver)
+    archive_of(ML_1M, tmp_path, text_of(ML_1M, ratings_of(30, 25, 200)))
+    monkeypatch.setattr(movielens, "PLACE", tmp_path.as_uri())
     with pytest.raises(ValueError, match="expected SHA-256 a6898adb"):
         ML_1M.prepare(tmp_path / "data", None)
     assert not ML_1M.path(tmp_path / "data").exists()

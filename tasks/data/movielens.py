@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from torchvision.datasets.utils import download_url
 
+from tasks.data.fetch import fetch_first
 from tasks.data.npz import Headers, read_headers
 from tasks.recommendation import Interactions, popularity
 
@@ -203,7 +203,9 @@ class MovieLensSet:
     def _locate(self, given: Path | None, temporary: Path) -> Path:
         """The file of ratings; out of an archive, it is unpacked to the temporary folder."""
         if given is None:
-            return self._unpacked(self._downloaded(temporary), temporary)
+            places = ((f"{PLACE}/{self.name}.zip",),)
+            [archive] = fetch_first(self.name, places, temporary, self._verify)
+            return self._unpacked(archive, temporary)
         if given.is_file():
             return given if given.name == self.file else self._unpacked(given, temporary)
         for file in (given / self.file, given / self.name / self.file):
@@ -214,19 +216,13 @@ class MovieLensSet:
         what = f"a folder with {self.file} or {self.name}.zip" if given.is_dir() else "an archive or a folder"
         raise ValueError(f"{given}: expected {self.name}, {what}; there is none")
 
-    def _downloaded(self, folder: Path) -> Path:
-        archive, url = folder / f"{self.name}.zip", f"{PLACE}/{self.name}.zip"
-        try:
-            download_url(url, folder, archive.name)
-        except (OSError, RuntimeError) as error:  # no network, or no answer
-            told = f"cannot be downloaded ({error}); fetch it by hand and pass it with --from"
-            raise ValueError(f"{url}: {told}") from None
+    def _verify(self, archive: Path) -> None:
         with archive.open("rb") as content:
-            if (found := hashlib.file_digest(content, "sha256").hexdigest()) != SHA256[self.name]:
-                raise ValueError(
-                    f"{url}: expected SHA-256 {SHA256[self.name]}, got {found}: cut short, or another"
-                )
-        return archive
+            found = hashlib.file_digest(content, "sha256").hexdigest()
+        if found != SHA256[self.name]:
+            raise ValueError(
+                f"expected SHA-256 {SHA256[self.name]}, got {found}; it is cut short, or another"
+            )
 
     def _unpacked(self, archive: Path, folder: Path) -> Path:
         """The file of ratings out of an archive; reading it verifies its CRC-32."""
