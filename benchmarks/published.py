@@ -12,6 +12,7 @@ official format and size is made and thrown away.
 
 import argparse
 import json
+import signal
 import statistics
 import subprocess
 import sys
@@ -154,6 +155,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the run is ended too
     arguments, rows, facts = parse(), [], machine()
     with tempfile.TemporaryDirectory() as temporary:
         for name in arguments.configs:
