@@ -14,12 +14,11 @@ import numpy as np
 from tasks.data import text
 from tasks.data.cifar import CIFAR10, CIFAR100, CifarSet
 from tasks.data.corpus import Corpus
-from tasks.data.movielens import SETS, MovieLensSet, Ratings, split
+from tasks.data.leave_one_out import MIN_RATINGS, Ratings, split
+from tasks.data.movielens import SETS, MovieLensSet
 from tasks.data.ptb import PTB
 from tasks.data.wikitext2 import WIKITEXT2
 
-MIN_RATINGS = 20
-"""Different items that each made user rates at least, as published for 1M and 20M."""
 TOKENS = {"wikitext2": (2_127_402, 221_606, 250_140), "ptb": (929_589, 73_760, 82_430)}
 """Of the training, validation and test texts: WikiText-2 by spaCy, as prepared; Penn Treebank by its spaces,
 as Mikolov et al. 2010 count them."""

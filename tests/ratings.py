@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sage.interfaces import Place, Seeds
-from tasks.data.movielens import Ratings
+from tasks.data.leave_one_out import Ratings
 from tasks.recommendation import Interactions, Recommendation, RecommendationSettings
 
 CPU = torch.device("cpu")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tasks.data.movielens import Ratings, split
+from tasks.data.leave_one_out import Ratings, split
 from tests.ratings import ratings_of, together
 
 

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from tasks.data import movielens
-from tasks.data.movielens import ML_1M, ML_20M, ML_100K, SETS, MovieLensSet, Ratings, split
+from tasks.data.leave_one_out import Ratings, split
+from tasks.data.movielens import ML_1M, ML_20M, ML_100K, SETS, MovieLensSet
 from tasks.movielens import MovieLens100K
 from tests.ratings import ratings_of, together
 
@@ -78,7 +79,7 @@ def test_data_of_the_published_sizes_is_not_remarked_upon_and_dropped_users_are(
     (tmp_path / "u.data").write_text(text_of(ML_100K, one))
     told = source.prepare(tmp_path, tmp_path)
     assert "NOT" not in told
-    assert told.endswith("; 1 users with fewer than 20 ratings are dropped")
+    assert told.splitlines()[1:] == ["dropped: 1 of 31 users, who rated fewer than 20 items"]
 
 
 def no_line_break(text: str) -> str:
@@ -98,14 +99,18 @@ BAD: dict[str, tuple[MovieLensSet, Callable[[str], str], str]] = {
         "expected the columns userId, movieId, timestamp; timestamp is missing",
     ),
     "no header": (ML_20M, lambda text: text.split("\n", 1)[1], "userId, movieId, timestamp is missing"),
-    "three fields": (ML_100K, lambda _: "1\t2\t3\n", r"expected lines of ml-100k, 4 fields between .* got 3"),
+    "three fields": (
+        ML_100K,
+        lambda _: "1\t2\t3\n",
+        r"expected lines of ml-100k, like '196.*', got '1.t2.t3'",
+    ),
     "another format": (
         ML_1M,
         lambda text: text.replace("::", "\t"),
-        r"lines of ml-1m, 7 fields between ':', got 1",
+        r"lines of ml-1m, like '1::1193::5::978300760', got '31",
     ),
-    "torn in a line": (ML_100K, no_line_break, "it cannot be read: .*NA"),
-    "words": (ML_1M, lambda text: text + "a::b::c::d\n", "it cannot be read: .*'a'"),
+    "torn in a line": (ML_100K, no_line_break, "a line is cut short, or is none: .*NA"),
+    "words": (ML_1M, lambda text: text + "a::b::c::d\n", "a line is cut short, or is none: .*'a'"),
     "few ratings": (
         ML_100K,
         lambda text: "".join(text.splitlines(True)[:19]),
