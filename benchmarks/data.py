@@ -8,7 +8,6 @@ slowest and the fastest; and the rate per second of processor time, which other 
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +20,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from sage.checkpoint import write_text
+from benchmarks.machine import load_average, machine
+from sage.checkpoint import write_json
 from sage.interfaces import Place, Seeds, Task
 from tasks import TASKS
 
@@ -137,15 +137,17 @@ def main() -> None:
     parser.add_argument("--tasks", default=",".join(FEEDS), metavar="NAME,...")
     parser.add_argument("--data", type=Path, default=Path("data"), metavar="DIR")
     parser.add_argument("--seconds", type=float, default=1.0, help="a round, of which there are 5")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows as a list of objects")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows, and where they were made")
     arguments = parser.parse_args()
     names = arguments.tasks.split(",")
     if unknown := set(names) - set(FEEDS):
         parser.error(f"--tasks: expected some of {','.join(FEEDS)}, got {','.join(sorted(unknown))}")
+    facts = machine()
     rows = measure(names, arguments.data, arguments.seconds)
     show(rows)
     if arguments.json:
-        write_text(arguments.json, json.dumps([asdict(row) for row in rows], indent=2) + "\n")
+        content = {**facts, "load_average_after": load_average(), "rows": [asdict(row) for row in rows]}
+        write_json(arguments.json, content)
 
 
 if __name__ == "__main__":

@@ -341,6 +341,10 @@ WHOLE = {"train": [0, 1, 2], "valid": [1, 1], "test": [2, 0]}
         ({"train": np.array([1], np.int32)}, r"expected train as int32 .*, got int32 \(1,\)"),
         ({"train": np.array([[1, 1]], np.int32)}, r"expected train as int32 .*, got int32 \(1, 2\)"),
         ({"vocabulary": np.arange(3)}, r"expected vocabulary as texts \(types,\), got int64 \(3,\)"),
+        (
+            {"vocabulary": np.array(["a", "b", "c", "d"])},
+            r"numbers of train up to 3, .* got up to 2; the vocabulary is another text's",
+        ),
         ({"vocabulary": None}, r"expected the arrays train, .*; vocabulary is missing"),
         ({"test": None, "valid": None}, r"expected the arrays train, .*; valid, test is missing"),
     ],

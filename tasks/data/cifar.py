@@ -84,15 +84,10 @@ class CifarSet:
         if name == official.base_folder or (given / official.base_folder).is_dir():
             root = given.resolve().parent if name == official.base_folder else given
             for file, md5 in (*official.train_list, *official.test_list, meta):
-                part = root / official.base_folder / file
-                if not check_integrity(part, md5):
-                    raise ValueError(f"{part}: expected a file with MD5 {md5}, got another or none")
+                _check_md5(root / official.base_folder / file, file, md5)
             return root
         archive = given / official.filename if given.is_dir() else given
-        if not check_integrity(archive, official.tgz_md5):
-            raise ValueError(
-                f"{archive}: expected {official.filename} with MD5 {official.tgz_md5}, got another or none"
-            )
+        _check_md5(archive, official.filename, official.tgz_md5)
         return archive
 
     def _unpacked(self, verified: Path | None, temporary: Path) -> Path:
@@ -120,6 +115,13 @@ class CifarSet:
 
 CIFAR10 = CifarSet("cifar10", 10, datasets.CIFAR10)
 CIFAR100 = CifarSet("cifar100", 100, datasets.CIFAR100)
+
+
+def _check_md5(file: Path, name: str, md5: str) -> None:
+    """Raise ValueError where a file is not the published one of a name."""
+    if not check_integrity(file, md5):
+        what = "it is cut short, or another" if file.is_file() else "there is no such file"
+        raise ValueError(f"{file}: expected {name} with MD5 {md5}; {what}")
 
 
 def _check_headers(file: Path, headers: Headers) -> None:

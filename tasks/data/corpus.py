@@ -3,24 +3,19 @@ form, DATA/<name>/<tokenizer>.npz."""
 
 import hashlib
 import io
-import shutil
 import tarfile
 import tempfile
-import urllib.request
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from http.client import HTTPException
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
-import rich.console
-import rich.progress
-
+from tasks.data.fetch import Places, fetch_first
 from tasks.data.text import PARTS, SPECIALS, Text, TokenizerName, build, read, save, tokenizer
 
-TIMEOUT_SECONDS = 30
 TOKENIZERS: tuple[TokenizerName, ...] = get_args(TokenizerName)
 
 
@@ -29,8 +24,8 @@ class Corpus:
     """Where a corpus is found, and by what it is recognised."""
 
     name: str
-    places: tuple[tuple[str, ...], ...]
-    """The official place, then its mirrors; a place is one archive, or the three files."""
+    places: Places
+    """A place is one archive, or the three files."""
     files: dict[str, tuple[str, ...]]
     """Of each part: the names that its file may have."""
     num_lines: dict[str, int]
@@ -62,7 +57,8 @@ def prepare(data: Path, source: Path | None, corpus: Corpus) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         if source is None:
-            texts = _texts(_download(corpus, Path(scratch)), corpus)
+            files = fetch_first(corpus.name, corpus.places, Path(scratch), partial(_verify, corpus))
+            texts = _texts(files[0] if len(files) == 1 else Path(scratch), corpus)
         for name in missing:
             lines = {part: _lines(text) for part, text in texts.items()}
             whole = Path(scratch) / f"{name}.npz"
@@ -163,35 +159,3 @@ def _verify(corpus: Corpus, file: Path) -> None:
     expected, found = corpus.md5.get(file.name), hashlib.md5(file.read_bytes()).hexdigest()
     if expected is not None and found != expected:
         raise ValueError(f"{file}: expected the published file, with MD5 {expected}, got {found}")
-
-
-# --- from the net ---------------------------------------------------------------------------------
-
-
-def _download(corpus: Corpus, folder: Path) -> Path:
-    """The archive, or the folder with the files, from the first place that has them all."""
-    reasons = []
-    for place in corpus.places:
-        try:
-            files = [_fetch(url, folder) for url in place]
-            for file in files:
-                _verify(corpus, file)
-            return files[0] if len(files) == 1 else folder
-        except (OSError, HTTPException, ValueError) as error:
-            reasons.append(f"{place[0]}: {error}")
-    raise ValueError(
-        f"{corpus.name} cannot be downloaded; fetch it elsewhere and use --from ({'; '.join(reasons)})"
-    )
-
-
-def _fetch(url: str, folder: Path) -> Path:
-    """Download one file, with a progress bar. Raises OSError where that fails or stops early."""
-    file = folder / url.rpartition("/")[2]
-    with urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS) as answer, file.open("wb") as target:
-        size = int(answer.headers.get("Content-Length", 0))
-        console = rich.console.Console(stderr=True)
-        with rich.progress.wrap_file(answer, size, description=file.name, console=console) as shown:
-            shutil.copyfileobj(shown, target)
-    if size and file.stat().st_size != size:
-        raise OSError(f"it ended after {file.stat().st_size} of {size} bytes")
-    return file

@@ -11,17 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from torchvision.datasets.utils import download_url
 
+from tasks.data.fetch import fetch_first
+from tasks.data.leave_one_out import MIN_RATINGS, NUM_NEGATIVES, Ratings, split
 from tasks.data.npz import Headers, read_headers
 from tasks.recommendation import Interactions, popularity
 
 COLUMNS = ("userId", "movieId", "timestamp")
-MIN_RATINGS = 20
-"""Users with fewer ratings are dropped."""
-NUM_NEGATIVES = 100
-"""Items that a user never rated, among which the held-out one is ranked."""
-NEGATIVES_SEED = 0
 PLACE = "https://files.grouplens.org/datasets/movielens"
 SHA256 = {
     "ml-100k": "50d2a982c66986937beb9ffb3aa76efe955bf3d5c6b761f4e3a7cd717c6a3229",
@@ -29,95 +25,6 @@ SHA256 = {
     "ml-20m": "96f243c338a8665f6bcc89c53edf6ee39162a846940de6b7c8c48aeada765ff3",
 }
 """Of the official archives, as tensorflow_datasets 4.9.10 records them."""
-
-
-@dataclass(frozen=True)
-class Ratings:
-    """Who rated what when, arrays (N,); that a rating was given counts, not its stars."""
-
-    users: np.ndarray
-    items: np.ndarray
-    times: np.ndarray
-
-    def __getitem__(self, chosen: np.ndarray) -> "Ratings":
-        return Ratings(self.users[chosen], self.items[chosen], self.times[chosen])
-
-
-def split(ratings: Ratings) -> Interactions:
-    """Leave-one-out: each user's last rating is for testing, among items that the user never rated.
-
-    A pair rated twice counts once, the last time; users with few ratings are dropped; users and items are
-    numbered in the order of their ids. Of ratings given at the same time, the item with the largest id is
-    last: the order of lines does not matter. Raises ValueError where no user stays, or one rated nearly all.
-    """
-    ratings = _latest(_numbered(ratings))
-    ratings = _numbered(ratings[np.bincount(ratings.users)[ratings.users] >= MIN_RATINGS])
-    if not len(ratings.users):
-        raise ValueError(f"expected a user with {MIN_RATINGS} ratings or more, there is none")
-    num_users, num_items = int(ratings.users.max()) + 1, int(ratings.items.max()) + 1
-    held_out = _last_rows(ratings)  # (num_users,)
-    negatives = _draw_negatives(ratings, num_users, num_items)  # (num_users, NUM_NEGATIVES)
-    trained = np.ones(len(ratings.users), bool)
-    trained[held_out] = False
-    return Interactions(
-        ratings.users[trained],
-        ratings.items[trained],
-        np.concatenate([ratings.items[held_out, None], negatives], axis=1),
-        num_users,
-        num_items,
-    )
-
-
-def _numbered(ratings: Ratings) -> Ratings:
-    """Users and items as int32 from 0 up, in the order of their ids."""
-    users, items = (np.unique(ids, return_inverse=True)[1] for ids in (ratings.users, ratings.items))
-    return Ratings(users.astype(np.int32), items.astype(np.int32), ratings.times)
-
-
-def _keys(ratings: Ratings, num_items: int) -> np.ndarray:
-    """One int64 number for each user and item, in the order of both."""
-    keys: np.ndarray = ratings.users.astype(np.int64) * num_items + ratings.items
-    return keys
-
-
-def _latest(ratings: Ratings) -> Ratings:
-    """Sorted by user, then item, and of each pair the last rating only."""
-    keys = _keys(ratings, int(ratings.items.max()) + 1)
-    order = np.lexsort((ratings.times, keys))
-    keys = keys[order]
-
-    return ratings[order[np.append(keys[1:] != keys[:-1], True)]]
-
-
-def _last_rows(ratings: Ratings) -> np.ndarray:
-    """Of ratings sorted by user and item: the row (num_users,) of each user's last rating."""
-    counts = np.bincount(ratings.users)
-    starts = np.cumsum(counts) - counts
-    is_last = ratings.times == np.repeat(np.maximum.reduceat(ratings.times, starts), counts)
-    rows: np.ndarray = np.maximum.reduceat(np.where(is_last, np.arange(len(is_last)), -1), starts)
-    return rows
-
-
-def _draw_negatives(ratings: Ratings, num_users: int, num_items: int) -> np.ndarray:
-    """Items (num_users, NUM_NEGATIVES) int32, in each row distinct and never rated by its user. Every such
-    set is as likely, since what is drawn again depends on equality alone."""
-    most = int(np.bincount(ratings.users).max())
-    if most + NUM_NEGATIVES > num_items:
-        told = f"a user rated {most:,} of the {num_items:,} items"
-        raise ValueError(f"expected {NUM_NEGATIVES} items that each user never rated; {told}")
-    rated = _keys(ratings, num_items)  # (N,), sorted
-    rng = np.random.default_rng(NEGATIVES_SEED)
-    drawn = rng.integers(num_items, size=(num_users, NUM_NEGATIVES), dtype=np.int32)
-    rows = np.arange(num_users)  # those that may hold a rated or repeated item
-    while len(rows):
-        part = np.sort(drawn[rows], axis=1)
-        keys = rows[:, None] * num_items + part
-        bad = rated[np.minimum(np.searchsorted(rated, keys), len(rated) - 1)] == keys
-        bad[:, 1:] |= part[:, 1:] == part[:, :-1]
-        part[bad] = rng.integers(num_items, size=int(bad.sum()), dtype=np.int32)
-        drawn[rows] = part
-        rows = rows[bad.any(axis=1)]
-    return drawn
 
 
 def describe(found: Interactions) -> str:
@@ -136,6 +43,8 @@ class MovieLensSet:
     name: str
     file: str
     """The file of ratings, in a folder named like the data set."""
+    line: str
+    """What its lines look like, for a person."""
     separator: str
     """A regular expression."""
     fields: tuple[str, ...]
@@ -190,20 +99,24 @@ class MovieLensSet:
             whole = Path(temporary) / file.name
             np.savez(whole, **vars(found))
             whole.replace(file)
-        told = f"{file}: {describe(found)}"
+        told = [f"{file}: {describe(found)}"]
         if dropped := sizes[1] - found.num_users:
-            told += f"; {dropped:,} users with fewer than {MIN_RATINGS} ratings are dropped"
+            told.append(
+                f"dropped: {dropped:,} of {sizes[1]:,} users, who rated fewer than {MIN_RATINGS} items"
+            )
         if sizes != self.sizes:
             ours, published = (", ".join(f"{size:,}" for size in row) for row in (sizes, self.sizes))
-            told += (
-                f"; NOT the published {self.name}: ratings, users, items are {ours}, published {published}"
+            told.append(
+                f"NOT the published {self.name}: ratings, users, items are {ours}, published {published}"
             )
-        return told
+        return "\n".join(told)
 
     def _locate(self, given: Path | None, temporary: Path) -> Path:
         """The file of ratings; out of an archive, it is unpacked to the temporary folder."""
         if given is None:
-            return self._unpacked(self._downloaded(temporary), temporary)
+            places = ((f"{PLACE}/{self.name}.zip",),)
+            [archive] = fetch_first(self.name, places, temporary, self._verify)
+            return self._unpacked(archive, temporary)
         if given.is_file():
             return given if given.name == self.file else self._unpacked(given, temporary)
         for file in (given / self.file, given / self.name / self.file):
@@ -214,19 +127,13 @@ class MovieLensSet:
         what = f"a folder with {self.file} or {self.name}.zip" if given.is_dir() else "an archive or a folder"
         raise ValueError(f"{given}: expected {self.name}, {what}; there is none")
 
-    def _downloaded(self, folder: Path) -> Path:
-        archive, url = folder / f"{self.name}.zip", f"{PLACE}/{self.name}.zip"
-        try:
-            download_url(url, folder, archive.name)
-        except (OSError, RuntimeError) as error:  # no network, or no answer
-            told = f"cannot be downloaded ({error}); fetch it by hand and pass it with --from"
-            raise ValueError(f"{url}: {told}") from None
+    def _verify(self, archive: Path) -> None:
         with archive.open("rb") as content:
-            if (found := hashlib.file_digest(content, "sha256").hexdigest()) != SHA256[self.name]:
-                raise ValueError(
-                    f"{url}: expected SHA-256 {SHA256[self.name]}, got {found}: cut short, or another"
-                )
-        return archive
+            found = hashlib.file_digest(content, "sha256").hexdigest()
+        if found != SHA256[self.name]:
+            raise ValueError(
+                f"expected SHA-256 {SHA256[self.name]}, got {found}; it is cut short, or another"
+            )
 
     def _unpacked(self, archive: Path, folder: Path) -> Path:
         """The file of ratings out of an archive; reading it verifies its CRC-32."""
@@ -257,9 +164,7 @@ class MovieLensSet:
                 f"{file}: expected the columns {', '.join(COLUMNS)}; {', '.join(missing)} is missing"
             )
         if not self.has_header and len(fields) != len(self.fields):
-            told = (
-                f"{len(self.fields)} fields between {self.separator!r}, got {len(fields)} in {first[:40]!r}"
-            )
+            told = f"like {self.line!r}, got {first[:40]!r}"
             raise ValueError(f"{file}: expected lines of {self.name}, {told}")
         try:
             frame = pd.read_csv(
@@ -272,7 +177,9 @@ class MovieLensSet:
             )
         except (ValueError, OverflowError) as error:
             told = str(error).strip().splitlines()[0]
-            raise ValueError(f"{file}: expected ratings of {self.name}; it cannot be read: {told}") from None
+            raise ValueError(
+                f"{file}: expected ratings of {self.name}; a line is cut short, or is none: {told}"
+            ) from None
         if not len(frame):
             raise ValueError(f"{file}: expected ratings, got none after the header")
         return Ratings(*(frame[name].to_numpy() for name in COLUMNS))
@@ -293,7 +200,13 @@ def _check_headers(file: Path, headers: Headers) -> int:
 _CSV = ("userId", "movieId", "rating", "timestamp")
 _DOUBLE_COLONS = ("userId", "_1", "movieId", "_3", "rating", "_5", "timestamp")  # a::b, cut at each colon
 # Of u.data the separator is a tab, as published; a space is taken too.
-ML_100K = MovieLensSet("ml-100k", "u.data", r"\s+", _CSV, False, (100_000, 943, 1_682))
-ML_1M = MovieLensSet("ml-1m", "ratings.dat", ":", _DOUBLE_COLONS, False, (1_000_209, 6_040, 3_706))
-ML_20M = MovieLensSet("ml-20m", "ratings.csv", ",", _CSV, True, (20_000_263, 138_493, 26_744))
+ML_100K = MovieLensSet(
+    "ml-100k", "u.data", "196\t242\t3\t881250949", r"\s+", _CSV, False, (100_000, 943, 1_682)
+)
+ML_1M = MovieLensSet(
+    "ml-1m", "ratings.dat", "1::1193::5::978300760", ":", _DOUBLE_COLONS, False, (1_000_209, 6_040, 3_706)
+)
+ML_20M = MovieLensSet(
+    "ml-20m", "ratings.csv", "1,2,3.5,1112486027", ",", _CSV, True, (20_000_263, 138_493, 26_744)
+)
 SETS = {found.name: found for found in (ML_100K, ML_1M, ML_20M)}

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from tasks.data.movielens import Ratings, split
+from tasks.data.leave_one_out import Ratings, split
 from tasks.recommendation import Interactions
 
 NUM_USERS, NUM_ITEMS = 500, 400

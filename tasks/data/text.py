@@ -117,3 +117,9 @@ def _check_arrays(file: Path, arrays: dict[str, np.ndarray]) -> None:
                 f"{file}: expected the token numbers of {part} in [0, {len(vocabulary)}), as many as the "
                 f"vocabulary has types, got {numbers.min()} to {numbers.max()}; the file is not of one piece"
             )
+    # A vocabulary has no type but the training text's, the rarest last.
+    if (last := arrays["train"].max()) != len(vocabulary) - 1:
+        raise ValueError(
+            f"{file}: expected token numbers of train up to {len(vocabulary) - 1}, the vocabulary's last, "
+            f"got up to {last}; the vocabulary is another text's"
+        )
