@@ -9,7 +9,7 @@ import re
 import types
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
 import annotated_types
 import yaml
@@ -33,6 +33,8 @@ class Named(Settings):
     """The settings of a component that is chosen by its name."""
 
     name: str
+    takes_feedback: ClassVar[bool] = True
+    """Of a reducer: whether what it leaves unsent is an error that can be fed back."""
 
 
 Tables = dict[str, dict[str, type[Named]]]

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, SerializeAsAny
+from pydantic import Field, SerializeAsAny, ValidationInfo, field_validator
 from torch import Tensor
 
 from sage.board import Board
@@ -41,6 +41,15 @@ class RunSettings(Settings):
     timeout_seconds: float = Field(default=300.0, gt=0, le=1e6)
     """How long a collective waits for a worker before the run is given up."""
     log: Log = Log()
+
+    @field_validator("feedback")
+    @classmethod
+    def _check_feedback(cls, feedback: Named, info: ValidationInfo) -> Named:
+        reducer = info.data.get("reducer")  # None where it is wrong itself; a wrong feedback has the name ""
+        if reducer and not reducer.takes_feedback and feedback.name not in ("none", ""):
+            told = f"expected the name none, since {reducer.name} leaves no error to feed back"
+            raise ValueError(f"{told}, got {feedback.name}")
+        return feedback
 
 
 class Trainer:

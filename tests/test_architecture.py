@@ -14,7 +14,9 @@ SOURCES = [
 SHARED = {
     "reducers.dense",
     "reducers.lowrank",
+    "reducers.quantize",
     "reducers.sparse",
+    "reducers.spectral",
     "tasks.classification",
     "tasks.language",
     "tasks.recommendation",
