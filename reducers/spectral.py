@@ -31,7 +31,8 @@ def spectrum(matrices: Tensor) -> tuple[Tensor, Tensor]:
     (count, short, long).
 
     From the eigenvectors of A A^T in float64, 20 times as fast as an SVD; float32's products are exact there,
-    so singular values down to 1e-8 of the largest are told apart. A matrix that is not finite counts as 0.
+    so singular values down to about 1e-7 of the largest are told apart. A matrix that is not finite counts
+    as 0.
     """
     precise = matrices.double()
     gram = precise @ precise.mT  # (count, short, short)

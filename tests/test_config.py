@@ -337,3 +337,15 @@ def test_a_file_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
         with pytest.raises(config.ConfigError) as caught:
             config.load(path, [], RunSettings, TABLES)
         assert str(caught.value) == f"{path}: cannot read the configuration: {reason}"
+
+
+@pytest.mark.parametrize("name", ["signsgd", "signum"])
+def test_a_vote_takes_no_error_feedback(load: Load, name: str) -> None:
+    told = f"feedback: expected the name none, since {name} leaves no error to feed back, got residual"
+    assert lines_of(load, f"reducer.name={name}") == [told]
+    assert load(f"reducer.name={name}", "feedback.name=none").feedback.name == "none"
+
+
+def test_of_two_mistakes_in_feedback_the_nearer_one_is_told(load: Load) -> None:
+    (line,) = lines_of(load, "reducer.name=signsgd", "feedback.name=residuals")
+    assert "did you mean residual?" in line
