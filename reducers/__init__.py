@@ -5,10 +5,16 @@ from typing import Any
 import torch
 
 from reducers.accordion import Accordion
+from reducers.atomo import Atomo
 from reducers.exact import Exact
 from reducers.global_topk import GlobalTopK
 from reducers.powersgd import PowerSGD
+from reducers.random_k import RandomBlock, RandomK
 from reducers.sage import Sage
+from reducers.sign_norm import SignNorm
+from reducers.signsgd import SignSGD
+from reducers.signum import Signum
+from reducers.svd import SVD
 from reducers.threshold import HardThreshold
 from reducers.topk import TopK
 from sage.config import Named, Settings, validate
@@ -22,6 +28,13 @@ REDUCERS: dict[str, type[Reducer]] = {
     "sage": Sage,
     "powersgd": PowerSGD,
     "accordion": Accordion,
+    "random_k": RandomK,
+    "random_block": RandomBlock,
+    "sign_norm": SignNorm,
+    "signsgd": SignSGD,
+    "signum": Signum,
+    "svd": SVD,
+    "atomo": Atomo,
 }
 Accordion.inners = {"topk": TopK, "powersgd": PowerSGD}
 _SETTINGS = {name: reducer.Settings for name, reducer in REDUCERS.items()}

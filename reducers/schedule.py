@@ -4,7 +4,8 @@ from typing import Annotated, Self
 
 from pydantic import Field, Strict, model_validator
 
-from sage.config import Settings
+from sage.config import Named, Settings
+from sage.interfaces import Progress, Reducer
 
 
 class DensitySchedule(Settings):
@@ -29,3 +30,27 @@ class DensitySchedule(Settings):
         if e < self.warmup_epochs:  # d_e = max(c^(e+1), d): the first is never below a target in (0, 1]
             return float(target ** ((e + 1) / (self.warmup_epochs + 1)))
         return target
+
+
+class DensitySettings(Named):
+    density: float = Field(default=0.01, gt=0, le=1)
+    """The target: elements a worker selects / n."""
+    density_schedule: DensitySchedule = DensitySchedule()
+    """Larger densities at first; by default the target from the first step on."""
+
+
+class ScheduledReducer(Reducer):
+    """A reducer that selects a share of the elements; which share, a schedule may say."""
+
+    def __init__(self, config: DensitySettings) -> None:
+        self.config = config
+        self.target_density = config.density
+
+    def begin_step(self, progress: Progress) -> None:
+        density = self.config.density_schedule.at(progress.epoch, self.config.density)
+        if density != self.target_density:
+            self.aim(density)
+
+    def aim(self, density: float) -> None:
+        """Select this share from the next step on. What was laid out for another is laid out anew here."""
+        self.target_density = density

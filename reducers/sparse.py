@@ -12,20 +12,15 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from reducers.schedule import DensitySchedule
-from sage.config import Named
-from sage.interfaces import Communicator, Place, Progress, Reducer, Slot, Stateful
+from reducers.schedule import DensitySettings, ScheduledReducer
+from sage.interfaces import Communicator, Place, Slot, Stateful
 
 CHUNK = 65_536
 """Elements a step of the scan on the CPU: send, gradient and scratch of a chunk stay in a core's cache
 together."""
 
 
-class SparsifierSettings(Named):
-    density: float = Field(default=0.01, gt=0, le=1)
-    """The target: elements a worker selects / n."""
-    density_schedule: DensitySchedule = DensitySchedule()
-    """Larger densities at first; by default the target from the first step on."""
+class SparsifierSettings(DensitySettings):
     exchange: Literal["gather", "union"] = "gather"
     """gather: each worker sends the values it selected. union: all send their values at every selected
     index."""
@@ -152,7 +147,7 @@ def exchange_by_union(send: Tensor, mean: Tensor, indices: Tensor, comm: Communi
 # --- the reducers' bases --------------------------------------------------------------------------
 
 
-class Sparsifier(Reducer):
+class Sparsifier(ScheduledReducer):
     """Sends selected elements only. What the select method does not name stays in send."""
 
     def __init__(self, config: SparsifierSettings, layout: list[Slot]) -> None:
@@ -161,8 +156,7 @@ class Sparsifier(Reducer):
             raise ValueError(
                 f"a sparsifier's indices are int32: needs fewer than 2^31 elements, got {self.n}"
             )
-        self.config = config
-        self.target_density = config.density
+        super().__init__(config)
         self.exchange = config.exchange
         self._gathered: list[Tensor] = []
         self._sent = torch.empty(0, dtype=torch.int64)
@@ -170,15 +164,6 @@ class Sparsifier(Reducer):
     @abstractmethod
     def select(self, send: Tensor, place: Place) -> Tensor:
         """The indices (k,) int64 to send, unique, k may be 0."""
-
-    def begin_step(self, progress: Progress) -> None:
-        density = self.config.density_schedule.at(progress.epoch, self.config.density)
-        if density != self.target_density:
-            self.aim(density)
-
-    def aim(self, density: float) -> None:
-        """Select this share from the next step on. What was laid out for another is laid out anew here."""
-        self.target_density = density
 
     def reduce(self, send: Tensor, mean: Tensor, comm: Communicator) -> None:
         indices = self.select(send, Place(comm.rank, comm.world_size))

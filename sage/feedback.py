@@ -51,6 +51,10 @@ class Feedback(Stateful):
     @classmethod
     def check(cls, reducer: type[Reducer], reducer_config: Named, optimizer: Named) -> None:
         """Raise ValueError, in one line, where this feedback cannot work with these."""
+        if not reducer.takes_feedback:
+            name, own = reducer_config.name, cls.Settings.model_fields["name"].default
+            told = f"expected none, since {name} leaves no error to feed back, got {own}"
+            raise ValueError(f"feedback.name: {told}")
 
     def begin_step(self, progress: Progress) -> None:
         """Told before each step."""
@@ -68,6 +72,10 @@ class NoFeedback(Feedback):
     """What was not sent is forgotten."""
 
     Settings = NoFeedbackSettings
+
+    @classmethod
+    def check(cls, reducer: type[Reducer], reducer_config: Named, optimizer: Named) -> None:
+        """Always possible."""
 
     def compensate(self, reducer: Reducer, grad: Tensor) -> None:
         self.memory.zero_()
@@ -124,6 +132,7 @@ class Momentum(Feedback):
 
     @classmethod
     def check(cls, reducer: type[Reducer], reducer_config: Named, optimizer: Named) -> None:
+        super().check(reducer, reducer_config, optimizer)
         name, own = reducer_config.name, getattr(optimizer, "momentum", None)
         if not reducer.is_sparsifier(reducer_config):
             told = f"expected a reducer that sends selected elements, such as topk, got {name}"

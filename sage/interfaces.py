@@ -154,6 +154,8 @@ class Reducer(Stateful, ABC):
     """
 
     Settings: ClassVar[type[Any]]
+    takes_feedback: ClassVar[bool] = True
+    """Whether what it leaves in send is an error that can be fed back."""
     density: float = 1.0
     """Elements a worker selected in the last step / n, mean over workers. A host number: reading it costs
     nothing."""

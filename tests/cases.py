@@ -52,6 +52,9 @@ class Case:
     sparsifier's, which follow from the counts."""
     collectives_at: Mapping[int, Collectives] = field(default_factory=dict)
     """Those of single steps, by number, where they differ."""
+    message: "Callable[[Step], int] | None" = None
+    """The bytes of a worker's one ragged message, by hand from what it sent; None: it sends none, or a
+    sparsifier's."""
     rounding: float = 0.0
     """How far results may be off beyond the law's own bound, relative to the largest magnitude of what was
     given: for methods with matrix products or a narrower type. The row derives it."""
@@ -84,6 +87,25 @@ def reached(send: Tensor, metrics: dict[str, float]) -> int:
     return int((send.abs() >= metrics["threshold"]).sum())
 
 
+def matrix_atoms(step: "Step") -> int:
+    """Bytes: a count each of 2 matrices, the 20 elements of 3 vectors, (rows + columns) an atom.
+
+    What a matrix sent has the rank of its atoms; a singular value below 1e-5 of the largest is rounding.
+    """
+    values = 2 + 20
+    for slot in LAYOUT:
+        if len(slot.shape) > 1:
+            sent = (step.before - step.after)[slot.start : slot.stop].view(slot.shape[0], -1)
+            rank = int(torch.linalg.matrix_rank(sent.double(), rtol=1e-5))
+            values += rank * sum(sent.shape)
+    return 4 * values
+
+
+def nine_tenths(send: Tensor, metrics: dict[str, float]) -> int:
+    """k of each tensor at a density of 0.9."""
+    return sum(max(1, int(0.9 * slot.size)) for slot in LAYOUT)
+
+
 TOPK = {"exact_with": {"density": 1.0}, "count": layerwise, "fixed_count": True}
 GLOBAL = {"exact_with": {"density": 1.0}, "count": overall, "fixed_count": True}
 BY_THRESHOLD = {"exact_with": {"threshold": 1e-30}, "count": reached, "nan": "kept"}
@@ -111,6 +133,31 @@ TWO_SIDED = {
 }
 ALTERNATING = {"rank": 2, "form": "alternating"}
 ONE_SIDE = {**LOWRANK, "unpromised": HALF_OF_IT, "collectives": (("all_reduce", 4 * (76 + 20)),)}
+DRAWN = {
+    "gathers_only": False,
+    "exact_with": {"density": 1.0},
+    "fixed_count": True,
+    "unpromised": {"one huge value": "what travels is drawn, whatever its value"},
+}
+DRAWN_24, DRAWN_409 = (("all_reduce", 4 * 24),), (("all_reduce", 4 * 409),)
+VOTE = {
+    "nan": "lost",
+    "collectives": (("all_gather", 57),),
+    "unpromised": {
+        "conservation": "a vote is a direction, not an average",
+        "zeros": "sign(0) = +1",
+        "one huge value": "only its sign counts",
+        "one element": "the vote on 2 and 4 is +1",
+        "a worker without gradient": "it votes +1, since sign(0) = +1",
+    },
+}
+# An entry of sum_i u_i (sigma_i v_i)^T has rounding errors of at most 2^-24 for each of its r W products, W
+# additions and a division, relative to max sigma, as U and V have orthonormal columns; max sigma is at most
+# sqrt(220) times the largest entry. Both mean and send have them: 2 (2 4 + 4 + 1) 2^-24 sqrt(220) = 2.3e-5.
+SVD = {"exact_with": {"rank": 9}, "nan": "spreads", "rounding": 2.3e-5}
+# As svd, but at most 11 atoms, each weighing at most sum sigma <= sqrt(11) sqrt(220) times the largest entry:
+# 2 (11 4 + 4 + 1) 2^-24 sqrt(11 220) = 2.9e-4.
+ATOMO = {"exact_with": {"rank": 9}, "nan": "kept", "rounding": 2.9e-4}
 
 
 def by_level(send: Tensor, metrics: dict[str, float]) -> int:
@@ -177,6 +224,21 @@ CASES = [
             5: (("all_reduce", 4 * (28 + 20)), ("all_reduce", 4 * 38)),
         },
     ),
+    Case("random_k", {"density": 0.05}, count=layerwise, nan="kept", collectives=DRAWN_24, **DRAWN),
+    Case("random_k", {"density": 0.9}, count=nine_tenths, collectives=DRAWN_409, **DRAWN),
+    Case("random_block", {"density": 0.05}, count=layerwise, nan="kept", collectives=DRAWN_24, **DRAWN),
+    # What is subtracted is rounded to the precision of what stays: 2^-24 for each of |before|, |after| <= 2.
+    Case(
+        "sign_norm",
+        nan="spreads",
+        collectives=(("all_gather", 4 * 5 + 57),),
+        rounding=3 * 2.0**-24,
+        unpromised={"one huge value": "its tensor's elements share one magnitude"},
+    ),
+    Case("signsgd", **VOTE),
+    Case("signum", {"beta": 0.5}, **VOTE),
+    Case("svd", {"rank": 2}, collectives=(("all_gather", 4 * (2 * (35 + 31) + 20)),), **SVD),
+    Case("atomo", {"rank": 2}, message=matrix_atoms, **ATOMO),
 ]
 
 

@@ -139,10 +139,17 @@ def test_a_bad_value_is_refused(refuse: Refuse, workers: list[str], override: st
         ([], "optimizer.momentum: expected 0 (and nesterov: false) beside feedback momentum"),
     ],
 )
-def test_a_feedback_that_cannot_work_with_the_other_parts_is_refused(
+def test_momentum_that_cannot_work_with_the_other_parts_is_refused(
     refuse: Refuse, overrides: list[str], told: str
 ) -> None:
     assert refuse(DIGITS, "feedback.name=momentum", *overrides, "--workers", "2").startswith(told)
+
+
+@pytest.mark.parametrize("name", ["signsgd", "signum"])
+@pytest.mark.parametrize("feedback", ["residual", "momentum"])
+def test_a_vote_takes_no_error_feedback(refuse: Refuse, name: str, feedback: str) -> None:
+    told = f"feedback.name: expected none, since {name} leaves no error to feed back, got {feedback}"
+    assert refuse(DIGITS, f"reducer.name={name}", f"feedback.name={feedback}") == told
 
 
 @pytest.mark.parametrize("option", ["--workers", "--simulate", "--threads"])

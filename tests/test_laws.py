@@ -158,8 +158,8 @@ def counts_of(case: Case, steps: tuple[Step, ...]) -> list[int]:
 
 
 def expected_ledger(case: Case, number: int, steps: tuple[Step, ...], rank: int) -> dict[str, float]:
-    """The row's collectives, or payload: sizes 4, then 8 kmax (gather) or 4 kmax + 4 |union|; padding up to
-    kmax; the ring's bytes."""
+    """The row's collectives; or 4 for the sizes and the longest ragged message; or 4, then 8 kmax (gather) or
+    4 kmax + 4 |union|; padding up to the longest; the ring's bytes."""
     world_size = len(steps)
     ring_reduce, ring_gather = 2 * (world_size - 1) / world_size, world_size - 1
     if case.collectives is not None:
@@ -171,6 +171,11 @@ def expected_ledger(case: Case, number: int, steps: tuple[Step, ...], rank: int)
             "padding_bytes": 0,
             "wire_bytes": sum(factors[kind] * handed for kind, handed in collectives),
         }
+    if case.message is not None:
+        lengths = [case.message(step) for step in steps]
+        payload = 4 + max(lengths)
+        padding, wire = max(lengths) - lengths[rank], payload * ring_gather
+        return {"num_collectives": 2, "payload_bytes": payload, "padding_bytes": padding, "wire_bytes": wire}
     counts = counts_of(case, steps)
     longest = max(counts)
     if case.settings.get("exchange") != "union":

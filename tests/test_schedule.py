@@ -51,11 +51,11 @@ def test_a_list_is_a_density_an_epoch_and_then_the_target() -> None:
     assert DensitySchedule().at(0.0, 0.05) == 0.05
 
 
-@pytest.mark.parametrize("name", ["topk", "global_topk"])
+@pytest.mark.parametrize("name", ["topk", "global_topk", "random_k", "random_block"])
 def test_a_fixed_count_follows_the_schedule(name: str) -> None:
     reducer = build(name)
     payload = reducer.expected_payload_bytes(2)
-    sizes = [slot.size for slot in LAYOUT] if name == "topk" else [N]
+    sizes = [N] if name == "global_topk" else [slot.size for slot in LAYOUT]
     for epoch, density in ((0.0, 0.5), (0.5, 0.5), (1.0, 0.2), (2.0, 0.05), (5.5, 0.05)):
         assert step(reducer, epoch)["target_density"] == density
         assert reducer.density == sum(max(1, int(density * size)) for size in sizes) / N

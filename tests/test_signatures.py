@@ -118,6 +118,105 @@ def accordion(grads: np.ndarray) -> np.ndarray:
     return with_feedback(grads, sent)
 
 
+def common_rng() -> torch.Generator:
+    return torch.Generator().manual_seed(Seeds.derive(1, 0).common)
+
+
+def draw(rng: torch.Generator, count: int) -> list[int]:
+    return torch.randint(2**62, (count,), generator=rng).tolist()
+
+
+def at(places: set[int]) -> np.ndarray:
+    return np.isin(np.arange(N), list(places))
+
+
+def random_k(grads: np.ndarray) -> np.ndarray:
+    rng, masks = common_rng(), []
+    for _ in grads:
+        found: dict[int, set[int]] = {slot.start: set() for slot in LAYOUT[:-1]}  # the last: 1 of 1 element
+        while missing := [
+            slot
+            for slot in LAYOUT[:-1]
+            for _ in range(max(1, int(DENSITY * slot.size)) - len(found[slot.start]))
+        ]:
+            for slot, number in zip(missing, draw(rng, len(missing)), strict=True):
+                found[slot.start].add(slot.start + number % slot.size)
+        masks.append(at({N - 1}.union(*found.values())))
+    return with_feedback(grads, lambda send, step, rank: send * masks[step])
+
+
+def random_block(grads: np.ndarray) -> np.ndarray:
+    rng, masks = common_rng(), []
+    for _ in grads:
+        offsets = zip(LAYOUT, draw(rng, len(LAYOUT)), strict=True)
+        places = {
+            slot.start + (offset + within) % slot.size
+            for slot, offset in offsets
+            for within in range(max(1, int(DENSITY * slot.size)))
+        }
+        masks.append(at(places))
+    return with_feedback(grads, lambda send, step, rank: send * masks[step])
+
+
+def signs(x: np.ndarray) -> np.ndarray:
+    return np.where(x >= 0, 1.0, -1.0)
+
+
+def sign_norm(grads: np.ndarray) -> np.ndarray:
+    def sent(send: np.ndarray, step: int, rank: int) -> np.ndarray:
+        pieces = [send[slot.start : slot.stop] for slot in LAYOUT]
+        return np.concatenate([np.abs(piece).mean() * signs(piece) for piece in pieces])
+
+    return with_feedback(grads, sent)
+
+
+def signsgd(grads: np.ndarray) -> np.ndarray:
+    return signs(signs(grads[-1]).sum(0))
+
+
+def signum(grads: np.ndarray) -> np.ndarray:
+    return signs(signs(0.9 * (0.1 * grads[0]) + 0.1 * grads[1]).sum(0))
+
+
+def by_matrix(send: np.ndarray, approximate: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """send with each matrix, wider than tall, approximated."""
+    sent = send.astype(np.float64)
+    for slot in LAYOUT:
+        if len(slot.shape) > 1:
+            matrix = sent[slot.start : slot.stop].reshape(slot.shape[0], -1)
+            tall = matrix.shape[0] > matrix.shape[1]
+            matrix[:] = approximate(matrix.T).T if tall else approximate(matrix)
+    return sent
+
+
+def svd(grads: np.ndarray) -> np.ndarray:
+    def approximate(matrix: np.ndarray) -> np.ndarray:
+        u, values, v = np.linalg.svd(matrix, full_matrices=False)
+        return (u[:, :2] * values[:2]) @ v[:2]
+
+    return with_feedback(grads, lambda send, step, rank: by_matrix(send, approximate))
+
+
+def atomo(grads: np.ndarray) -> np.ndarray:
+    rngs = [torch.Generator().manual_seed(Seeds.derive(1, rank).worker) for rank in range(2)]
+
+    def approximate(matrix: np.ndarray, rng: torch.Generator) -> np.ndarray:
+        u, values, v = np.linalg.svd(matrix, full_matrices=False)
+        kept_with, left = np.ones_like(values), 2.0
+        for index, value in enumerate(values):
+            if value * left <= values[index:].sum():
+                kept_with[index:] = values[index:] * left / values[index:].sum()
+                break
+            left -= 1
+        kept = torch.rand(1, len(values), dtype=torch.float64, generator=rng).numpy()[0] < kept_with
+        return (u * values * kept / kept_with) @ v
+
+    def sent(send: np.ndarray, step: int, rank: int) -> np.ndarray:
+        return by_matrix(send, lambda matrix: approximate(matrix, rngs[rank]))
+
+    return with_feedback(grads, sent)
+
+
 SIGNATURES: dict[str, tuple[dict[str, object], Signature]] = {
     "exact": ({}, exact),
     "topk": ({"density": DENSITY}, topk),
@@ -126,6 +225,13 @@ SIGNATURES: dict[str, tuple[dict[str, object], Signature]] = {
     "sage": ({"threshold": THRESHOLD, "density": DENSITY}, sage),
     "powersgd": ({"rank": 1}, powersgd),
     "accordion": ({}, accordion),
+    "random_k": ({"density": DENSITY}, random_k),
+    "random_block": ({"density": DENSITY}, random_block),
+    "sign_norm": ({}, sign_norm),
+    "signsgd": ({}, signsgd),
+    "signum": ({}, signum),
+    "svd": ({"rank": 2}, svd),
+    "atomo": ({"rank": 2}, atomo),
 }
 TOLERANCE = 1e-6
 """Relative to the largest magnitude of the mean: float32 sums in another order, over at most 20 elements in a
