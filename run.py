@@ -31,7 +31,7 @@ def main(arguments: list[str]) -> int:
         settings = config.load(options.config, options.overrides, RunSettings, TABLES)
         if options.print_config:
             return cli.show(config.to_yaml(settings), launch.speaks_here())
-        worker = launch.find_worker(options.threads, options.workers, options.data)
+        worker = launch.find_worker(options.threads, options.workers, options.data, settings.world_size)
         TASKS[settings.task.name].check(settings.task, worker.data, worker.place.world_size)
         if options.dry_run:
             task, gradient, reducer = build(settings, worker)
@@ -39,8 +39,8 @@ def main(arguments: list[str]) -> int:
             return cli.show(text, launch.speaks_here())
         checkpoint.check_writable(options.runs)
     except ValueError as error:
-        return cli.complain(str(error)) if launch.speaks_here() else 2
-    if worker.place.world_size > 1 and not launch.started_by_launcher():
+        return cli.complain(str(error)) if launch.speaks_here() else launch.give_way()
+    if worker.place.world_size > 1 and not worker.rendezvous.launched:
         return launch.spawn([__file__, *arguments], worker.place.world_size, say)
     start, timeout = partial(train, settings, options, worker), settings.timeout_seconds
     return launch.supervise(worker, timeout, settings.deterministic, start, cli.complain)
@@ -66,7 +66,7 @@ def train(settings: RunSettings, options: cli.Arguments, worker: Worker, board: 
     folder = options.runs / options.config.stem / run
     workers, steps = board.collect("where", worker.where()), settings.epochs * task.steps_per_epoch
     if speaks:
-        say(f"{folder}: {worker.describe()}")
+        say(f"{folder}: {worker.describe(workers)}")
         environment = provenance.environment(**worker.facts(), workers=workers)
         checkpoint.begin(folder, config.to_yaml(settings), environment)
     with Recorder(folder if speaks else None, steps, settings.log) as recorder:

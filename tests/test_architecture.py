@@ -21,11 +21,12 @@ SHARED = {
 }
 """What a family shares; also everything under tasks.models and tasks.data."""
 
-BASE = {"interfaces", "config", "clock", "board"}
+BASE = {"interfaces", "config", "clock", "board", "rendezvous"}
 MIDDLE = {"comm", "launch", "gradient", "feedback", "optim", "metrics", "checkpoint"}
 MAY_IMPORT: dict[str, set[str]] = {
     **{name: set() for name in (*BASE, "provenance", "__init__")},
     "board": {"interfaces"},
+    "rendezvous": {"interfaces"},
     **{name: BASE for name in MIDDLE},
     "train": BASE | MIDDLE,
     "report": {"config", "metrics"},
