@@ -94,8 +94,8 @@ def speaks_here() -> bool:
 
 
 def give_way() -> int:
-    """The exit code for bad input of a process that does not speak. It comes late: a launcher ends all workers
-    when the first ends, and the one that speaks may not have spoken."""
+    """The exit code for bad input of a process that does not speak. It comes late: a launcher ends all
+    workers when the first ends, and the one that speaks may not have spoken."""
     time.sleep(PATIENCE_SECONDS)
     return 2
 
@@ -103,7 +103,7 @@ def give_way() -> int:
 def find_worker(
     num_threads: int | None, num_workers: int | None, data: Path | None, world_size: int | None
 ) -> Worker:
-    """This process's worker, by its launcher's variables; else worker 0 of num_workers that are to be started.
+    """This process's worker, by its launcher's variables; else worker 0 of num_workers to be started.
 
     The data folder is the given one, else SAGE_DATA, else ./data; world_size is the configuration's. Raises
     ValueError where the launcher's numbers are none, or contradict num_workers or world_size.
