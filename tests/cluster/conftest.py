@@ -38,11 +38,11 @@ class Cluster:
         """A shell command on a host, as ssh would start it."""
         return self.start([TOOL, "ssh", host, f"cd {ROOT} && {command}"])
 
-    def call(self, *words: str, seconds: float = 180) -> tuple[int, str]:
+    def call(self, *words: str, seconds: float = 300) -> tuple[int, str]:
         """The exit code and the output of a command, which is ended where it takes longer."""
         return self.end(self.start(list(words)), seconds)
 
-    def end(self, process: subprocess.Popen, seconds: float = 180) -> tuple[int, str]:
+    def end(self, process: subprocess.Popen, seconds: float = 300) -> tuple[int, str]:
         try:
             output, _ = process.communicate(timeout=seconds)
         finally:

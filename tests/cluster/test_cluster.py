@@ -55,6 +55,12 @@ def test_pararun_needs_no_gpu_and_passes_the_exit_code_on(cluster: Cluster, tmp_
     assert "run.py: reducer.density: expected a number in (0, 1], got 2" in log.read_text()
 
 
+def test_srun_needs_neither_pararun_nor_an_address(cluster: Cluster, tmp_path: Path) -> None:
+    code, output = cluster.call("srun", "--nodes=2", "./run.sh", *TASK, "--runs", str(tmp_path))
+    assert code == 0, output
+    assert only_run(tmp_path) == (2, ["n1", "n2"])
+
+
 def test_run_sh_by_hand_on_every_host_is_one_run(cluster: Cluster, tmp_path: Path) -> None:
     words = " ".join([*TASK, "world_size=4", "--runs", str(tmp_path)])
     workers = [
