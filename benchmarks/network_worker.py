@@ -24,7 +24,7 @@ from sage.interfaces import Reducer, Seeds, Slot, lay_out
 
 BITS = {"mbit": 1e6, "gbit": 1e9}
 NUM_HOSTS = 4
-NUM_WARM_UP, NUM_MEASURED = 8, 14
+NUM_WARM_UP, NUM_MEASURED = 8, 10
 NUM_DENSE = 6
 """Steps of the reducers that send everything or nearly; they have nothing to warm up but memory."""
 DENSITIES = (0.001, 0.01)
