@@ -58,10 +58,20 @@ class Cluster:
         """What runs on a host, without its slurmd."""
         return [int(word) for word in self.tool("pids", host).split()]
 
+    def workers(self, host: str) -> list[int]:
+        """Those of a host's processes that are workers."""
+        return [pid for pid in self.pids(host) if "run.py" in command_line(pid)]
+
     def processes(self) -> list[str]:
         """What runs on the hosts, by command line."""
-        files = [Path(f"/proc/{pid}/cmdline") for host in HOSTS for pid in self.pids(host)]
-        return [file.read_bytes().replace(b"\0", b" ").decode() for file in files if file.exists()]
+        lines = [command_line(pid) for host in HOSTS for pid in self.pids(host)]
+        return [line for line in lines if line]
+
+
+def command_line(pid: int) -> str:
+    """Nothing where the process has ended."""
+    told = subprocess.run(["ps", "-o", "args=", "-p", str(pid)], capture_output=True, text=True)
+    return told.stdout.strip()
 
 
 def wait_until(holds: Callable[[], object], seconds: float, told: Callable[[], object] = str) -> None:

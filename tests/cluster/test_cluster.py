@@ -124,14 +124,10 @@ def endless_job(cluster: Cluster, tmp_path: Path) -> Iterator[str]:
     cluster.call("scancel", job.strip())
 
 
-def workers_of(cluster: Cluster, host: str) -> list[int]:
-    return [pid for pid in cluster.pids(host) if "run.py" in Path(f"/proc/{pid}/cmdline").read_text()]
-
-
 def test_a_killed_worker_ends_the_job_as_failed_and_is_named(
     cluster: Cluster, endless_job: str, tmp_path: Path
 ) -> None:
-    (worker,) = workers_of(cluster, "n3")
+    (worker,) = cluster.workers("n3")
     os.kill(worker, signal.SIGKILL)
     wait_until(lambda: cluster.state(endless_job) == "FAILED", 60, lambda: cluster.state(endless_job))
     told = (tmp_path / "log").read_text()
@@ -151,7 +147,7 @@ def test_a_host_without_its_link_ends_the_job_within_the_timeout_and_is_named(
     told = (tmp_path / "log").read_text()
     assert "rank 2 fell behind: it no longer answers" in told
     # SLURM's own part of the step stays on the lost host until it can report.
-    wait_until(lambda: not any(workers_of(cluster, host) for host in HOSTS), 60, cluster.processes)
+    wait_until(lambda: not any(cluster.workers(host) for host in HOSTS), 60, cluster.processes)
 
 
 def test_scancel_leaves_no_process(cluster: Cluster, endless_job: str) -> None:
