@@ -1,12 +1,13 @@
 # make setup       create .venv and install the pinned packages (once; about 5 GB of downloads)
 # make quickstart  train a small CNN under four reducers with two workers; ends with a table and a picture
 # make test        the test suite                 make check       test, lint, format and types
+# make cluster     the tests on a virtual SLURM cluster; needs root, slurm-wlm munge iproute2 openmpi-bin
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 QUICKSTART := runs/quickstart/$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: setup quickstart test check
+.PHONY: setup quickstart test cluster check
 
 setup: $(VENV)/.complete
 
@@ -24,6 +25,9 @@ quickstart: setup
 
 test: setup
 	$(RUN) -m pytest $(PYTEST)
+
+cluster: setup
+	$(RUN) -m pytest -m cluster tests/cluster $(PYTEST)
 
 check: setup
 	$(RUN) -m ruff check .

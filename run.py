@@ -32,15 +32,17 @@ def main(arguments: list[str]) -> int:
         settings = config.load(options.config, options.overrides, RunSettings, TABLES)
         if options.print_config:
             return cli.show(config.to_yaml(settings), launch.speaks_here())
-        worker = launch.find_worker(options.threads, options.workers, options.data, options.simulate)
+        worker = launch.find_worker(
+            options.threads, options.workers, options.data, settings.world_size, options.simulate
+        )
         task, reducer = TASKS[settings.task.name], REDUCERS[settings.reducer.name]
         check(settings, task, reducer, worker.data, worker.place.world_size)
         if options.dry_run:
             return cli.show(preview(settings, build(settings, worker), worker), launch.speaks_here())
         checkpoint.check_writable(options.runs)
     except ValueError as error:
-        return cli.complain(str(error)) if launch.speaks_here() else 2
-    if launch.is_to_spawn(worker):
+        return cli.complain(str(error)) if launch.speaks_here() else launch.give_way()
+    if worker.is_to_spawn():
         return launch.spawn([__file__, *arguments], worker.place.world_size, say)
     start, timeout = partial(train, settings, options), settings.timeout_seconds
     start = partial(simulate if worker.simulated else alone, start, worker, timeout)
@@ -67,7 +69,7 @@ def train(settings: RunSettings, options: cli.Arguments, worker: Worker, board: 
     folder = options.runs / options.config.stem / run
     workers, steps = board.collect("where", worker.where()), settings.epochs * task.steps_per_epoch
     if speaks:
-        say(f"{folder}: {worker.describe()}")
+        say(f"{folder}: {worker.describe(workers)}")
         environment = provenance.environment(**worker.facts(), workers=workers)
         checkpoint.begin(folder, config.to_yaml(settings), environment)
     with Recorder(folder if speaks else None, steps, settings.log) as recorder:

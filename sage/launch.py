@@ -1,7 +1,8 @@
 """From an environment to a running worker: who am I, which device, which process group. The only reader of
 os.environ.
 
-One process, for one worker or for all of a simulation; torchrun's variables; or --workers N, which starts N
+One process, for one worker or for all of a simulation; a worker that a launcher started (sage/rendezvous.py
+knows which); or --workers N, which starts N
 processes through torch's own elastic launcher.
 """
 
@@ -10,7 +11,10 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -24,8 +28,10 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from sage.board import PATIENCE_SECONDS, Board, first_line
+from sage import rendezvous
+from sage.board import PATIENCE_SECONDS, STORE_SECONDS, Board, first_line
 from sage.interfaces import CommunicationError, Place, TrainingError
+from sage.rendezvous import Rendezvous
 
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 """What the launcher passes on to its workers; SIGUSR1 is SLURM's warning before the time limit."""
@@ -35,8 +41,7 @@ SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 class Worker:
     """One process of a run, before any process group exists."""
 
-    place: Place
-    local_world_size: int
+    rendezvous: Rendezvous
     device: torch.device
     backend: str
     num_threads: int
@@ -44,6 +49,10 @@ class Worker:
     """The folder of prepared data sets."""
     simulated: bool = False
     """Whether all workers live in this process, and take turns."""
+
+    @property
+    def place(self) -> Place:
+        return self.rendezvous.place
 
     def facts(self) -> dict[str, Any]:
         """What environment.json says of all workers alike."""
@@ -56,11 +65,21 @@ class Worker:
 
     def where(self) -> str:
         """The host and the device, for the record."""
-        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
-        return f"{socket.gethostname()}/{name}"
+        if self.device.type != "cuda":
+            return f"{socket.gethostname()}/cpu"
+        return f"{socket.gethostname()}/{self.device} {torch.cuda.get_device_name(self.device)}"
 
-    def describe(self) -> str:
-        """The choices made here, in one line."""
+    def is_to_spawn(self) -> bool:
+        """Whether the workers are processes that this one is to start."""
+        return self.place.world_size > 1 and not self.simulated and not self.rendezvous.launched
+
+    def claim(self) -> str:
+        """What this worker brings to a process group: backend, host and GPU."""
+        properties = torch.cuda.get_device_properties(self.device) if self.device.type == "cuda" else None
+        return f"{self.backend} {socket.gethostname()} {properties.uuid if properties else 'cpu'}"
+
+    def describe(self, workers: Sequence[str]) -> str:
+        """The choices made here, in one line; with several workers (where() of each), a row for each."""
         if self.simulated:
             in_turn = f"{self.place.world_size} simulated workers in turn on {self.device}"
             return f"{in_turn}, {self.num_threads} threads"
@@ -68,78 +87,79 @@ class Worker:
             return f"1 worker on {self.device}, {self.num_threads} threads"
         sharing = ""
         if self.device.type == "cuda" and self.backend == "gloo":
-            sharing = f" ({self.local_world_size} workers share {torch.cuda.device_count()} GPUs)"
-        return (
-            f"{self.place.world_size} workers over {self.backend} on {self.device.type}{sharing}, "
-            f"{self.num_threads} threads each"
+            local = self.rendezvous.local_world_size
+            sharing = f" ({local} workers share {torch.cuda.device_count()} GPUs)"
+        rows = [f"  rank {rank:<3}  {where.replace('/', '  ', 1)}" for rank, where in enumerate(workers)]
+        return "\n".join(
+            [
+                f"{self.place.world_size} workers over {self.backend} on {self.device.type}{sharing}, "
+                f"{self.num_threads} threads each",
+                *rows,
+            ]
         )
-
-
-def started_by_launcher() -> bool:
-    """Whether this process is already one of torchrun's (or of spawn's) workers."""
-    return "RANK" in os.environ or "WORLD_SIZE" in os.environ
-
-
-def is_to_spawn(worker: Worker) -> bool:
-    """Whether the workers are processes that this one is to start."""
-    return worker.place.world_size > 1 and not worker.simulated and not started_by_launcher()
 
 
 def speaks_here() -> bool:
     """Whether this process is the one of its host that says what is wrong."""
-    local_rank = os.environ.get("LOCAL_RANK", "0")
-    return local_rank == "0" or not local_rank.isdecimal()
+    return rendezvous.speaks_here(os.environ)
+
+
+def give_way() -> int:
+    """The exit code for bad input of a process that does not speak. It comes late: a launcher ends all
+    workers when the first ends, and the one that speaks may not have spoken."""
+    time.sleep(PATIENCE_SECONDS)
+    return 2
 
 
 def find_worker(
-    num_threads: int | None, num_workers: int | None, data: Path | None, num_simulated: int | None = None
+    num_threads: int | None,
+    num_workers: int | None,
+    data: Path | None,
+    world_size: int | None = None,
+    num_simulated: int | None = None,
 ) -> Worker:
-    """This process's worker, by torchrun's variables; else worker 0 of num_workers that are to be started,
-    or of num_simulated in this process.
+    """This process's worker, by its launcher's variables; else worker 0 of num_workers to be started, or of
+    num_simulated in this process.
 
-    The data folder is the given one, else SAGE_DATA, else ./data. Raises ValueError where the launcher's
-    numbers are none, or are not num_workers, or where a launcher started a simulation.
+    The data folder is the given one, else SAGE_DATA, else ./data; world_size is the configuration's. Raises
+    ValueError where the launcher's numbers are none, or contradict num_workers or world_size, or where a
+    launcher started a simulation.
     """
-    environ = os.environ if started_by_launcher() else {}
-    if num_simulated is not None and environ:
-        raise ValueError(
-            f"--simulate: expected one process without a launcher, got one with "
-            f"{' and '.join(name for name in ('RANK', 'WORLD_SIZE') if name in environ)} in its environment"
-        )
-    for name in ("RANK", "WORLD_SIZE"):
-        if environ and name not in environ:
-            raise ValueError(f"{name}: expected a number from the launcher, got nothing")
-    world_size = _number(environ, "WORLD_SIZE", num_workers or num_simulated or 1, low=1)
-    if num_workers not in (None, world_size):
-        raise ValueError(f"--workers: expected {world_size}, as launched, got {num_workers}")
-    rank = _number(environ, "RANK", 0, high=world_size - 1)
-    local_world_size = _number(environ, "LOCAL_WORLD_SIZE", world_size, low=1)
-    local_rank = _number(environ, "LOCAL_RANK", 0, high=local_world_size - 1)
-    if environ and world_size > 1:
-        _number(environ, "MASTER_PORT", -1, low=1, high=65535)
-        if not environ.get("MASTER_ADDR"):
-            raise ValueError(
-                "MASTER_ADDR: expected the address of rank 0's host from the launcher, got nothing"
-            )
+    if num_simulated is None:
+        found = rendezvous.find_rendezvous(os.environ, num_workers, world_size)
+    else:
+        found = rendezvous.refuse_launcher(os.environ, num_simulated, world_size)
     num_gpus = torch.cuda.device_count()
+    # A single GPU in sight may be one that the launcher chose for this worker alone: the meeting will tell.
+    has_own_gpu = num_gpus >= found.local_world_size or (num_gpus == 1 and found.chooses_gpu)
+    num_cpus = found.num_cpus or len(os.sched_getaffinity(0)) // found.local_world_size
     return Worker(
-        place=Place(rank, world_size),
-        local_world_size=local_world_size,
-        device=torch.device("cuda", local_rank % num_gpus) if num_gpus else torch.device("cpu"),
-        backend="threads" if num_simulated else "nccl" if num_gpus >= local_world_size else "gloo",
-        num_threads=num_threads or max(1, len(os.sched_getaffinity(0)) // local_world_size),
+        rendezvous=found,
+        device=torch.device("cuda", found.local_rank % num_gpus) if num_gpus else torch.device("cpu"),
+        backend="threads" if num_simulated else "nccl" if has_own_gpu else "gloo",
+        num_threads=num_threads or max(1, num_cpus),
         data=data or Path(os.environ.get("SAGE_DATA") or "data"),
         simulated=num_simulated is not None,
     )
 
 
-def _number(environ: Mapping[str, str], name: str, default: int, low: int = 0, high: int = 2**31) -> int:
-    """A launcher's variable, or the default where it is not set."""
-    text = environ.get(name, str(default))
-    if not text.isdecimal() or not low <= int(text) <= high:
-        got = repr(text) if name in environ else "nothing"
-        raise ValueError(f"{name}: expected a number in [{low}, {high}] from the launcher, got {got}")
-    return int(text)
+def check_claims(claims: Sequence[str]) -> None:
+    """Raise TrainingError where the workers' claims, by rank, make no process group."""
+    backends = [claim.split()[0] for claim in claims]
+    if len(set(backends)) > 1:
+        told = ", ".join(f"rank {rank}: {backend}" for rank, backend in enumerate(backends))
+        raise TrainingError(
+            f"expected one backend, got {told}; give every worker a GPU of its own (nccl), "
+            "or none a GPU with CUDA_VISIBLE_DEVICES= (gloo)"
+        )
+    shared, count = Counter(claims).most_common(1)[0]
+    if backends[0] == "nccl" and count > 1:
+        ranks = [str(rank) for rank, claim in enumerate(claims) if claim == shared]
+        raise TrainingError(
+            f"NCCL: expected a GPU for each worker, got one GPU of host {shared.split()[1]} for ranks "
+            f"{', '.join(ranks)}; start as many workers a host as it has GPUs (sbatch: --ntasks-per-node, "
+            "--gpus-per-task=1), or share them over gloo with --workers on one host"
+        )
 
 
 def spawn(command: Sequence[str], num_workers: int, say: Callable[[str], None]) -> int:
@@ -165,6 +185,7 @@ def spawn(command: Sequence[str], num_workers: int, say: Callable[[str], None]) 
     ):  # each has a level of its own; what they log is said below
         if name.startswith(("torch.distributed.elastic", "torch.distributed.launcher")):
             logging.getLogger(name).setLevel(logging.CRITICAL)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # no C++ stacks where workers cannot meet
     try:
         elastic_launch(config, sys.executable)("-u", *command)
     except ChildFailedError as error:
@@ -196,22 +217,55 @@ def connect(worker: Worker, timeout_seconds: float, *, deterministic: bool) -> I
         yield Board(worker.place, None)
         return
     try:
-        store = _join_group(worker, timedelta(seconds=timeout_seconds))
+        store = _open_store(worker.rendezvous, timeout_seconds)
+        board = Board(worker.place, dist.PrefixStore("board", store), min(timeout_seconds, PATIENCE_SECONDS))
+        check_claims(board.collect("claim", worker.claim()))
+        _join_group(worker, store, timedelta(seconds=timeout_seconds))
+    except TrainingError:
+        raise
     except RuntimeError as error:  # DistError and its kind
-        raise CommunicationError(f"could not meet the other workers: {first_line(error)}") from error
-    yield Board(worker.place, store, min(timeout_seconds, PATIENCE_SECONDS))
+        where = f"{worker.rendezvous.address}:{worker.rendezvous.port}"
+        raise CommunicationError(
+            f"could not meet the other workers at {where}: {first_line(error)}"
+        ) from error
+    yield board
     dist.destroy_process_group()
 
 
-def _join_group(worker: Worker, timeout: timedelta) -> Store:
-    """Set up the default process group; the part of its rendezvous store that is for our own use."""
-    store = dist.TCPStore(
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        worker.place.world_size,
-        is_master=worker.place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
-        timeout=timeout,
-    )
+def _open_store(meeting: Rendezvous, timeout_seconds: float) -> Store:
+    """The rendezvous store; rank 0 holds it, unless torchrun does. Raises RuntimeError.
+
+    Opened in a thread: its own timeout does not hold where something else answers at the port and is silent.
+    """
+    opened: list[Store | RuntimeError] = []
+
+    def open_store() -> None:
+        try:
+            opened.append(
+                dist.TCPStore(
+                    meeting.address,
+                    meeting.port,
+                    meeting.place.world_size,
+                    is_master=meeting.place.rank == 0
+                    and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
+                    timeout=timedelta(seconds=timeout_seconds),
+                )
+            )
+        except RuntimeError as error:
+            opened.append(error)
+
+    thread = threading.Thread(target=open_store, daemon=True)
+    thread.start()
+    thread.join(timeout_seconds + STORE_SECONDS)
+    if not opened:
+        raise CommunicationError(f"what listens there said nothing within {timeout_seconds:g} s")
+    if isinstance(opened[0], RuntimeError):
+        raise opened[0]
+    return opened[0]
+
+
+def _join_group(worker: Worker, store: Store, timeout: timedelta) -> None:
+    """Set up the default process group."""
     if worker.backend == "nccl":  # a collective that times out is an error here, not the end of the process
         os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
     dist.init_process_group(
@@ -221,7 +275,6 @@ def _join_group(worker: Worker, timeout: timedelta) -> Store:
         world_size=worker.place.world_size,
         timeout=timeout,
     )
-    return dist.PrefixStore("board", store)
 
 
 def supervise(

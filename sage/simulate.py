@@ -154,7 +154,8 @@ def simulate(train: TrainWorker, worker: Worker, timeout_seconds: float, board: 
         try:
             with turn:
                 stage = SimulatedStage(comm.beside(away=turn.away), turn, shared)
-                train(replace(worker, place=place), _StageBoard(place, stage.comm), stage)
+                own = replace(worker, rendezvous=replace(worker.rendezvous, place=place))
+                train(own, _StageBoard(place, stage.comm), stage)
         except Exception as error:
             failures.append((comm.rank, error))
             raise

@@ -41,6 +41,8 @@ class RunSettings(Settings):
     """Repeat bit for bit on a GPU too; slower there."""
     timeout_seconds: float = Field(default=300.0, gt=0, le=1e6)
     """How long a collective waits for a worker before the run is given up."""
+    world_size: int | None = Field(default=None, ge=1)
+    """How many workers there are, where no launcher says so: one ./run.sh a worker, by hand."""
     log: Log = Log()
 
 

@@ -25,12 +25,13 @@ SHARED = {
 }
 """What a family shares; also everything under tasks.models and tasks.data."""
 
-BASE = {"interfaces", "config", "clock", "board", "room"}
+BASE = {"interfaces", "config", "clock", "board", "room", "rendezvous"}
 MIDDLE = {"comm", "launch", "gradient", "feedback", "optim", "metrics", "checkpoint"}
 MAY_IMPORT: dict[str, set[str]] = {
     **{name: set() for name in (*BASE, "provenance", "__init__")},
     "board": {"interfaces"},
     "room": {"interfaces"},
+    "rendezvous": {"interfaces"},
     **{name: BASE for name in MIDDLE},
     "train": BASE | MIDDLE,
     "simulate": {*BASE, *MIDDLE, "train"},

@@ -25,7 +25,9 @@ Refuse = Callable[..., str]
 
 @pytest.fixture(autouse=True)
 def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "SAGE_DATA"):
+    by_hand = ("rank", "world_size", "local_rank", "local_world_size", "hostip", "port")
+    torchrun = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    for name in (*by_hand, *torchrun, "SLURM_STEP_NUM_TASKS", "SAGE_DATA"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -300,6 +302,12 @@ def test_a_launchers_bad_variable_is_named(
     assert refuse(DIGITS).startswith(f"{named}: expected ")
 
 
+def test_a_world_size_without_anything_that_starts_workers_is_refused(refuse: Refuse) -> None:
+    assert refuse(DIGITS, "world_size=2").startswith("rank: expected a number in [0, 1], got nothing; start ")
+    assert refuse(DIGITS, "world_size=2", "--workers", "3").startswith("--workers: expected 2, ")
+    assert refuse(DIGITS, "world_size=0") == "world_size: expected an integer in [1, inf) or null, got 0"
+
+
 def test_a_place_where_no_run_can_be_kept_is_refused(refuse: Refuse, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     assert refuse(DIGITS, "--runs", str(tmp_path / "file")).startswith(
@@ -312,8 +320,11 @@ def test_of_a_launchers_workers_one_a_host_says_what_is_wrong(
 ) -> None:
     for name, value in (("RANK", "1"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_WORLD_SIZE", "2")):
         monkeypatch.setenv(name, value)
+    slept: list[float] = []
+    monkeypatch.setattr(launch.time, "sleep", slept.append)
     assert exit_code(DIGITS, "reducer.density=2") == 2
     assert capsys.readouterr() == ("", "")
+    assert slept == [launch.PATIENCE_SECONDS]  # the launcher ends all when one ends, and rank 0 may be late
     monkeypatch.setenv("LOCAL_RANK", "0")
     assert exit_code(DIGITS, "reducer.density=2") == 2
     assert len(capsys.readouterr().err.splitlines()) == 1

@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from sage.interfaces import TrainingError
+from sage.launch import check_claims
+
 ROOT = Path(__file__).parent.parent
 ENDLESS = ["configs/digits.yaml", "epochs=100000"]
 
@@ -151,3 +154,45 @@ def test_when_the_store_is_gone_that_is_said(tmp_path: Path) -> None:
     assert "rank 1: " in output
     assert "the rendezvous store" in output  # it is gone, or it failed: what is noticed first
     assert "Traceback" not in output
+
+
+def test_a_port_where_something_else_is_silent_ends_the_run_within_the_timeout(tmp_path: Path) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        words = command("configs/digits.yaml", "timeout_seconds=1", "world_size=2", runs=tmp_path)
+        worker = start(words, {"hostip": "127.0.0.1", "port": str(port), "rank": "1"})
+        output, _ = worker.communicate(timeout=60)
+    assert worker.returncode == 1
+    assert f"rank 1: could not meet the other workers at 127.0.0.1:{port}: " in output
+    assert "Traceback" not in output
+
+
+def test_a_worker_whose_others_do_not_come_says_where_it_waited_and_shows_no_stack(tmp_path: Path) -> None:
+    words = ["configs/digits.yaml", "timeout_seconds=2", "world_size=2", "--runs", str(tmp_path)]
+    port = free_port()
+    for rank in range(2):
+        environ = {"hostip": "127.0.0.1", "port": str(port), "rank": str(rank)}
+        environ["SAGE_ENV"] = str(Path(sys.executable).parent.parent)
+        worker = start(["./run.sh", *words], environ)
+        output, _ = worker.communicate(timeout=60)
+        assert worker.returncode == 1
+        (line,) = output.splitlines()
+        assert line.startswith(f"run.py: rank {rank}: could not meet the other workers at 127.0.0.1:{port}: ")
+
+
+def test_nccl_with_two_ranks_on_one_gpu_is_refused_with_what_to_do() -> None:
+    told = r"NCCL: expected a GPU for each worker, got one GPU of host n1 for ranks 0, 2; .*--ntasks-per-node"
+    with pytest.raises(TrainingError, match=told):
+        check_claims(["nccl n1 GPU-a", "nccl n2 GPU-b", "nccl n1 GPU-a"])
+    check_claims(["nccl n1 GPU-a", "nccl n1 GPU-b", "nccl n2 GPU-c"])
+    check_claims(["gloo n1 GPU-a", "gloo n1 GPU-a"])
+    check_claims(["gloo n1 cpu", "gloo n1 cpu"])
+
+
+def test_workers_that_would_choose_different_backends_are_refused_with_what_to_do() -> None:
+    with pytest.raises(
+        TrainingError, match="expected one backend, got rank 0: nccl, rank 1: gloo; give every"
+    ):
+        check_claims(["nccl n1 GPU-a", "gloo n2 cpu"])

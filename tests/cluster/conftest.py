@@ -1,0 +1,121 @@
+"""A virtual SLURM cluster of four hosts for the tests here; what keeps this machine from one is said."""
+
+import fcntl
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TOOL = str(Path(__file__).parent / "virtual-cluster")
+SLURM_CONF = "/tmp/sage-virtual-cluster/slurm.conf"
+HOSTS = ["n1", "n2", "n3", "n4"]
+
+
+class Cluster:
+    """Commands from the repository's root, on the hosts and to SLURM."""
+
+    def tool(self, *words: str) -> str:
+        return subprocess.run([TOOL, *words], check=True, capture_output=True, text=True).stdout
+
+    def start(self, words: list[str]) -> subprocess.Popen:
+        """From outside of the hosts; SLURM's commands find their cluster."""
+        return subprocess.Popen(
+            words,
+            cwd=ROOT,
+            env={name: text for name, text in os.environ.items() if not name.startswith("SLURM_")}
+            | {"SLURM_CONF": SLURM_CONF},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def start_on(self, host: str, command: str) -> subprocess.Popen:
+        """A shell command on a host, as ssh would start it."""
+        return self.start([TOOL, "ssh", host, f"cd {ROOT} && {command}"])
+
+    def call(self, *words: str, seconds: float = 300) -> tuple[int, str]:
+        """The exit code and the output of a command, which is ended where it takes longer."""
+        return self.end(self.start(list(words)), seconds)
+
+    def end(self, process: subprocess.Popen, seconds: float = 300) -> tuple[int, str]:
+        try:
+            output, _ = process.communicate(timeout=seconds)
+        finally:
+            process.kill()
+        return process.returncode, output
+
+    def state(self, job: str) -> str:
+        """COMPLETED, FAILED, ..."""
+        _, told = self.call("scontrol", "show", "job", "-o", job)
+        return told.partition("JobState=")[2].split()[0]
+
+    def pids(self, host: str) -> list[int]:
+        """What runs on a host, without its slurmd."""
+        return [int(word) for word in self.tool("pids", host).split()]
+
+    def workers(self, host: str) -> list[int]:
+        """Those of a host's processes that are workers."""
+        return [pid for pid in self.pids(host) if "run.py" in command_line(pid)]
+
+    def processes(self) -> list[str]:
+        """What runs on the hosts, by command line."""
+        lines = [command_line(pid) for host in HOSTS for pid in self.pids(host)]
+        return [line for line in lines if line]
+
+
+def command_line(pid: int) -> str:
+    """Nothing where the process has ended."""
+    told = subprocess.run(["ps", "-o", "args=", "-p", str(pid)], capture_output=True, text=True)
+    return told.stdout.strip()
+
+
+def wait_until(holds: Callable[[], object], seconds: float, told: Callable[[], object] = str) -> None:
+    """Wait until it holds; an assertion with what told() says where it does not come to that."""
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, told()
+        time.sleep(0.2)
+
+
+def obstacle() -> str | None:
+    """Why there can be no virtual cluster here."""
+    if os.geteuid() != 0:
+        return "the virtual cluster needs root"
+    for tool in ("slurmctld", "slurmd", "munged", "ip", "tc", "mpirun"):
+        if shutil.which(tool) is None:
+            return f"{tool} is missing: apt-get install slurm-wlm munge iproute2 openmpi-bin"
+    if subprocess.run(["unshare", "--net", "--uts", "true"], capture_output=True).returncode:
+        return "this machine allows no network namespaces"
+    return None
+
+
+@pytest.fixture(scope="session")
+def running() -> Iterator[Cluster]:
+    if reason := obstacle():
+        pytest.skip(reason)
+    with Path("/tmp/sage-virtual-cluster.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one such cluster a machine
+        cluster = Cluster()
+        cluster.tool("up", "4", "1gbit")
+        yield cluster
+        cluster.tool("down")
+
+
+@pytest.fixture
+def cluster(running: Cluster) -> Iterator[Cluster]:
+    """The cluster, idle; what a test left is ended."""
+
+    def is_idle() -> bool:
+        return running.call("sinfo", "-h", "-t", "idle", "-o", "%D")[1].strip() == str(len(HOSTS))
+
+    wait_until(is_idle, 90, lambda: running.call("sinfo", "-N", "-l")[1])
+    yield running
+    for host in HOSTS:
+        running.tool("heal", host)
+    running.call("scancel", "--user", "root")
+    wait_until(lambda: not running.processes(), 60, running.processes)
