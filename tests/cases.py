@@ -98,6 +98,7 @@ CASES = [
     Case("sage", SAGE, **BY_THRESHOLD),
     Case("sage", {**SAGE, **UNION}, gathers_only=False, **BY_THRESHOLD),
     Case("sage", {**SAGE, "sampling": "by_tensor"}, **BY_THRESHOLD),
+    Case("sage", {**SAGE, "terms": "alpha"}, **BY_THRESHOLD),
 ]
 
 

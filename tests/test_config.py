@@ -28,7 +28,7 @@ seed: 7
 epochs: 3
 stop_at_score: 0.5
 task: {name: cifar10, model: resnet18, batch_per_worker: 5}
-reducer: {name: sage, density: 1e-3, threshold: 1e-7, exchange: union, sampling: by_tensor}
+reducer: {name: sage, density: 1e-3, threshold: 1e-7, exchange: union, sampling: by_tensor, terms: alpha}
 feedback: {name: none}
 optimizer: {name: adam, lr: 1e-5, betas: [0.5, 0.75], eps: 1e-9, weight_decay: 1e-4}
 schedule: {warmup_epochs: 0.5, reference_batch: 64, decay_epochs: [1.5, 2], decay_factor: 0.3}
