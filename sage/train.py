@@ -246,6 +246,14 @@ def _checksum(values: Tensor) -> Tensor:
     return (bits * (2 * torch.arange(bits.numel(), device=bits.device) + 1)).sum()
 
 
+def break_even_density(world_size: int, dense_bytes: int) -> float:
+    """The density from which on a gather of values and indices sends no less than the dense all-reduce.
+
+    8 d n (W - 1) = 2 (W - 1) / W * dense_bytes * n, under the ring algorithm; 8: a value and an int32 index.
+    """
+    return 2 * dense_bytes / (8 * world_size)
+
+
 def describe(task: Task, reducer: Reducer, gradient: GradientBuffer, epochs: int, place: Place) -> str:
     """What a run would be, without training."""
     num_elements, steps = gradient.flat.numel(), task.steps_per_epoch
@@ -258,4 +266,7 @@ def describe(task: Task, reducer: Reducer, gradient: GradientBuffer, epochs: int
         f"steps       {steps:,} an epoch, {steps * epochs:,} in {epochs} epochs",
         f"payload     {readable_bytes(payload)} a worker and step at the target density{share}",
     ]
+    if place.world_size > 1:
+        full, half = (f"{break_even_density(place.world_size, size):.3g}" for size in (4, 2))
+        lines.append(f"break-even  below density {full} a gather sends less than exact does; 16-bit: {half}")
     return "\n".join(lines)
