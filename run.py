@@ -1,79 +1,74 @@
 """Train a task with a gradient compressor: configuration > launch > task, reducer > train."""
 
 import sys
+
+from sage import cli
+
+if __name__ == "__main__":
+    cli.parse(sys.argv[1:])  # --help and slips are answered before the imports, which take seconds
+
 from functools import partial
 from typing import Any
 
 import torch
 
 from reducers import REDUCERS
-from sage import checkpoint, cli, config, launch, provenance
-from sage.board import Board
-from sage.clock import Clock
-from sage.comm import connect_comm
+from sage import checkpoint, config, launch
+from sage.experiment import Parts, carry_out
 from sage.feedback import FEEDBACKS
 from sage.gradient import GradientBuffer
-from sage.interfaces import Reducer, Seeds, Task
+from sage.interfaces import Seeds
 from sage.launch import Worker
-from sage.metrics import Recorder, say
-from sage.optim import OPTIMIZERS, build_optimizer
-from sage.train import RunSettings, Trainer, describe
+from sage.metrics import say
+from sage.optim import OPTIMIZERS
+from sage.train import RunSettings, describe
 from tasks import TASKS
 
 COMPONENTS: dict[str, Any] = {"task": TASKS, "reducer": REDUCERS, "feedback": FEEDBACKS}
 TABLES = {section: {n: part.Settings for n, part in table.items()} for section, table in COMPONENTS.items()}
 TABLES["optimizer"] = OPTIMIZERS
+SETTLE = partial(config.load, schema=RunSettings, tables=TABLES)
 
 
 def main(arguments: list[str]) -> int:
     options = cli.parse(arguments)
     try:
-        settings = config.load(options.config, options.overrides, RunSettings, TABLES)
+        if options.many:
+            return cli.run_sweep(options, SETTLE, partial(find_worker, options), [__file__, *arguments])
+        point = cli.choose_point(options)
+        settings = SETTLE(point.config, point.overrides)
         if options.print_config:
             return cli.show(config.to_yaml(settings), launch.speaks_here())
-        worker = launch.find_worker(options.threads, options.workers, options.data)
-        TASKS[settings.task.name].check(settings.task, worker.data, worker.place.world_size)
+        worker = find_worker(options, settings)
         if options.dry_run:
-            task, gradient, reducer = build(settings, worker)
-            text = describe(task, reducer, gradient, settings.epochs, worker.place)
+            text = describe(*build(settings, worker), settings.epochs, worker.place)
             return cli.show(text, launch.speaks_here())
         checkpoint.check_writable(options.runs)
     except ValueError as error:
         return cli.complain(str(error)) if launch.speaks_here() else 2
     if worker.place.world_size > 1 and not launch.started_by_launcher():
         return launch.spawn([__file__, *arguments], worker.place.world_size, say)
-    start, timeout = partial(train, settings, options, worker), settings.timeout_seconds
-    return launch.supervise(worker, timeout, settings.deterministic, start, cli.complain)
+    again, place = SETTLE if options.sweep else None, options.runs / point.place
+    start = partial(carry_out, settings, place, again, build, worker)
+    return launch.supervise(worker, settings.timeout_seconds, settings.deterministic, start, cli.complain)
 
 
-def build(settings: RunSettings, worker: Worker) -> tuple[Task, GradientBuffer, Reducer]:
+def find_worker(options: cli.Arguments, settings: RunSettings) -> Worker:
+    if options.many and launch.started_by_launcher():
+        raise ValueError("--sweep: expected an --index too under a launcher, one point a launch")
+    worker = launch.find_worker(options.threads, options.workers, options.data)
+    TASKS[settings.task.name].check(settings.task, worker.data, worker.place.world_size)
+    return worker
+
+
+def build(settings: RunSettings, worker: Worker) -> Parts:
     seeds, device = Seeds.derive(settings.seed, worker.place.rank), worker.device
     torch.manual_seed(seeds.common)  # the first weights
     task = TASKS[settings.task.name](settings.task, worker.data, worker.place, seeds=seeds, device=device)
     torch.manual_seed(seeds.worker)  # dropout
     gradient = GradientBuffer(task.model)
     reducer = REDUCERS[settings.reducer.name](settings.reducer, gradient.layout, seeds=seeds, device=device)
-    return task, gradient, reducer
-
-
-def train(settings: RunSettings, options: cli.Arguments, worker: Worker, board: Board) -> None:
-    clock, world_size, speaks = Clock(worker.device), worker.place.world_size, worker.place.rank == 0
-    comm, side = connect_comm(world_size, clock), connect_comm(world_size)
-    task, gradient, reducer = build(settings, worker)
-    feedback = FEEDBACKS[settings.feedback.name](gradient.flat)
-    optimizer = build_optimizer(settings.optimizer, task.model)
-    run = board.agree("run", provenance.run_id(settings.reducer.name, settings.seed))
-    folder = options.runs / options.config.stem / run
-    workers, steps = board.collect("where", worker.where()), settings.epochs * task.steps_per_epoch
-    if speaks:
-        say(f"{folder}: {worker.describe()}")
-        environment = provenance.environment(**worker.facts(), workers=workers)
-        checkpoint.begin(folder, config.to_yaml(settings), environment)
-    with Recorder(folder if speaks else None, steps, settings.log) as recorder:
-        parts = (task, reducer, feedback, gradient, optimizer)
-        summary = Trainer(settings, *parts, comm, side, clock, recorder, board).run()
-    if speaks:
-        checkpoint.finish(folder, summary, task.model)
+    return task, reducer, gradient
 
 
 if __name__ == "__main__":
