@@ -4,11 +4,12 @@ import io
 import textwrap
 from collections.abc import Callable, Sequence
 from itertools import accumulate
-from math import nan
+from math import isnan, nan
 from statistics import fmean
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 from sage.runs import Flat, Group, Run, Section, training_seconds
 from sage.tables import milliseconds, number
@@ -110,7 +111,11 @@ def draw_over_steps(axes: Axes, groups: Sequence[Group], name: str) -> None:
     curves = [curve(group, lambda run: over_steps(run, name)) for group in groups]
     draw_lines(axes, curves, groups)
     axes.set(title=name.title(), xlabel="training (steps)", ylabel=f"{name} ({UNITS[name]})")
+    if all(isnan(mean) for points in curves for _, mean, _, _ in points):
+        return  # nothing that a log axis can show
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(LogFormatter())  # plain text: the default asks for fonts of formulas
+    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.5)))
 
 
 def draw_lines(axes: Axes, curves: Sequence[Curve], groups: Sequence[Group]) -> None:

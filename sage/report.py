@@ -1,6 +1,7 @@
 """Compare runs: tables on the terminal, in Markdown and CSV, and pictures, from the runs' folders alone."""
 
 import argparse
+import io
 import os
 import shutil
 import sys
@@ -85,11 +86,12 @@ def write_report(
 def show(sheets: Sequence[Sheet], lines: Sequence[object]) -> None:
     """On stdout, as far as somebody reads it."""
     width = max(80, shutil.get_terminal_size().columns) if sys.stdout.isatty() else 100
+    text = io.StringIO()  # whole, since rich ends the program where nobody reads
+    console = Console(file=text, width=width, markup=False, highlight=False, emoji=False)
+    for part in chain.from_iterable(map(to_terminal, sheets)):
+        console.print(part)
     try:
-        console = Console(width=width, markup=False, highlight=False, emoji=False)
-        for part in chain.from_iterable(map(to_terminal, sheets)):
-            console.print(part)
-        print("\n".join(map(str, lines)), flush=True)
+        print(text.getvalue() + "\n".join(map(str, lines)), flush=True)
     except BrokenPipeError:  # `| head`: what is still buffered is not to fail once more at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

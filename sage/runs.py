@@ -225,18 +225,25 @@ def _named(members: list[list[Run]]) -> list[Group]:
 
 def label(members: Sequence[list[Run]]) -> list[str]:
     """A name a group, no two alike: the reducer, then the first keys that tell apart those still alike."""
-    ranks = {"reducer": 0, "seed": 2, "log": 3, "run": 4, "at": 5}  # the other keys: 1
+    ranks = {"reducer": 0, "state": 2, "seed": 3, "log": 4, "run": 5, "at": 6}  # the other keys: 1
     firsts = [runs[0] for runs in members]
-    flats = [run.config | {"run": run.folder.name, "at": run.folder} for run in firsts]
+    flats = [
+        run.config | {"state": bool(run.summary), "run": run.folder.name, "at": run.folder} for run in firsts
+    ]
     for flat, runs in zip(flats, members, strict=True):
         flat["seed"] = ",".join(str(run.config.get("seed")) for run in runs)
     names = [run.config["reducer.name"] for run in firsts]
     for key in sorted(set().union(*flats), key=lambda key: (ranks.get(key.split(".")[0], 1), key)):
+        if key == "state":
+            names = [
+                name + " (unfinished)" * (not flat[key]) for name, flat in zip(names, flats, strict=True)
+            ]
+            continue
         short = key.removesuffix(".name").split(".")[-1]
         pairs = [(name, f"{name} {short}={flat.get(key)}") for name, flat in zip(names, flats, strict=True)]
         longer = {name: {b for a, b in pairs if a == name} for name in names}
         names = [b if len(longer[a]) > 1 else a for a, b in pairs]
-    return [name if run.summary else f"{name} (unfinished)" for name, run in zip(names, firsts, strict=True)]
+    return names
 
 
 def exact_for(group: Group, groups: Sequence[Group]) -> Group | None:
