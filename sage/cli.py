@@ -96,9 +96,9 @@ def _check(parser: argparse.ArgumentParser, parsed: dict[str, Any]) -> Arguments
     for word in words if sweeps else ():
         if "=" not in word:
             parser.error(f"{word}: expected key.path=value; a sweep's file names its own configuration")
-    for name in ("list_points", "index"):
-        if not sweeps and parsed[name] not in (False, None):
-            parser.error(f"--{name.split('_')[0]}: expected together with --sweep FILE")
+    for name, given in (("list", parsed["list_points"]), ("index", parsed["index"] is not None)):
+        if given and not sweeps:
+            parser.error(f"--{name}: expected together with --sweep FILE")
     for name in ("print_config", "dry_run"):
         if sweeps and parsed[name] and parsed["index"] is None:
             parser.error(f"--{name.replace('_', '-')}: with --sweep expected an --index too")
