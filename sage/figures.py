@@ -4,10 +4,11 @@ import io
 import textwrap
 from collections.abc import Callable, Sequence
 from itertools import accumulate
-from math import isnan, nan
+from math import ceil, isnan, nan
 from statistics import fmean
 
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
@@ -16,6 +17,8 @@ from sage.tables import milliseconds, number
 
 PAGE = 8
 """Configurations in a picture: more lines in a panel cannot be told apart."""
+WIDE = 20
+"""Where bytes differ by a larger factor, their axis is logarithmic."""
 UNITS = {"accuracy": "fraction", "perplexity": "tokens", "density": "fraction", "threshold": "|gradient|"}
 # Lines and bars differ in more than colour, so that they can be told apart in grey.
 COLOURS = ("#000000", "#d55e00", "#0072b2", "#007a55", "#aa4488")
@@ -28,9 +31,10 @@ Points = list[tuple[float, float]]
 
 
 def draw(section: Section) -> list[Figure]:
-    """A picture for each PAGE of the section's configurations."""
-    starts = range(0, len(section.groups), PAGE)
-    return [_draw_page(section, start, len(starts) > 1) for start in starts]
+    """As many pictures as it takes for PAGE configurations at most in each, evenly."""
+    num_groups = len(section.groups)
+    size = ceil(num_groups / ceil(num_groups / PAGE))
+    return [_draw_page(section, start, size) for start in range(0, num_groups, size)]
 
 
 def to_png(figure: Figure) -> bytes:
@@ -39,18 +43,19 @@ def to_png(figure: Figure) -> bytes:
     return file.getvalue()
 
 
-def _draw_page(section: Section, start: int, is_part: bool) -> Figure:
+def _draw_page(section: Section, start: int, size: int) -> Figure:
     """Panels: score over epochs, bytes and seconds, density, threshold, time; below them the legend."""
-    groups = section.groups[start : start + PAGE]
+    groups, num_groups = section.groups[start : start + size], len(section.groups)
     figure = Figure(figsize=(13, 12 + len(groups) / 4), dpi=110, layout="constrained")
-    part = (
-        f", configurations {start + 1} to {start + len(groups)} of {len(section.groups)}" if is_part else ""
-    )
-    figure.suptitle(section.place + part)
+    part = f", configurations {start + 1} to {start + len(groups)} of {num_groups}"
+    figure.suptitle(section.place + part * (len(groups) < num_groups))
     panels = list(figure.subplots(3, 2).flat)
     unit = UNITS.get(section.score, "no unit")
     for axes, (what, (xlabel, of)) in zip(panels, SCORES.items(), strict=False):
-        draw_lines(axes, [curve(group, of) for group in groups], groups)
+        curves = [curve(group, of) for group in groups]
+        draw_lines(axes, curves, groups)
+        if what == "bytes":
+            widen(axes, [x for points in curves for x, *_ in points])
         axes.set(title=f"Score over {what}", xlabel=xlabel, ylabel=f"{section.score} ({unit})")
     for axes, name in zip(panels[3:], ("density", "threshold"), strict=False):
         draw_over_steps(axes, groups, name)
@@ -103,6 +108,13 @@ def curve(group: Group, of: Callable[[Run], Points]) -> Curve:
     return together
 
 
+def widen(axes: Axes, xs: Sequence[float]) -> None:
+    """A log axis of x where its values differ that much."""
+    if xs and min(xs) > 0 and max(xs) > WIDE * min(xs):
+        axes.set_xscale("log")
+        set_plain_labels(axes.xaxis)
+
+
 def draw_over_steps(axes: Axes, groups: Sequence[Group], name: str) -> None:
     """Density or threshold on a log axis; behind the densities their targets."""
     targets = {tuple(over_steps(group.runs[0], "target_density")) for group in groups} - {()}
@@ -114,8 +126,13 @@ def draw_over_steps(axes: Axes, groups: Sequence[Group], name: str) -> None:
     if all(isnan(mean) for points in curves for _, mean, _, _ in points):
         return  # nothing that a log axis can show
     axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(LogFormatter())  # plain text: the default asks for fonts of formulas
-    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.5)))
+    set_plain_labels(axes.yaxis)
+
+
+def set_plain_labels(axis: Axis) -> None:
+    """Of a log axis: 1e-02. The default is a formula, which asks for fonts that need not be there."""
+    axis.set_major_formatter(LogFormatter())
+    axis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.5)))
 
 
 def draw_lines(axes: Axes, curves: Sequence[Curve], groups: Sequence[Group]) -> None:

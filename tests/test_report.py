@@ -334,12 +334,23 @@ def test_a_band_reaches_from_the_least_to_the_greatest_of_the_seeds(tmp_path: Pa
     assert not draw_one(section_of(made[0])).axes[3].collections
 
 
+@pytest.mark.parametrize(("payload", "scale"), [(5e4, "log"), (2e5, "linear"), (0.0, "linear")])
+def test_bytes_have_a_log_axis_where_they_differ_by_more_than_twenty(
+    tmp_path: Path, payload: float, scale: str
+) -> None:
+    exact = write_run(tmp_path / "exact", "exact", lines_of([1.0], 1.001e6, EXACT_SECONDS))
+    other = write_run(tmp_path / "other", "topk", lines_of([0.1], payload, SAGE_SECONDS))
+    assert draw_one(section_of(exact, other)).axes[1].get_xscale() == scale
+
+
 def test_forty_configurations_are_five_pictures_of_eight(tmp_path: Path) -> None:
     settings = [{"name": "topk", "density": i / 100} for i in range(1, 41)]
     made = [write_run(tmp_path / str(i), reducer, SAGE) for i, reducer in enumerate(settings)]
     drawn = figures.draw(section_of(*made))
     assert [len(figure.axes[0].get_lines()) for figure in drawn] == [8] * 5
     assert drawn[1].get_suptitle() == "digits, world size 2, configurations 9 to 16 of 40"
+    nine = figures.draw(section_of(*made[:9]))
+    assert [len(figure.axes[0].get_lines()) for figure in nine] == [5, 4]
 
 
 def test_a_bar_is_as_long_as_a_step_and_stacked_from_its_phases(folder: Path) -> None:
