@@ -1,6 +1,7 @@
 """The command line of run.py."""
 
 import argparse
+import os
 import signal
 import subprocess
 import sys
@@ -172,9 +173,12 @@ def _run(command: list[str]) -> tuple[int, bool]:
 
 
 def show(text: str, speaks: bool) -> int:
-    """An answer on stdout, from the one process that speaks, and the exit code."""
-    if speaks:
-        print(text.rstrip("\n"))
+    """An answer on stdout, from the one process that speaks, as far as somebody reads it; the exit code."""
+    try:
+        if speaks:
+            print(text.rstrip("\n"), flush=True)
+    except BrokenPipeError:  # `| head`: what is still buffered is not to fail once more at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

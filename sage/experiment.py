@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from sage import checkpoint, config, provenance, sweep
 from sage.board import Board
 from sage.clock import Clock
@@ -32,9 +34,12 @@ def carry_out(
     again: how to read a run's configuration; None: what is done is done again.
     """
     clock, world_size, speaks = Clock(worker.device), worker.place.world_size, worker.place.rank == 0
-    if again and _is_done(place, settings, again, worker, board):
-        return
     comm, side = connect_comm(world_size, clock), connect_comm(world_size)
+    if again and _is_done(place, settings, again, worker, board):
+        side.all_reduce(
+            torch.zeros(1, device=worker.device)
+        )  # rank 0 may hold the board: no one leaves alone
+        return
     task, reducer, gradient = build(settings, worker)
     feedback = FEEDBACKS[settings.feedback.name](gradient.flat)
     optimizer = build_optimizer(settings.optimizer, task.model)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from sage import cli
 from sage.config import ConfigError
 from sage.figures import draw, to_png
 from sage.runs import ReportError, Run, Section, find_runs, gather, read_run
@@ -83,17 +84,14 @@ def write_report(
     return [output.with_suffix(".md"), output.with_suffix(".csv"), *reversed(pictures)]
 
 
-def show(sheets: Sequence[Sheet], lines: Sequence[object]) -> None:
-    """On stdout, as far as somebody reads it."""
+def as_text(sheets: Sequence[Sheet]) -> str:
+    """The tables as wide as the terminal, or 100 columns where there is none."""
     width = max(80, shutil.get_terminal_size().columns) if sys.stdout.isatty() else 100
-    text = io.StringIO()  # whole, since rich ends the program where nobody reads
+    text = io.StringIO()
     console = Console(file=text, width=width, markup=False, highlight=False, emoji=False)
     for part in chain.from_iterable(map(to_terminal, sheets)):
         console.print(part)
-    try:
-        print(text.getvalue() + "\n".join(map(str, lines)), flush=True)
-    except BrokenPipeError:  # `| head`: what is still buffered is not to fail once more at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return text.getvalue()
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -141,8 +139,7 @@ def main(arguments: list[str] | None = None) -> int:
         sections, target = gather(runs), target_of(runs) if options.target is None else options.target
         sheets = [sheet for section in sections for sheet in build_sheets(section, target)]
         paths = write_report(options.output or default_output(options.runs), sections, sheets, notes, target)
-        show(sheets, [*notes, *paths])
-        return 0
+        return cli.show(as_text(sheets) + "\n".join([*notes, *map(str, paths)]), speaks=True)
     except (ReportError, ConfigError, OSError) as error:
         print(f"report: {error}", file=sys.stderr)
         return 2

@@ -73,10 +73,6 @@ class Group:
     def done(self) -> bool:
         return bool(self.runs[0].summary)
 
-    @property
-    def reducer(self) -> str:
-        return str(self.runs[0].config["reducer.name"])
-
     def values(self, of: Callable[[Run], float | None]) -> list[float]:
         """A number of each run that has one."""
         return [value for value in map(of, self.runs) if value is not None]
@@ -210,7 +206,7 @@ def gather(runs: Sequence[Run]) -> list[Section]:
             which = seen[alike] if run.summary else str(run.folder)
             key = json.dumps([config, bool(run.summary), which], sort_keys=True, default=str)
             gathered.setdefault(key, []).append(run)
-        members = sorted(gathered.values(), key=lambda runs: runs[0].config["reducer.name"] != "exact")
+        members = sorted(gathered.values(), key=lambda runs: -exactness(runs[0].config))
         sections.append(Section(place, _named(members)))
     return sections
 
@@ -246,13 +242,20 @@ def label(members: Sequence[list[Run]]) -> list[str]:
     return names
 
 
+def exactness(config: Flat) -> int:
+    """2 for the plain all-reduce, 1 for one of fewer bits, 0 for a compressor."""
+    if config["reducer.name"] != "exact":
+        return 0
+    return 2 if config.get("reducer.dtype", "float32") == "float32" else 1
+
+
 def exact_for(group: Group, groups: Sequence[Group]) -> Group | None:
     """The first finished group of the plain all-reduce with the same task's settings and world size."""
     mine = group.runs[0]
     task = {key: value for key, value in mine.config.items() if key.startswith("task.")}
     for other in groups:
-        config = other.runs[0].config
-        is_dense = other.reducer == "exact" and config.get("reducer.dtype", "float32") == "float32"
-        if is_dense and other.done and other.runs[0].place == mine.place and task.items() <= config.items():
+        config, place = other.runs[0].config, other.runs[0].place
+        is_alike = place == mine.place and task.items() <= config.items()
+        if exactness(config) == 2 and other.done and is_alike:
             return other
     return None

@@ -84,10 +84,9 @@ def read(path: Path, extra: Sequence[str] = ()) -> list[Point]:
         if not isinstance(base, str):
             raise ConfigError(f"{path}: base: expected the path of a configuration, got {one_line(base)}")
         overrides = [f"{key}={one_line(value)}" for key, value in {**values, "seed": seed}.items()]
-        several = any("base" in block for block in sweep.grid)
-        name = _name([Path(base).stem] * several + overrides)
         config = Path(os.path.normpath(path.parent / base))
-        points.append(Point(index, config, [*overrides, *extra], Path(path.stem, name)))
+        place = Path(path.stem, _name([config.stem, *overrides]))
+        points.append(Point(index, config, [*overrides, *extra], place))
     _refuse_equals(path, points, [point.place for point in points])
     return points
 

@@ -332,6 +332,12 @@ def test_options_and_overrides_may_stand_in_any_order(
     assert (printed["epochs"], printed["seed"]) == (3, 4)
 
 
+def test_a_reader_who_leaves_early_is_no_error() -> None:
+    command = f"set -o pipefail; {sys.executable} run.py {DIGITS} --print-config | true"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, text=True, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_dry_run_tells_what_a_run_would_be_and_leaves_no_file(
     nothing_starts: None,
     tmp_path: Path,

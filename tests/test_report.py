@@ -166,6 +166,13 @@ def test_tasks_and_world_sizes_are_compared_apart(tmp_path: Path) -> None:
     ]
 
 
+def test_the_plain_all_reduce_comes_first_then_those_of_fewer_bits(tmp_path: Path) -> None:
+    names = ["topk", {"name": "exact", "dtype": "float16"}, {"name": "exact", "dtype": "float32"}, "sage"]
+    made = [write_run(tmp_path / str(i), name, SAGE) for i, name in enumerate(names)]
+    labels = [group.label for group in section_of(*made).groups]
+    assert labels == ["exact dtype=float32", "exact dtype=float16", "topk", "sage"]
+
+
 def test_what_a_target_took_is_counted_up_to_the_epoch_that_reached_it(tmp_path: Path) -> None:
     lines = lines_of([0.1] * 3, 1e6, SAGE_SECONDS)  # accuracy 0.5, 0.75, 0.875 after 2 steps each
     run = write_run(tmp_path / "run", "sage", lines)

@@ -98,7 +98,7 @@ def test_an_override_gives_the_value_of_the_file_back(tmp_path: Path) -> None:
 def test_a_points_folder_says_what_it_is_and_is_one_folder(tmp_path: Path) -> None:
     points = sweep.read(write(tmp_path, grid={"x": [*VALUES, "x" * 300, "x" * 301, "a_b_c"]}))
     places = [point.place for point in points]
-    assert places[0] == Path("four/x=0.0001,seed=1")
+    assert places[0] == Path("four/digits,x=0.0001,seed=1")
     assert len(set(places)) == len(places)
     for place in places:
         assert (len(place.parts), len(place.name) <= sweep.LONGEST_NAME) == (2, True)
@@ -241,7 +241,7 @@ def test_one_point_is_the_run_of_its_configuration_and_is_skipped_when_done(tmp_
     command += ["--runs", str(runs), "log.tensorboard=false"]
     first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert first.returncode == 0, first.stderr
-    (summary,) = runs.glob("four/epochs=1,reducer.density=0.25,seed=1/*/summary.json")
+    (summary,) = runs.glob("four/digits,epochs=1,reducer.density=0.25,seed=1/*/summary.json")
     assert json.loads(summary.read_text())["density"]["target"] == 0.25
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert (again.returncode, again.stdout) == (0, f"{summary.parent}: done already\n")
