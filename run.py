@@ -56,6 +56,8 @@ def main(arguments: list[str]) -> int:
 def find_worker(options: cli.Arguments, settings: RunSettings) -> Worker:
     if options.many and launch.started_by_launcher():
         raise ValueError("--sweep: expected an --index too under a launcher, one point a launch")
+    if options.many:
+        checkpoint.check_writable(options.runs)
     worker = launch.find_worker(options.threads, options.workers, options.data)
     TASKS[settings.task.name].check(settings.task, worker.data, worker.place.world_size)
     return worker

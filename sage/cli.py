@@ -121,7 +121,7 @@ def run_sweep(
 ) -> int:
     """List a sweep's points, or run in turn those that are not done, each by `python COMMAND --index I`.
 
-    Before the first one starts, all are checked: check(settings) raises ValueError where one cannot run. A
+    Before the first one starts, these are checked: check(settings) raises ValueError where one cannot run. A
     point that fails does not keep the next from running; a signal ends them all. Returns the exit code.
     """
     points = sweep.read(options.config, options.overrides)
@@ -132,8 +132,9 @@ def run_sweep(
     ]
     if options.list_points:
         return show(sweep.listing(points, done), speaks=True)
-    for settings in resolved:
-        check(settings)
+    for settings, is_done in zip(resolved, done, strict=True):
+        if not is_done:
+            check(settings)
     failed = []
     for point in points:
         print(f"point {point.index} of {len(points)}: {point}{' is done' * done[point.index]}", flush=True)
@@ -144,7 +145,7 @@ def run_sweep(
             return code
         failed += [str(point.index)] * (code != 0)
     if failed:
-        print(f"run.py: of {len(points)} points failed: {', '.join(failed)}", file=sys.stderr)
+        print(f"run.py: {len(failed)} of {len(points)} points failed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0
 
 

@@ -266,8 +266,27 @@ def test_all_points_run_in_turn_but_the_finished_and_a_failed_one_stops_none(
     assert in_turn(path, tmp_path, ["-c", NOTE.format(log=log), "--sweep"]) == 1
     assert log.read_text().splitlines() == [f"--sweep --index {i}" for i in (0, 1, 3)]
     said = capsys.readouterr()
-    assert said.err == "run.py: of 4 points failed: 1\n"
+    assert said.err == "run.py: 1 of 4 points failed: 1\n"
     assert [line.endswith("is done") for line in said.out.splitlines()] == [False, False, True, False]
+
+
+def test_what_a_point_needs_is_checked_before_the_first_starts_but_not_of_a_finished_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setattr(subprocess, "Popen", lambda *_: pytest.fail("something was started"))
+    cifar = str(ROOT / "configs" / "cifar10_small.yaml")
+    path = write(tmp_path, grid={"base": [str(BASE), cifar]})
+    words = ["--sweep", str(path), "--runs", str(tmp_path), "--data", str(tmp_path)]
+    assert exit_code(*words) == 2
+    assert capsys.readouterr().err.startswith(
+        f"run.py: {tmp_path}/cifar10/cifar10.npz: there is no such file"
+    )
+    for point in sweep.read(path):
+        finish(tmp_path / point.place / "run", run.SETTLE(point.config, point.overrides))
+    assert exit_code(*words) == 0
+    (tmp_path / "file").write_text("")
+    assert exit_code(*words[:2], "--runs", str(tmp_path / "file")) == 2
+    assert capsys.readouterr().err.startswith(f"run.py: --runs {tmp_path / 'file'}: expected ")
 
 
 def test_a_signal_ends_the_point_that_runs_once_and_the_sweep(tmp_path: Path) -> None:
