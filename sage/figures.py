@@ -8,9 +8,8 @@ from math import ceil, isnan, nan
 from statistics import fmean
 
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter
+from matplotlib.ticker import LogFormatter, NullFormatter
 
 from sage.runs import Flat, Group, Run, Section, training_seconds
 from sage.tables import milliseconds, number
@@ -112,7 +111,8 @@ def widen(axes: Axes, xs: Sequence[float]) -> None:
     """A log axis of x where its values differ that much."""
     if xs and min(xs) > 0 and max(xs) > WIDE * min(xs):
         axes.set_xscale("log")
-        set_plain_labels(axes.xaxis)
+        axes.xaxis.set_major_formatter(LogFormatter())
+        axes.xaxis.set_minor_formatter(NullFormatter())  # side by side they would overlap
 
 
 def draw_over_steps(axes: Axes, groups: Sequence[Group], name: str) -> None:
@@ -126,13 +126,9 @@ def draw_over_steps(axes: Axes, groups: Sequence[Group], name: str) -> None:
     if all(isnan(mean) for points in curves for _, mean, _, _ in points):
         return  # nothing that a log axis can show
     axes.set_yscale("log")
-    set_plain_labels(axes.yaxis)
-
-
-def set_plain_labels(axis: Axis) -> None:
-    """Of a log axis: 1e-02. The default is a formula, which asks for fonts that need not be there."""
-    axis.set_major_formatter(LogFormatter())
-    axis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.5)))
+    # Plain text, 1e-02: the default is a formula, which asks for fonts that need not be there.
+    axes.yaxis.set_major_formatter(LogFormatter())
+    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.5)))
 
 
 def draw_lines(axes: Axes, curves: Sequence[Curve], groups: Sequence[Group]) -> None:
