@@ -1,42 +1,46 @@
 """Train a task with a gradient compressor: configuration > launch > task, reducer > train."""
 
 import sys
+
+from sage import cli
+
+if __name__ == "__main__":
+    cli.parse(sys.argv[1:])  # --help and slips are answered before the imports, which take seconds
+
 from functools import partial
 from typing import Any
 
 import torch
 
 from reducers import REDUCERS
-from sage import checkpoint, cli, config, launch, provenance
-from sage.board import Board
-from sage.clock import Clock
+from sage import checkpoint, config, launch
+from sage.experiment import start
 from sage.feedback import FEEDBACKS
 from sage.gradient import GradientBuffer
 from sage.interfaces import Seeds
-from sage.launch import Worker
-from sage.metrics import Recorder, say
+from sage.metrics import say
 from sage.optim import OPTIMIZERS, build_optimizer
-from sage.preview import Parts, preview
-from sage.simulate import Stage, alone, simulate
-from sage.train import RunSettings, check
+from sage.preview import preview
+from sage.train import Parts, RunSettings, check
+from sage.worker import Worker
 from tasks import TASKS
 
 COMPONENTS: dict[str, Any] = {"task": TASKS, "reducer": REDUCERS, "feedback": FEEDBACKS}
 TABLES = {section: {n: part.Settings for n, part in table.items()} for section, table in COMPONENTS.items()}
 TABLES["optimizer"] = OPTIMIZERS
+SETTLE = partial(config.load, schema=RunSettings, tables=TABLES)
 
 
 def main(arguments: list[str]) -> int:
     options = cli.parse(arguments)
     try:
-        settings = config.load(options.config, options.overrides, RunSettings, TABLES)
+        if options.many:
+            return cli.run_sweep(options, SETTLE, partial(find_worker, options), [__file__, *arguments])
+        point = cli.choose_point(options)
+        settings = SETTLE(point.config, point.overrides)
         if options.print_config:
             return cli.show(config.to_yaml(settings), launch.speaks_here())
-        worker = launch.find_worker(
-            options.threads, options.workers, options.data, settings.world_size, options.simulate
-        )
-        task, reducer = TASKS[settings.task.name], REDUCERS[settings.reducer.name]
-        check(settings, task, reducer, worker.data, worker.place.world_size)
+        worker = find_worker(options, settings)
         if options.dry_run:
             return cli.show(preview(settings, build(settings, worker), worker), launch.speaks_here())
         checkpoint.check_writable(options.runs)
@@ -44,9 +48,19 @@ def main(arguments: list[str]) -> int:
         return cli.complain(str(error)) if launch.speaks_here() else launch.give_way()
     if worker.is_to_spawn():
         return launch.spawn([__file__, *arguments], worker.place.world_size, say)
-    start, timeout = partial(train, settings, options), settings.timeout_seconds
-    start = partial(simulate if worker.simulated else alone, start, worker, timeout)
-    return launch.supervise(worker, timeout, settings.deterministic, start, cli.complain)
+    place, again = options.runs / point.place, SETTLE if options.sweep else None
+    return start(settings, place, again, build, worker, cli.complain)
+
+
+def find_worker(options: cli.Arguments, settings: RunSettings) -> Worker:
+    asked = (options.workers, settings.world_size, options.simulate)
+    worker = launch.find_worker(options.threads, options.data, *asked)
+    if options.many and worker.rendezvous.launched:
+        raise ValueError("--sweep: expected an --index too under a launcher, one point a launch")
+    if options.many:
+        checkpoint.check_writable(options.runs)
+    check(settings, TASKS, REDUCERS, worker.data, worker.place.world_size)
+    return worker
 
 
 def build(settings: RunSettings, worker: Worker) -> Parts:
@@ -58,24 +72,6 @@ def build(settings: RunSettings, worker: Worker) -> Parts:
     reducer = REDUCERS[settings.reducer.name](settings.reducer, gradient.layout, seeds=seeds, device=device)
     feedback = FEEDBACKS[settings.feedback.name](settings.feedback, gradient.flat)
     return task, reducer, feedback, gradient, build_optimizer(settings.optimizer, task.model)
-
-
-def train(settings: RunSettings, options: cli.Arguments, worker: Worker, board: Board, stage: Stage) -> None:
-    clock, world_size, speaks = Clock(worker.device), worker.place.world_size, worker.place.rank == 0
-    comm, side = stage.connect(world_size, clock), stage.connect(world_size)
-    parts = build(settings, worker)
-    stage.share(task := parts[0])
-    run = board.agree("run", provenance.run_id(settings.reducer.name, settings.seed))
-    folder = options.runs / options.config.stem / run
-    workers, steps = board.collect("where", worker.where()), settings.epochs * task.steps_per_epoch
-    if speaks:
-        say(f"{folder}: {worker.describe(workers)}")
-        environment = provenance.environment(**worker.facts(), workers=workers)
-        checkpoint.begin(folder, config.to_yaml(settings), environment)
-    with Recorder(folder if speaks else None, steps, settings.log) as recorder:
-        summary = stage.trainer(settings, *parts, comm, side, clock, recorder, board).run()
-    if speaks:
-        checkpoint.finish(folder, summary, task.model)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,9 @@ class SageSettings(SparsifierSettings):
     sampling: Literal["uniform", "by_tensor"] = "uniform"
     """uniform over the elements; by_tensor (the published code): a tensor first, then an element of it,
     which favours small tensors."""
+    terms: Literal["alpha", "alpha_beta", "all"] = "all"
+    """Which factors the threshold is multiplied by at every step; all: alpha, beta and gamma. The others are
+    the paper's ablation."""
 
 
 class Sampler:
@@ -73,14 +76,15 @@ class SageLaw(ThresholdLaw):
         lambda <- lambda alpha beta gamma
 
     Where the paper defines nothing: s_prev = 0 gives alpha = 1; s = 0 or not finite leaves lambda as it is,
-    and a non-finite s is not remembered; lambda stays in the positive finite numbers. All terms are scalars
-    on the device, so no step of the controller waits for it.
+    and a non-finite s is not remembered; lambda stays in the positive finite numbers. A term that the
+    settings leave out is 1. All terms are scalars on the device, so no step of the controller waits for it.
     """
 
     state_names = ("lam", "previous_mean", "started", "generator")
 
     def __init__(self, config: SageSettings, layout: list[Slot], seed: int, device: torch.device) -> None:
         self._first = config.threshold
+        self._uses_beta, self._uses_gamma = config.terms != "alpha", config.terms == "all"
         self.sampler = Sampler(layout, config.sampling, seed, device)
         self.generator = self.sampler.generator
         self.lam = torch.zeros((), device=device)
@@ -94,8 +98,8 @@ class SageLaw(ThresholdLaw):
     def aim(self, density: float) -> None:
         """The target; before the first step also the initial threshold, which the law then moves itself."""
         self.target = density
-        # The least beta * gamma of any examined density (beta's is at 0; gamma may be 0.95), with room for
-        # rounding.
+        # The least beta * gamma of any examined density (beta's is at 0; gamma may be 0.95; one that is
+        # left out is 1), with room for rounding.
         self._least_correction = GAMMA_LOW * self._beta(torch.zeros(())).item() * (1 - 1e-6)
         if not self.started:
             self.lam.fill_(resolve_threshold(self._first, density, self.sampler.n))
@@ -122,9 +126,9 @@ class SageLaw(ThresholdLaw):
         # d_exam = #{|a_j| >= lambda alpha} / n
         exam = (magnitudes >= scaled.to(magnitudes.dtype)).sum().double() / n
         ratio = exam / self.target
-        beta = torch.where(self._usable, self._beta(exam).float(), 1.0)
+        beta = torch.where(self._usable & self._uses_beta, self._beta(exam).float(), 1.0)
         gamma = torch.where(ratio < 0.1, GAMMA_LOW, torch.where(ratio > 10, GAMMA_HIGH, 1.0)).float()
-        gamma = torch.where(self._usable, gamma, 1.0)
+        gamma = torch.where(self._usable & self._uses_gamma, gamma, 1.0)
         # lambda <- lambda alpha beta gamma
         self.lam = _positive(scaled * beta * gamma)
         self._terms.update(beta=beta, gamma=gamma, density_exam=exam)

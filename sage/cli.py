@@ -1,10 +1,17 @@
 """The command line of run.py."""
 
 import argparse
+import os
+import signal
+import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from types import FrameType
+from typing import Any, NoReturn
+
+from sage import sweep
 
 HELP = """\
 Train a task with a gradient compressor, as a YAML file says.
@@ -14,19 +21,28 @@ Train a task with a gradient compressor, as a YAML file says.
   torchrun --nproc-per-node 2 run.py configs/digits.yaml     the same, by torchrun
   python run.py configs/digits.yaml --simulate 16            16 workers that take turns in one process
   python run.py configs/digits.yaml reducer.name=topk epochs=3
+  python run.py --sweep configs/sweeps/reducers_digits.yaml --workers 2
 
 key.path=value changes one value of the file, in YAML's syntax. An override of a name (reducer.name=exact)
 chooses another component: of the file's section it keeps the keys that the new one knows.
 A run leaves its folder, RUNS/<config name>/<run id>/, with config.yaml, environment.json, metrics.jsonl,
-checkpoints/ and summary.json; `python -m sage.report RUNS` turns run folders into a table and a picture.
+checkpoints/ and summary.json; `python -m sage.report RUNS` turns run folders into tables and pictures.
+A sweep's file has a base (a configuration), a grid (key.path: [values]) and seeds. Without --list and --index
+all its points run in turn; a point that is done is skipped. Its runs lie in RUNS/<sweep>/<point>/.
 Exit codes: 0 done, 1 failed, 2 bad input (nothing was started).
 """
+PASSED_ON = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1")
+"""What a sweep's process hands to the point that runs; SIGUSR1 is SLURM's warning before the time limit."""
 
 
 @dataclass(frozen=True)
 class Arguments:
     config: Path
+    """Of a run; of a sweep its file."""
     overrides: list[str]
+    sweep: bool
+    list_points: bool
+    index: int | None
     workers: int | None
     simulate: int | None
     threads: int | None
@@ -35,6 +51,11 @@ class Arguments:
     print_config: bool
     dry_run: bool
 
+    @property
+    def many(self) -> bool:
+        """Whether this is about all points of a sweep, not about one run."""
+        return self.sweep and self.index is None
+
 
 def parse(arguments: list[str]) -> Arguments:
     """The arguments of run.py. Prints help, or one line about what is wrong, and exits, as argparse does."""
@@ -42,7 +63,8 @@ def parse(arguments: list[str]) -> Arguments:
         prog="run.py",
         description=HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="python run.py CONFIG [key.path=value ...] [options]",
+        usage="python run.py CONFIG [key.path=value ...] [options]\n"
+        "       python run.py --sweep FILE [key.path=value ...] [--list | --index I] [options]",
     )
     add = parser.add_argument
     add(
@@ -54,22 +76,114 @@ def parse(arguments: list[str]) -> Arguments:
     many = parser.add_mutually_exclusive_group().add_argument
     many("--workers", type=_count, metavar="N", help="start N processes on this machine")
     many("--simulate", type=_count, metavar="W", help="train W workers in turn in this process, on one model")
+    add("--sweep", type=Path, metavar="FILE", help="run the points of a sweep (see configs/sweeps/)")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
+        "--list", action="store_true", dest="list_points", help="list the sweep's points and stop"
+    )
+    which.add_argument("--index", type=_index, metavar="I", help="run the sweep's point I alone")
     add("--threads", type=_count, metavar="N", help="threads a worker (default: cores / workers here)")
     add("--data", type=Path, metavar="DIR", help="prepared data sets (default: $SAGE_DATA, else ./data)")
     add("--runs", type=Path, metavar="DIR", default=Path("runs"), help="where runs go (default: runs)")
     add("--print-config", action="store_true", help="print the resolved configuration and stop")
     add("--dry-run", action="store_true", help="build everything, train nothing, say what a run would be")
-    parsed = vars(parser.parse_intermixed_args(arguments))
-    config, *overrides = parsed.pop("words") or [None]
-    if config is None:
+    return _check(parser, vars(parser.parse_intermixed_args(arguments)))
+
+
+def _check(parser: argparse.ArgumentParser, parsed: dict[str, Any]) -> Arguments:
+    """What argparse cannot say of options that belong together."""
+    words, file = parsed.pop("words"), parsed.pop("sweep")
+    sweeps = file is not None
+    if not sweeps and not words:
         parser.error("CONFIG is missing: expected a YAML file")
-    return Arguments(config=Path(config), overrides=overrides, **parsed)
+    if not sweeps:
+        file, *words = words
+    for word in words if sweeps else ():
+        if "=" not in word:
+            parser.error(f"{word}: expected key.path=value; a sweep's file names its own configuration")
+    for name, given in (("list", parsed["list_points"]), ("index", parsed["index"] is not None)):
+        if given and not sweeps:
+            parser.error(f"--{name}: expected together with --sweep FILE")
+    for name in ("print_config", "dry_run"):
+        if sweeps and parsed[name] and parsed["index"] is None:
+            parser.error(f"--{name.replace('_', '-')}: with --sweep expected an --index too")
+    return Arguments(config=Path(file), overrides=words, sweep=sweeps, **parsed)
+
+
+def choose_point(options: Arguments) -> sweep.Point:
+    """The one run that is asked for. Raises ConfigError."""
+    if options.index is None:
+        return sweep.alone(options.config, options.overrides)
+    return sweep.pick(sweep.read(options.config, options.overrides), options.index)
+
+
+# --- all points -----------------------------------------------------------------------------------
+
+
+def run_sweep(
+    options: Arguments, settle: sweep.Resolve, check: Callable[[Any], object], command: Sequence[str]
+) -> int:
+    """List a sweep's points, or run in turn those that are not done, each by `python COMMAND --index I`.
+
+    Before the first one starts, these are checked: check(settings) raises ValueError where one cannot run. A
+    point that fails does not keep the next from running; a signal ends them all. Returns the exit code.
+    """
+    points = sweep.read(options.config, options.overrides)
+    resolved = sweep.resolve(options.config, points, settle)
+    done = [
+        sweep.finished_run(options.runs / point.place, settings, settle) is not None
+        for point, settings in zip(points, resolved, strict=True)
+    ]
+    if options.list_points:
+        return show(sweep.listing(points, done), speaks=True)
+    for settings, is_done in zip(resolved, done, strict=True):
+        if not is_done:
+            check(settings)
+    failed = []
+    for point in points:
+        print(f"point {point.index} of {len(points)}: {point}{' is done' * done[point.index]}", flush=True)
+        if done[point.index]:
+            continue
+        code, stopped = _run([*command, "--index", str(point.index)])
+        if stopped:
+            return code
+        failed += [str(point.index)] * (code != 0)
+    if failed:
+        print(f"run.py: {len(failed)} of {len(points)} points failed: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _run(command: list[str]) -> tuple[int, bool]:
+    """Run `python COMMAND`: its exit code, and whether a signal to this process ended it.
+
+    The child has a session of its own, so that Ctrl-C reaches it once: passed on from here.
+    """
+    children: list[subprocess.Popen[bytes]] = []
+    received: list[int] = []
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        for child in children:
+            child.send_signal(number)
+
+    before = {name: signal.signal(getattr(signal, name), pass_on) for name in PASSED_ON}
+    children.append(subprocess.Popen([sys.executable, *command], start_new_session=True))
+    code = children[0].wait()
+    for name, handler in before.items():
+        signal.signal(getattr(signal, name), handler)
+    return (128 + received[0], True) if received else (code, False)
+
+
+# --- answers --------------------------------------------------------------------------------------
 
 
 def show(text: str, speaks: bool) -> int:
-    """An answer on stdout, from the one process that speaks, and the exit code."""
-    if speaks:
-        print(text.rstrip("\n"))
+    """An answer on stdout, from the one process that speaks, as far as somebody reads it; the exit code."""
+    try:
+        if speaks:
+            print(text.rstrip("\n"), flush=True)
+    except BrokenPipeError:  # `| head`: what is still buffered is not to fail once more at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
@@ -89,4 +203,10 @@ class _Parser(argparse.ArgumentParser):
 def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected an integer in [1, inf), got {text!r}")
+    return int(text)
+
+
+def _index(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected an integer in [0, inf), got {text!r}")
     return int(text)

@@ -125,6 +125,12 @@ def to_yaml(settings: Settings) -> str:
     )
 
 
+def one_line(value: Any) -> str:
+    """A value in one line of YAML, as an override takes it."""
+    text: str = yaml.safe_dump(value, default_flow_style=True, width=10**6)
+    return text.strip().removesuffix("...").strip()
+
+
 def _component(section: str, raw: Any, table: dict[str, type[Named]], complaints: "_Complaints") -> Named:
     """A section's settings; where they are wrong, a stand-in beside the complaint."""
     if not isinstance(raw, dict) or "name" not in raw:
@@ -277,8 +283,5 @@ def _listed(names: Any, before: str = "") -> str:
 
 
 def _shown(value: Any) -> str:
-    shown = (
-        repr(value) if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True, width=10**6)
-    )
-    text = shown.strip().removesuffix("...").strip()
+    text = repr(value) if isinstance(value, str) else one_line(value)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -10,15 +10,11 @@ from torch import Tensor
 from sage.board import Board
 from sage.clock import Clock
 from sage.comm import LocalComm
-from sage.feedback import Feedback
-from sage.gradient import GradientBuffer
-from sage.interfaces import Place, Progress, Reducer, Task
-from sage.launch import Worker
+from sage.interfaces import Place, Progress
 from sage.metrics import Recorder
-from sage.train import RunSettings, Trainer, describe
+from sage.train import Parts, RunSettings, Trainer, describe
+from sage.worker import Worker
 
-Parts = tuple[Task, Reducer, Feedback, GradientBuffer, torch.optim.Optimizer]
-"""What a trainer is built from, in its order."""
 TIMED_STEPS = 3
 """Gradients timed, after one that is not; their median is told."""
 

@@ -19,8 +19,8 @@ from sage.board import Board
 from sage.clock import Clock
 from sage.comm import CountingComm, LocalComm, connect_comm
 from sage.interfaces import CommunicationError, Place, Stateful, Task, TrainingError
-from sage.launch import Worker
 from sage.train import Trainer
+from sage.worker import Worker
 
 
 class Stage:

@@ -1,7 +1,7 @@
 """The loop: compute_gradient, exchange, apply; what is logged; what ends a run."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +19,8 @@ from sage.interfaces import Communicator, Place, Progress, Reducer, Task, Traini
 from sage.metrics import Log, Meter, Recorder, readable_bytes
 from sage.optim import Clip, Schedule, clip_norm
 
+Parts = tuple[Task, Reducer, Feedback, GradientBuffer, torch.optim.Optimizer]
+"""What a trainer is built from, in its order."""
 Sums = dict[str, tuple[float, float]]
 
 
@@ -47,11 +49,16 @@ class RunSettings(Settings):
 
 
 def check(
-    settings: RunSettings, task: type[Task], reducer: type[Reducer], data: Path, world_size: int
+    settings: RunSettings,
+    tasks: Mapping[str, type[Task]],
+    reducers: Mapping[str, type[Reducer]],
+    data: Path,
+    world_size: int,
 ) -> None:
     """Raise ValueError, in one line, where the chosen parts cannot run, or not together; cheap."""
-    task.check(settings.task, data, world_size)
-    FEEDBACKS[settings.feedback.name].check(reducer, settings.reducer, settings.optimizer)
+    tasks[settings.task.name].check(settings.task, data, world_size)
+    feedback, reducer = FEEDBACKS[settings.feedback.name], reducers[settings.reducer.name]
+    feedback.check(reducer, settings.reducer, settings.optimizer)
 
 
 class Trainer:
@@ -266,6 +273,14 @@ def _checksum(values: Tensor) -> Tensor:
     return (bits * (2 * torch.arange(bits.numel(), device=bits.device) + 1)).sum()
 
 
+def break_even_density(world_size: int, dense_bytes: int) -> float:
+    """The density from which on a gather of values and indices sends no less than the dense all-reduce.
+
+    8 d n (W - 1) = 2 (W - 1) / W * dense_bytes * n, under the ring algorithm; 8: a value and an int32 index.
+    """
+    return 2 * dense_bytes / (8 * world_size)
+
+
 def describe(task: Task, reducer: Reducer, gradient: GradientBuffer, epochs: int, place: Place) -> str:
     """What a run would be, without training."""
     num_elements, steps = gradient.flat.numel(), task.steps_per_epoch
@@ -278,4 +293,7 @@ def describe(task: Task, reducer: Reducer, gradient: GradientBuffer, epochs: int
         f"steps       {steps:,} an epoch, {steps * epochs:,} in {epochs} epochs",
         f"payload     {readable_bytes(payload)} a worker and step at the target density{share}",
     ]
+    if place.world_size > 1:
+        full, half = (f"{break_even_density(place.world_size, size):.3g}" for size in (4, 2))
+        lines.append(f"break-even  below density {full} a gather sends less than exact does; 16-bit: {half}")
     return "\n".join(lines)

@@ -183,6 +183,7 @@ CASES = [
     Case("sage", SAGE, **BY_THRESHOLD),
     Case("sage", {**SAGE, **UNION}, gathers_only=False, **BY_THRESHOLD),
     Case("sage", {**SAGE, "sampling": "by_tensor"}, **BY_THRESHOLD),
+    Case("sage", {**SAGE, "terms": "alpha"}, **BY_THRESHOLD),
     # W - 1 = 3 additions at most, each rounded to 11 or 8 bits.
     Case(
         "exact", {"dtype": "float16"}, **HALF, rounding=3 * 2**-11, unpromised={"one huge value": SATURATES}

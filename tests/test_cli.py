@@ -10,11 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 import run
 from sage import config, launch
-from sage.train import RunSettings
+from sage.comm import LocalComm
+from sage.train import RunSettings, break_even_density
 
 ROOT = Path(__file__).parent.parent
 DIGITS = str(ROOT / "configs" / "digits.yaml")
@@ -380,6 +382,12 @@ def test_options_and_overrides_may_stand_in_any_order(
     assert (printed["epochs"], printed["seed"]) == (3, 4)
 
 
+def test_a_reader_who_leaves_early_is_no_error() -> None:
+    command = f"set -o pipefail; {sys.executable} run.py {DIGITS} --print-config | true"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, text=True, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_dry_run_tells_what_a_run_would_be_and_leaves_no_file(
     nothing_starts: None,
     tmp_path: Path,
@@ -412,6 +420,35 @@ def test_dry_run_tells_what_a_run_would_be_and_leaves_no_file(
     assert told["payload"].startswith("89.4 kB ")
     assert "0.200%" in told["payload"]
     assert "44.7 MB" in told["payload"]
+    assert told["break-even"] == "below density 0.5 a gather sends less than exact does; 16-bit: 0.25"
+
+
+@pytest.mark.parametrize(("world_size", "full", "half"), [(4, 0.25, 0.125), (16, 0.0625, 0.03125)])
+def test_at_the_break_even_density_a_gather_sends_what_a_dense_all_reduce_does(
+    world_size: int, full: float, half: float
+) -> None:
+    for size, dtype, density in ((4, torch.float32, full), (2, torch.bfloat16, half)):
+        assert break_even_density(world_size, size) == density
+        dense = LocalComm.run(world_size, lambda comm, dtype=dtype: sent_in_all_reduce(comm, dtype))
+        # 1024 elements; a selected one is an int32 index and a value of 4 bytes.
+        gathered = LocalComm.run(world_size, lambda comm, density=density: sent_in_gather(comm, 2 * density))
+        assert dense == gathered
+
+
+def sent_in_all_reduce(comm: LocalComm, dtype: torch.dtype) -> float:
+    comm.all_reduce(torch.zeros(1024, dtype=dtype))
+    return comm.ledger.take()["wire_bytes"]
+
+
+def sent_in_gather(comm: LocalComm, messages: float) -> float:
+    """messages: of 4 bytes an element, as a fraction of 1024."""
+    comm.all_gather(torch.zeros(int(1024 * messages), dtype=torch.int32))
+    return comm.ledger.take()["wire_bytes"]
+
+
+def test_one_worker_has_no_break_even(nothing_starts: None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code(DIGITS, "--dry-run") == 0
+    assert "break-even" not in capsys.readouterr().out
 
 
 def test_a_dry_run_of_the_largest_batch_that_fits_is_not_refused(

@@ -15,7 +15,7 @@ from sage import config
 from sage.train import RunSettings
 
 ROOT = Path(__file__).parent.parent
-CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))  # configs/sweeps: see test_sweep.py
 CONFIG = """\
 epochs: 2
 task: {name: digits, batch_per_worker: 32}
@@ -28,7 +28,7 @@ seed: 7
 epochs: 3
 stop_at_score: 0.5
 task: {name: cifar10, model: resnet18, batch_per_worker: 5}
-reducer: {name: sage, density: 1e-3, threshold: 1e-7, exchange: union, sampling: by_tensor}
+reducer: {name: sage, density: 1e-3, threshold: 1e-7, exchange: union, sampling: by_tensor, terms: alpha}
 feedback: {name: none}
 optimizer: {name: adam, lr: 1e-5, betas: [0.5, 0.75], eps: 1e-9, weight_decay: 1e-4}
 schedule: {warmup_epochs: 0.5, reference_batch: 64, decay_epochs: [1.5, 2], decay_factor: 0.3}

@@ -1,5 +1,6 @@
-"""The report: numbers worked by hand, what its tables and its picture show, what it refuses."""
+"""The report: numbers worked by hand, what its tables and its pictures show, what it refuses."""
 
+import csv
 import json
 import math
 import os
@@ -11,11 +12,14 @@ from typing import Any
 
 import pytest
 import yaml
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 from matplotlib.lines import Line2D
 from rich.console import Console
 
-from sage import report
+from sage import figures, report, runs, tables
+from sage.runs import Run, Section
+from sage.sweep import read
 
 ROOT = Path(__file__).parent.parent
 Lines = list[dict[str, Any]]
@@ -35,7 +39,9 @@ def lines_of(densities: list[float], payload: float, seconds: dict[str, float], 
             lines.append({"kind": "step", "epoch": epoch, "step": index, "density": density, **step})
         score = {"name": "accuracy", "value": 1 - 0.5 / 2**epoch}
         line = {"kind": "epoch", "epoch": epoch, "step": 2 * epoch + 2, "score": score, "seconds": seconds}
-        lines.append({**line, "density": {"mean": density}, "bytes": {"payload": 2 * payload}})
+        lines.append(
+            {**line, "density": {"mean": density}, "bytes": {"payload": 2 * payload, "wire": 2 * payload}}
+        )
     return lines
 
 
@@ -45,7 +51,7 @@ SAGE = lines_of([0.0102, 0.01], 2e4, SAGE_SECONDS, target_density=0.01, threshol
 
 def write_run(
     folder: Path, reducer: Any, lines: Lines, seed: int = 1, size: int = 2, done: bool = True, **task: Any
-) -> report.Run:
+) -> Run:
     """Writes what a run leaves, and reads it. size: of the world; task: settings of it."""
     folder.mkdir(parents=True)
     reducer = {"name": reducer} if isinstance(reducer, str) else reducer
@@ -57,7 +63,7 @@ def write_run(
         score = {"name": "accuracy", "higher_is_better": True, "last": 0.75, "best": 0.8125}
         summary = {"score": score, "density": {"target": None, "mean": 0.0101, "p99": 0.015}}
         (folder / "summary.json").write_text(json.dumps(summary))
-    return report.read_run(folder)
+    return runs.read_run(folder)
 
 
 @pytest.fixture
@@ -67,62 +73,166 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "runs"
 
 
-def runs_in(folder: Path) -> list[report.Run]:
-    return [report.read_run(path) for path in report.find_runs([folder])]
+def section_in(folder: Path) -> Section:
+    (section,) = runs.gather([runs.read_run(path) for path in runs.find_runs([folder])])
+    return section
 
 
-def text_in_80_columns(runs: list[report.Run]) -> str:
+def section_of(*members: Run) -> Section:
+    (section,) = runs.gather(members)
+    return section
+
+
+def group_of(*members: Run) -> runs.Group:
+    (group,) = section_of(*members).groups
+    return group
+
+
+def text_in_80_columns(section: Section, target: float | None = None) -> str:
     file = StringIO()
-    Console(width=80, markup=False, highlight=False, file=file).print(*report.build_tables(runs))
+    console = Console(width=80, markup=False, highlight=False, file=file)
+    for sheet in tables.build_sheets(section, target):
+        for part in tables.to_terminal(sheet):
+            console.print(part)
     return file.getvalue()
+
+
+PLACE = "digits, world size 2"
 
 
 def test_a_simulations_time_in_collectives_is_not_told(folder: Path) -> None:
     (folder / "sage/environment.json").write_text('{"world_size": 2, "simulated": true}')
-    exact, sage = runs_in(folder)
-    assert sage.place == "digits, world size 2, simulated"
-    assert report.time_row(sage, exact) == ["8.00", "3.00", "-", "-", "-"]
-    assert report.phases(sage)["communication"] == 0
-    assert report.phases(exact)["communication"] == 8
-    assert report.exact_for(sage, [exact, sage]) is None
+    apart = runs.gather([runs.read_run(path) for path in runs.find_runs([folder])])
+    exact, sage = (
+        {section.place: section for section in apart}[place] for place in (PLACE, f"{PLACE}, simulated")
+    )
+    assert tables.time_row(sage.groups[0], None) == ["8.00", "3.00", "-", "-", "-"]
+    assert runs.phases(sage.groups[0].runs[0])["communication"] == 0
+    assert runs.phases(exact.groups[0].runs[0])["communication"] == 8
+    assert tables.target_row(sage.groups[0], 0.0)[2] == "-"
     told = "simulated: one worker's times"
-    assert told in text_in_80_columns([exact, sage])
-    assert told not in text_in_80_columns([exact])
+    assert told in text_in_80_columns(sage)
+    assert told not in text_in_80_columns(exact)
 
 
 def test_the_rows_hold_the_numbers_worked_by_hand(folder: Path) -> None:
-    exact, sage = runs_in(folder)
+    exact, sage = section_in(folder).groups
+    assert tables.results_row(sage) == ["1", "0.7500", "0.8125"]
     # (0.0102 + 0.01) / 2; 4 steps of 20 kB; 1 MB a step over 20 kB; 18 ms over 13 ms
-    expected = "0.7500, 0.8125, 0.0101 / 0.01, 0.0150, 0.08000, 50.0x less"
-    assert ", ".join(report.results_row(sage, exact)) == expected
-    assert report.results_row(exact, exact)[2:] == ["1.00", "0.0150", "4.000", "1.00x"]
-    assert report.time_row(sage, exact) == ["8.00", "3.00", "2.00", "13.0", "1.38x"]
-    assert report.time_row(exact, exact) == ["8.00", "2.00", "8.00", "18.0", "1.00x"]
+    assert tables.bytes_row(sage, exact) == ["0.0101 / 0.01", "0.0150", "0.08000", "50.0x less"]
+    assert tables.bytes_row(exact, exact) == ["1.00", "0.0150", "4.000", "1.00x"]
+    assert tables.time_row(sage, exact) == ["8.00", "3.00", "2.00", "13.0", "1.38x"]
+    assert tables.time_row(exact, exact) == ["8.00", "2.00", "8.00", "18.0", "1.00x"]
 
 
 def test_bytes_are_compared_per_step_whatever_the_number_of_steps(tmp_path: Path) -> None:
-    exact = write_run(tmp_path / "exact", "exact", EXACT)
-    longer = write_run(tmp_path / "longer", "x", lines_of([0.5] * 4, 4e6, SAGE_SECONDS))
-    assert report.results_row(longer, exact)[4:] == ["32.00", "4.00x more"]
+    exact = group_of(write_run(tmp_path / "exact", "exact", EXACT))
+    longer = group_of(write_run(tmp_path / "longer", "x", lines_of([0.5] * 4, 4e6, SAGE_SECONDS)))
+    assert tables.bytes_row(longer, exact)[2:] == ["32.00", "4.00x more"]
 
 
 def test_a_lone_worker_sends_and_communicates_nothing(tmp_path: Path) -> None:
     lines = lines_of([1.0], 0.0, {**SECONDS, "reduce": 0.010})
-    run = write_run(tmp_path / "run", "exact", lines, size=1)
-    assert report.results_row(run, run)[4:] == ["0.000", "-"]
-    assert report.time_row(run, run)[1:4] == ["5.00", "0.00", "13.0"]
+    group = group_of(write_run(tmp_path / "run", "exact", lines, size=1))
+    assert tables.bytes_row(group, group)[2:] == ["0.000", "-"]
+    assert tables.time_row(group, group)[1:4] == ["5.00", "0.00", "13.0"]
+
+
+# --- configurations and seeds ---------------------------------------------------------------------
+
+
+def seeds_of_sage(folder: Path, *densities: float) -> list[Run]:
+    """Of each density in the second epoch a run, with a seed of its own; the first epoch's is 0.01."""
+    return [
+        write_run(folder / str(seed), "sage", lines_of([0.01, density], 2e4 * seed, SAGE_SECONDS), seed)
+        for seed, density in enumerate(densities, 1)
+    ]
+
+
+def test_runs_that_differ_in_the_seed_alone_are_one_row_with_mean_and_deviation(tmp_path: Path) -> None:
+    group = group_of(*seeds_of_sage(tmp_path, 0.01, 0.03, 0.05))
+    assert [run.config["seed"] for run in group.runs] == [1, 2, 3]
+    # Means 0.01, 0.02, 0.03: their mean is 0.02, their sample deviation 0.01; 80, 160 and 240 kB sent.
+    assert tables.bytes_row(group, None)[:3] == ["0.0200 ±0.010", "0.0150", "0.1600"]
+    assert tables.results_row(group) == ["3", "0.7500 ±0.0", "0.8125 ±0.0"]
+
+
+def test_an_unfinished_run_is_in_no_mean(tmp_path: Path) -> None:
+    done = write_run(tmp_path / "done", "sage", SAGE)
+    section = section_of(done, write_run(tmp_path / "cut", "sage", SAGE[:5], seed=2, done=False))
+    assert [group.label for group in section.groups] == ["sage", "sage (unfinished)"]
+    assert [len(group.runs) for group in section.groups] == [1, 1]
+
+
+def test_a_repeated_run_is_a_row_of_its_own(tmp_path: Path) -> None:
+    made = [write_run(tmp_path / f"{i}-{seed}", "sage", SAGE, seed) for i in (1, 2) for seed in (1, 2)]
+    groups = section_of(*made).groups
+    assert [[run.folder.name for run in group.runs] for group in groups] == [["1-1", "1-2"], ["2-1", "2-2"]]
+
+
+def test_tasks_and_world_sizes_are_compared_apart(tmp_path: Path) -> None:
+    made = [
+        write_run(tmp_path / "0", "sage", SAGE),
+        write_run(tmp_path / "1", "topk", SAGE, name="cnn", size=4),
+        write_run(tmp_path / "2", "exact", EXACT),
+    ]
+    sections = runs.gather(made)
+    assert [section.place for section in sections] == ["digits, world size 2", "cnn, world size 4"]
+    assert [[group.label for group in section.groups] for section in sections] == [
+        ["exact", "sage"],
+        ["topk"],
+    ]
+
+
+def test_the_plain_all_reduce_comes_first_then_those_of_fewer_bits(tmp_path: Path) -> None:
+    names = ["topk", {"name": "exact", "dtype": "float16"}, {"name": "exact", "dtype": "float32"}, "sage"]
+    made = [write_run(tmp_path / str(i), name, SAGE) for i, name in enumerate(names)]
+    labels = [group.label for group in section_of(*made).groups]
+    assert labels == ["exact dtype=float32", "exact dtype=float16", "topk", "sage"]
+
+
+def test_what_a_target_took_is_counted_up_to_the_epoch_that_reached_it(tmp_path: Path) -> None:
+    lines = lines_of([0.1] * 3, 1e6, SAGE_SECONDS)  # accuracy 0.5, 0.75, 0.875 after 2 steps each
+    run = write_run(tmp_path / "run", "sage", lines)
+    # An epoch: compute 16 ms, reduce 10 ms; 2 MB.
+    assert runs.training_seconds(run.epochs[0]) == pytest.approx(0.026, rel=1e-14)
+    epochs, seconds, sent = tables.first_reached(run, 0.75) or ()
+    assert (epochs, sent) == (2, 4e6)
+    assert seconds == pytest.approx(0.052, rel=1e-14)  # roundings of 2^-53 each
+    assert tables.first_reached(run, 0.76)[0] == 3
+    assert tables.first_reached(run, 0.9) is None
+    late = write_run(tmp_path / "late", "sage", lines[:3] + lines_of([0.1], 1e6, SAGE_SECONDS)[2:], seed=2)
+    assert tables.target_row(group_of(run, late), 0.75) == ["1 of 2", "2.00", "0.0520", "4.00"]
+    other = write_run(tmp_path / "other", "sage", lines, seed=3)
+    assert tables.target_row(group_of(run, other), 0.75)[:2] == ["2 of 2", "2.00 ±0.0"]
+
+
+def test_a_lower_score_reaches_a_target_where_lower_is_better(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", "sage", lines_of([0.1] * 2, 1.0, SAGE_SECONDS))
+    run.summary["score.higher_is_better"] = False
+    assert tables.first_reached(run, 0.6)[0] == 1
+    assert tables.first_reached(run, 0.4) is None
+
+
+def test_the_target_is_the_runs_own_where_all_have_the_same() -> None:
+    def stopping_at(score: float | None) -> Run:
+        return Run(Path(), {"stop_at_score": score}, "", [], [], {}, False, False)
+
+    assert report.target_of([stopping_at(0.5), stopping_at(0.5)]) == 0.5
+    assert report.target_of([stopping_at(0.5), stopping_at(None)]) is None
 
 
 @pytest.mark.parametrize("other", [{"size": 4}, {"name": "cnn"}, {"batch_per_worker": 64}, {"done": False}])
 def test_only_a_finished_exact_run_of_the_same_task_and_world_size_is_compared_with(
     tmp_path: Path, other: dict[str, Any]
 ) -> None:
-    sage = write_run(tmp_path / "sage", "sage", SAGE)
-    apart = write_run(tmp_path / "apart", "exact", EXACT, **other)
-    alike = write_run(tmp_path / "alike", "exact", EXACT, seed=2)
-    assert report.exact_for(sage, [sage, apart]) is None
-    assert report.exact_for(sage, [sage, apart, alike]) is alike
-    assert report.results_row(sage, None)[-1] == report.time_row(sage, None)[-1] == "-"
+    sage = group_of(write_run(tmp_path / "sage", "sage", SAGE))
+    apart = group_of(write_run(tmp_path / "apart", "exact", EXACT, **other))
+    half = group_of(write_run(tmp_path / "half", {"name": "exact", "dtype": "bfloat16"}, EXACT))
+    alike = group_of(write_run(tmp_path / "alike", "exact", EXACT, seed=2))
+    assert runs.exact_for(sage, [sage, apart, half]) is None
+    assert runs.exact_for(sage, [sage, apart, half, alike]) is alike
+    assert tables.bytes_row(sage, None)[-1] == tables.time_row(sage, None)[-1] == "-"
 
 
 def test_of_lines_about_one_step_or_epoch_the_last_counts(tmp_path: Path) -> None:
@@ -132,57 +242,91 @@ def test_of_lines_about_one_step_or_epoch_the_last_counts(tmp_path: Path) -> Non
     assert (resumed.steps, resumed.epochs) == (whole.steps, whole.epochs)
 
 
-def test_runs_of_one_reducer_are_named_by_what_tells_them_apart(tmp_path: Path) -> None:
+def test_configurations_are_named_by_what_tells_them_apart(tmp_path: Path) -> None:
     thin, wide = {"name": "topk", "density": 0.001}, {"name": "topk", "density": 0.01}
     cases = [("sage", 7), (thin, 1), (wide, 1), (wide, 2), (wide, 2)]
-    runs = [write_run(tmp_path / str(i), reducer, SAGE, seed) for i, (reducer, seed) in enumerate(cases)]
-    last = ["topk density=0.01 seed=2 run=3", "topk density=0.01 seed=2 run=4"]
-    assert report.label_runs(runs) == ["sage", "topk density=0.001", "topk density=0.01 seed=1", *last]
+    made = [write_run(tmp_path / str(i), reducer, SAGE, seed) for i, (reducer, seed) in enumerate(cases)]
+    last = ["topk density=0.01 seed=1,2", "topk density=0.01 seed=2"]
+    assert [group.label for group in section_of(*made).groups] == ["sage", "topk density=0.001", *last]
 
 
-def test_names_say_task_and_world_size_where_these_differ(tmp_path: Path) -> None:
-    here = write_run(tmp_path / "0", "sage", SAGE)
-    there = write_run(tmp_path / "1", "topk", SAGE, name="cnn", size=4)
-    assert report.label_runs([here, there]) == ["sage (digits, world size 2)", "topk (cnn, world size 4)"]
+def test_where_a_name_is_long_all_are_numbered_and_a_last_table_is_the_key(tmp_path: Path) -> None:
+    settings = [{"name": "sage", "exchange": word * 12} for word in ("one", "two")]
+    section = section_of(*(write_run(tmp_path / str(i), reducer, SAGE) for i, reducer in enumerate(settings)))
+    assert [group.name for group in section.groups] == ["1 sage", "2 sage"]
+    key = tables.build_sheets(section, None)[-1]
+    assert key.rows == [["1 sage", f"sage exchange={'one' * 12}"], ["2 sage", f"sage exchange={'two' * 12}"]]
+    assert "two" * 12 in text_in_80_columns(section)
 
 
 def test_every_folder_with_metrics_is_found_once_at_any_depth(folder: Path) -> None:
     found = [(folder / "a/exact").resolve(), (folder / "sage").resolve()]
-    assert report.find_runs([folder, folder / "sage", folder / "a"]) == found
+    assert runs.find_runs([folder, folder / "sage", folder / "a"]) == found
 
 
 def test_the_tables_fit_80_columns_and_cut_nothing(tmp_path: Path) -> None:
     exact = write_run(tmp_path / "0", "exact", lines_of([1.0], 123.4e9, EXACT_SECONDS))
-    ranks = [write_run(tmp_path / f"{n}", {"name": "powersgd", "matrix_rank": n}, SAGE) for n in (4, 8)]
-    runs = [exact, *ranks, write_run(tmp_path / "3", "threshold", SAGE[:2], done=False)]
-    text = text_in_80_columns(runs)
+    made = [write_run(tmp_path / f"{n}", {"name": "powersgd", "matrix_rank": n}, SAGE) for n in (4, 8)]
+    many = seeds_of_sage(tmp_path / "many", 0.0123, 0.02345)
+    section = section_of(exact, *made, *many, write_run(tmp_path / "3", "threshold", SAGE[:2], done=False))
+    text = text_in_80_columns(section, target=0.6)
     assert max(map(len, text.splitlines())) <= 80
     assert "…" not in text
     assert "246,800" in text.split()  # MB: two steps
-    for run in runs:
-        assert all(cell in text for cell in report.results_row(run, exact) + report.time_row(run, exact))
+    for sheet in tables.build_sheets(section, 0.6)[:-1]:
+        assert all(cell in text for row in sheet.rows for cell in row[1:])
 
 
 def test_an_unfinished_run_is_listed_with_how_far_it_came(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "0", "sage", SAGE[:5], done=False)
-    assert "sage (unfinished)" in text_in_80_columns([run])
-    assert "at epoch 1, step 3" in text_in_80_columns([run])
-    assert report.results_row(run, None) == ["0.5000", "-", "0.0102 / 0.01", "-", "0.04000", "-"]
-    assert report.time_row(run, None) == ["8.00", "3.00", "2.00", "13.0", "-"]
-    nothing = write_run(tmp_path / "1", "sage", [], done=False)
-    assert "at epoch -, step -" in text_in_80_columns([nothing])
-    assert report.results_row(nothing, None) == ["-", "-", "-", "-", "0.000", "-"]
+    section = section_of(write_run(tmp_path / "0", "sage", SAGE[:5], done=False))
+    (group,) = section.groups
+    assert "sage (unfinished)" in text_in_80_columns(section)
+    assert "at epoch 1, step 3" in text_in_80_columns(section)
+    assert tables.results_row(group) == ["1", "0.5000", "-"]
+    assert tables.bytes_row(group, None) == ["0.0102 / 0.01", "-", "0.04000", "-"]
+    assert tables.time_row(group, None) == ["8.00", "3.00", "2.00", "13.0", "-"]
+    nothing = section_of(write_run(tmp_path / "1", "sage", [], done=False))
+    assert "at epoch -, step -" in text_in_80_columns(nothing)
+    assert tables.results_row(nothing.groups[0]) == ["1", "-", "-"]
+    assert tables.bytes_row(nothing.groups[0], None) == ["-", "-", "0.000", "-"]
+
+
+def test_markdown_and_csv_hold_the_same_rows(tmp_path: Path) -> None:
+    section = section_of(write_run(tmp_path / "e", "exact", EXACT), *seeds_of_sage(tmp_path, 0.01, 0.03))
+    for sheet in tables.build_sheets(section, 0.75):
+        cells = [row.strip("|").split("|") for row in tables.to_markdown(sheet).splitlines() if "|" in row]
+        assert [[cell.strip() for cell in row] for row in cells[2:]] == sheet.rows
+    exact, sage = csv.DictReader(StringIO(tables.to_csv([section], 0.75)))
+    assert (exact["run"], sage["run"], sage["seeds"]) == ("exact", "sage", "1 2")
+    assert float(sage["density.mean"]) == pytest.approx(0.015, rel=1e-14)
+    assert float(sage["density.std"]) == pytest.approx(0.005 * 2**0.5, rel=1e-14)
+    assert (sage["reached"], float(sage["bytes_to_0.75.mean"])) == ("2", 120e3)  # 80 and 160 kB
+    assert exact["density.std"] == ""
+
+
+def test_a_bar_in_a_setting_does_not_break_a_markdown_table() -> None:
+    sheet = tables.Sheet("t", ["run", "x"], [["a|b", "1"]], "")
+    assert tables.to_markdown(sheet).splitlines()[-1] == "| a\\|b | 1 |"
+
+
+# --- pictures -------------------------------------------------------------------------------------
+
+
+def draw_one(section: Section) -> Figure:
+    (figure,) = figures.draw(section)
+    return figure
 
 
 def test_every_axis_has_a_label_with_a_unit(folder: Path) -> None:
-    scores, densities, thresholds, times = report.draw(runs_in(folder)).axes
-    assert [scores.get_xlabel(), scores.get_ylabel()] == ["training (epochs)", "accuracy (fraction)"]
-    assert [densities.get_xlabel(), densities.get_ylabel()] == ["training (steps)", "density (fraction)"]
-    assert [thresholds.get_xlabel(), thresholds.get_ylabel()] == [
-        "training (steps)",
-        "threshold (|gradient|)",
+    panels = draw_one(section_in(folder)).axes
+    assert [(axes.get_title(), axes.get_xlabel(), axes.get_ylabel()) for axes in panels] == [
+        ("Score over epochs", "training (epochs)", "accuracy (fraction)"),
+        ("Score over bytes", "sent by one worker (MB)", "accuracy (fraction)"),
+        ("Score over seconds", "training without evaluation (s)", "accuracy (fraction)"),
+        ("Density", "training (steps)", "density (fraction)"),
+        ("Threshold", "training (steps)", "threshold (|gradient|)"),
+        ("Time per step", "time per step (ms)", "run (reducer)"),
     ]
-    assert [times.get_xlabel(), times.get_ylabel()] == ["time per step (ms)", "run (reducer)"]
 
 
 def points(line: Line2D) -> list[tuple[float, float]]:
@@ -190,8 +334,11 @@ def points(line: Line2D) -> list[tuple[float, float]]:
 
 
 def test_the_curves_are_the_files_numbers(folder: Path) -> None:
-    scores, densities, thresholds, _ = report.draw(runs_in(folder)).axes
-    assert [points(line) for line in scores.get_lines()] == [[(1, 0.5), (2, 0.75)]] * 2
+    epochs, sent, seconds, densities, thresholds, _ = draw_one(section_in(folder)).axes
+    assert [points(line) for line in epochs.get_lines()] == [[(1, 0.5), (2, 0.75)]] * 2
+    assert [points(line) for line in sent.get_lines()] == [[(2, 0.5), (4, 0.75)], [(0.04, 0.5), (0.08, 0.75)]]
+    ends = [points(line)[-1][0] for line in seconds.get_lines()]
+    assert ends == pytest.approx([0.072, 0.052], rel=1e-14)  # 4 steps of 18 and 13 ms
     target, exact, sage = densities.get_lines()
     assert points(target) == [(step, 0.01) for step in range(4)]
     assert points(exact) == []  # 1 throughout would leave no room for the others
@@ -200,8 +347,39 @@ def test_the_curves_are_the_files_numbers(folder: Path) -> None:
     assert {axes.get_yscale() for axes in (densities, thresholds)} == {"log"}
 
 
+def test_a_band_reaches_from_the_least_to_the_greatest_of_the_seeds(tmp_path: Path) -> None:
+    made = seeds_of_sage(tmp_path, 0.02, 0.04, 0.03)
+    made[2].steps.pop()  # the curve ends where the shortest run does
+    curve = figures.curve(group_of(*made), lambda run: figures.over_steps(run, "density"))
+    assert [step for step, *_ in curve] == [0, 1, 2]
+    assert curve[2] == (2, pytest.approx(0.03, rel=1e-14), 0.02, 0.04)
+    axes = draw_one(section_of(*made)).axes[3]
+    assert len(axes.collections) == 1
+    assert axes.get_lines()[0].get_label() == "sage (3 seeds)"
+    assert not draw_one(section_of(made[0])).axes[3].collections
+
+
+@pytest.mark.parametrize(("payload", "scale"), [(5e4, "log"), (2e5, "linear"), (0.0, "linear")])
+def test_bytes_have_a_log_axis_where_they_differ_by_more_than_twenty(
+    tmp_path: Path, payload: float, scale: str
+) -> None:
+    exact = write_run(tmp_path / "exact", "exact", lines_of([1.0], 1.001e6, EXACT_SECONDS))
+    other = write_run(tmp_path / "other", "topk", lines_of([0.1], payload, SAGE_SECONDS))
+    assert draw_one(section_of(exact, other)).axes[1].get_xscale() == scale
+
+
+def test_forty_configurations_are_five_pictures_of_eight(tmp_path: Path) -> None:
+    settings = [{"name": "topk", "density": i / 100} for i in range(1, 41)]
+    made = [write_run(tmp_path / str(i), reducer, SAGE) for i, reducer in enumerate(settings)]
+    drawn = figures.draw(section_of(*made))
+    assert [len(figure.axes[0].get_lines()) for figure in drawn] == [8] * 5
+    assert drawn[1].get_suptitle() == "digits, world size 2, configurations 9 to 16 of 40"
+    nine = figures.draw(section_of(*made[:9]))
+    assert [len(figure.axes[0].get_lines()) for figure in nine] == [5, 4]
+
+
 def test_a_bar_is_as_long_as_a_step_and_stacked_from_its_phases(folder: Path) -> None:
-    axes = report.draw(runs_in(folder)).axes[3]
+    axes = draw_one(section_in(folder)).axes[5]
     bars = [container.patches for container in axes.containers]
     widths = [[bar.get_width() for bar in phase] for phase in bars]
     # Milliseconds from seconds: a few roundings of 2^-53 each.
@@ -212,42 +390,122 @@ def test_a_bar_is_as_long_as_a_step_and_stacked_from_its_phases(folder: Path) ->
 
 
 def test_lines_and_bars_can_be_told_apart_without_colour(tmp_path: Path) -> None:
-    figure = report.draw([write_run(tmp_path / str(seed), "sage", SAGE, seed) for seed in range(20)])
-    assert len({(x.get_linestyle(), x.get_marker()) for x in figure.axes[0].get_lines()}) == 20
-    bars = [container.patches[0] for container in figure.axes[3].containers]
+    settings = [{"name": "topk", "density": i / 100} for i in range(figures.PAGE)]
+    made = [write_run(tmp_path / str(i), reducer, SAGE) for i, reducer in enumerate(settings)]
+    figure = draw_one(section_of(*made))
+    looks = {(x.get_linestyle(), x.get_marker()) for x in figure.axes[0].get_lines()}
+    assert len(looks) == figures.PAGE
+    bars = [container.patches[0] for container in figure.axes[5].containers]
     assert len({(bar.get_hatch(), round(sum(bar.get_facecolor()[:3]), 1)) for bar in bars}) == 6
 
 
 def test_nothing_is_clipped_and_no_legend_lies_on_data(tmp_path: Path) -> None:
-    long = [{"name": "a_reducer_with_a_long_name", "exchange": "g" * length} for length in range(9, 18)]
-    runs = [write_run(tmp_path / str(i), reducer, SAGE, done=i > 2) for i, reducer in enumerate(long)]
-    (figure := report.draw(runs)).draw_without_rendering()
+    long = [{"name": "a_reducer_with_a_long_name", "exchange": "g" * length} for length in range(9, 17)]
+    made = [write_run(tmp_path / str(i), reducer, SAGE, done=i > 2) for i, reducer in enumerate(long)]
+    (figure := draw_one(section_of(*made))).draw_without_rendering()
     tight, (width, height) = figure.get_tightbbox(), figure.get_size_inches()
     assert min(tight.x0, tight.y0, width - tight.x1, height - tight.y1) >= 0
-    legends = [legend.get_window_extent() for legend in (*figure.legends, figure.axes[3].get_legend())]
+    legends = [legend.get_window_extent() for legend in (*figure.legends, figure.axes[5].get_legend())]
     assert not any(axes.get_window_extent().overlaps(box) for axes in figure.axes for box in legends)
 
 
 def test_a_density_of_zero_is_a_gap_and_a_panel_without_values_says_so(tmp_path: Path) -> None:
     lines = lines_of([0.0], 1.0, SAGE_SECONDS)
-    runs = [write_run(tmp_path / "0", "sage", lines), write_run(tmp_path / "1", "topk", [], done=False)]
-    (figure := report.draw(runs)).draw_without_rendering()  # a warning would be an error
-    assert [math.isnan(density) for _, density in points(figure.axes[1].get_lines()[0])] == [True, True]
-    assert [text.get_text() for text in figure.axes[2].texts] == ["none of the runs has one"]
+    made = [write_run(tmp_path / str(seed), "sage", lines, seed) for seed in (1, 2)]
+    made.append(write_run(tmp_path / "nothing", "topk", [], done=False))
+    (figure := draw_one(section_of(*made))).draw_without_rendering()  # a warning would be an error
+    assert [math.isnan(density) for _, density in points(figure.axes[3].get_lines()[0])] == [True, True]
+    assert [text.get_text() for text in figure.axes[4].texts] == ["none of the runs has one"]
 
 
-def test_the_command_prints_tables_and_writes_a_whole_png_whose_path_is_last(folder: Path) -> None:
+# --- the command ----------------------------------------------------------------------------------
+
+
+def test_the_command_prints_tables_and_writes_files_whose_paths_are_last(folder: Path) -> None:
     command = [sys.executable, "-m", "sage.report", "runs/sage", "runs/a"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    output = subprocess.check_output(command, cwd=folder.parent, env=environment, text=True)
-    *lines, png = output.splitlines()
+    done = subprocess.run(command, cwd=folder.parent, env=environment, text=True, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    *lines, markdown, table, png = done.stdout.splitlines()
     assert max(map(len, lines)) <= 100
     rows = [line.split() for line in lines if line.startswith((" exact", " sage"))]
-    assert [row[0] for row in rows] == ["exact", "sage"] * 2  # exact first, whatever the order given
-    assert [row[-1] for row in rows] == ["1.00x", "less", "1.00x", "1.38x"]
-    assert png == str(folder.resolve() / "report.png")
-    assert imread(png).shape[:2] == (1105, 1560)  # 12 x 8.5 inches of 130 pixels
-    assert sorted(path.name for path in folder.iterdir()) == ["a", "report.png", "sage"]
+    assert [row[0] for row in rows] == ["exact", "sage"] * 3  # exact first, whatever the order given
+    assert [row[-1] for row in rows] == ["0.8125", "0.8125", "1.00x", "less", "1.00x", "1.38x"]
+    assert [Path(path) for path in (markdown, table, png)] == [
+        folder.resolve() / f"report.{kind}" for kind in ("md", "csv", "png")
+    ]
+    assert imread(png).shape[:2] == (1375, 1430)  # 13 x 12.5 inches of 110 pixels
+    assert "![](report.png)" in Path(markdown).read_text()
+    names = ["a", "report.csv", "report.md", "report.png", "sage"]
+    assert sorted(path.name for path in folder.iterdir()) == names
+
+
+def test_a_reader_who_leaves_early_breaks_nothing(folder: Path) -> None:
+    command = f"set -o pipefail; {sys.executable} -m sage.report {folder} | true"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, text=True, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (folder / "report.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "here", "output"),
+    [
+        (["runs/a"], "", "runs/a/report.png"),
+        (["runs/a", "runs/sage"], "", "runs/report.png"),
+        (["runs/a", "runs/sage"], "elsewhere", "elsewhere/report.png"),  # not into a folder above
+    ],
+)
+def test_where_a_report_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: list[str], here: str, output: str
+) -> None:
+    (tmp_path / here).mkdir(exist_ok=True)
+    monkeypatch.chdir(tmp_path / here)
+    assert report.default_output([tmp_path / path for path in given]) == tmp_path / output
+
+
+SWEEP = "base: base.yaml\ngrid: {reducer.name: [exact, sage]}\nseeds: [1, 2]\n"
+
+
+def test_a_sweeps_missing_points_are_named_and_of_a_point_the_newest_finished_run_counts(
+    tmp_path: Path, capsys: Capture
+) -> None:
+    (tmp_path / "four.yaml").write_text(SWEEP)
+    home = tmp_path / "runs"
+    places = [home / point.place for point in read(tmp_path / "four.yaml")]
+    write_run(places[0] / "old", "exact", EXACT[:3])
+    write_run(places[0] / "new", "exact", EXACT)
+    write_run(places[0] / "cut", "exact", EXACT[:1], done=False)
+    for i, name in enumerate(("old", "new", "cut")):
+        os.utime(places[0] / name / "metrics.jsonl", (i, i))
+    write_run(places[1] / "run", "sage", SAGE)
+    write_run(places[2] / "run", "exact", EXACT[:2], seed=2, done=False)
+    assert report.main(["--sweep", str(tmp_path / "four.yaml"), "--runs", str(home)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    base = tmp_path / "base.yaml"
+    assert lines[-5:-3] == [
+        f"missing: point 2 (unfinished, at epoch 0, step 1): {base} reducer.name=exact seed=2",
+        f"missing: point 3 (not started): {base} reducer.name=sage seed=2",
+    ]
+    assert lines[-1] == str(home / "four" / "report.png")
+    sent = [line.split() for line in lines if line.startswith((" exact", " sage"))][2:4]
+    assert sent[0][1:] == ["1.00", "0.0150", "4.000", "1.00x"]  # MB: of the new run's two epochs
+    assert sent[1][-3:] == ["0.08000", "50.0x", "less"]
+    assert "missing: point 3" in (home / "four" / "report.md").read_text()
+
+
+def test_a_sweep_without_a_finished_run_is_an_error_of_one_line(tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "four.yaml").write_text(SWEEP)
+    assert report.main(["--sweep", str(tmp_path / "four.yaml"), "--runs", str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"report: {tmp_path / 'four'}: no finished run")
+
+
+@pytest.mark.parametrize("arguments", [[], ["runs", "--sweep", "x.yaml"]])
+def test_runs_or_a_sweep_are_expected_and_not_both(arguments: list[str], capsys: Capture) -> None:
+    with pytest.raises(SystemExit) as left:
+        report.main(arguments)
+    assert left.value.code == 2
+    assert "expected RUNs, or --sweep FILE" in capsys.readouterr().err
 
 
 def test_it_starts_without_torch() -> None:
@@ -257,13 +515,14 @@ def test_it_starts_without_torch() -> None:
 
 def test_a_line_cut_off_at_the_end_is_ignored_with_a_note(folder: Path, capsys: Capture) -> None:
     metrics, output = folder / "sage/metrics.jsonl", folder / "x.png"
-    whole = report.read_run(metrics.parent)
+    whole = runs.read_run(metrics.parent)
     metrics.write_bytes(metrics.read_bytes() + json.dumps(SAGE[0]).encode()[:-20])
-    cut = report.read_run(metrics.parent)
+    cut = runs.read_run(metrics.parent)
     assert (cut.steps, cut.epochs) == (whole.steps, whole.epochs)
     assert report.main([str(folder), "--output", str(output)]) == 0
     note = f"{metrics.resolve()}: the last line was cut off, and is ignored"
-    assert capsys.readouterr().out.splitlines()[-2:] == [note, str(output)]
+    paths = [str(output.with_suffix(kind)) for kind in (".md", ".csv", ".png")]
+    assert capsys.readouterr().out.splitlines()[-4:] == [note, *paths]
 
 
 BAD_LINES = ['{"kind": "step", "epo', "", "[1]", '{"kind": "other", "epoch": 0, "step": 0}']

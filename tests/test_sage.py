@@ -59,6 +59,24 @@ def test_later_steps_multiply_by_alpha_beta_and_gamma(threshold: float, ratio: f
     assert step(controller, 2.0 * ratio, MAGNITUDES) == pytest.approx(expected, rel=6 * 2**-24)
 
 
+@pytest.mark.parametrize(("ratio", "gamma"), [(0.5, 1.05), (1.998, 0.95), (1.9, 1.0)])
+def test_a_term_that_is_left_out_is_one_and_the_others_stay(ratio: float, gamma: float) -> None:
+    threshold, seen = 0.5, {}
+    for terms in ("alpha", "alpha_beta", "all"):
+        config = SageSettings(density=0.05, threshold=threshold, terms=terms)
+        controller = SageLaw(config, LAYOUT, 0, CPU)
+        step(controller, 2.0, MAGNITUDES)
+        new = step(controller, 2.0 * ratio, MAGNITUDES)
+        seen[terms] = [controller.metrics()[name] for name in ("alpha", "beta", "gamma")]
+        # Three float32 roundings of the product, and alpha's own.
+        assert new == pytest.approx(threshold * math.prod(seen[terms]), rel=4 * 2**-24)
+    alpha, beta = seen["alpha_beta"][:2]
+    assert (alpha, beta != 1) == (np.float32(ratio), True)
+    assert seen["all"] == [alpha, beta, np.float32(gamma)]
+    assert seen["alpha_beta"] == [alpha, beta, 1.0]
+    assert seen["alpha"] == [alpha, 1.0, 1.0]
+
+
 def test_alpha_compares_with_the_step_before_and_not_with_the_first() -> None:
     controller = law()
     for sampled_mean, alpha in ((1.0, 1.0), (2.0, 2.0), (3.0, 1.5), (1.5, 0.5)):

@@ -225,7 +225,7 @@ def built(words: list[str], world_size: int, tmp_path: Path) -> list[Any]:
     """The tasks of a simulation's workers, from rank 1 on, then rank 0."""
     options = cli.parse([*words, "--simulate", str(world_size)])
     settings = config.load(options.config, options.overrides, run.RunSettings, run.TABLES)
-    worker, shared, tasks = launch.find_worker(1, None, tmp_path, world_size), [], []
+    worker, shared, tasks = launch.find_worker(1, tmp_path, None, None, world_size), [], []
     for rank in (*range(1, world_size), 0):
         comm = LocalComm(rank, Room(world_size, 1))
         task, *_ = run.build(settings, replace(worker, place=Place(rank, world_size)))

@@ -1,0 +1,94 @@
+"""One process of a run: its place, its device, and what it says of itself."""
+
+import socket
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sage.interfaces import Place, TrainingError
+from sage.rendezvous import Rendezvous
+
+
+@dataclass(frozen=True)
+class Worker:
+    """One process of a run, before any process group exists."""
+
+    rendezvous: Rendezvous
+    device: torch.device
+    backend: str
+    num_threads: int
+    data: Path
+    """The folder of prepared data sets."""
+    simulated: bool = False
+    """Whether all workers live in this process, and take turns."""
+
+    @property
+    def place(self) -> Place:
+        return self.rendezvous.place
+
+    def facts(self) -> dict[str, Any]:
+        """What environment.json says of all workers alike."""
+        return {
+            "world_size": self.place.world_size,
+            "simulated": self.simulated,
+            "backend": self.backend if self.place.world_size > 1 else None,
+            "threads_per_worker": self.num_threads,
+        }
+
+    def where(self) -> str:
+        """The host and the device, for the record."""
+        if self.device.type != "cuda":
+            return f"{socket.gethostname()}/cpu"
+        return f"{socket.gethostname()}/{self.device} {torch.cuda.get_device_name(self.device)}"
+
+    def is_to_spawn(self) -> bool:
+        """Whether the workers are processes that this one is to start."""
+        return self.place.world_size > 1 and not self.simulated and not self.rendezvous.launched
+
+    def claim(self) -> str:
+        """What this worker brings to a process group: backend, host and GPU."""
+        properties = torch.cuda.get_device_properties(self.device) if self.device.type == "cuda" else None
+        return f"{self.backend} {socket.gethostname()} {properties.uuid if properties else 'cpu'}"
+
+    def describe(self, workers: Sequence[str]) -> str:
+        """The choices made here, in one line; with several workers (where() of each), a row for each."""
+        if self.simulated:
+            in_turn = f"{self.place.world_size} simulated workers in turn on {self.device}"
+            return f"{in_turn}, {self.num_threads} threads"
+        if self.place.world_size == 1:
+            return f"1 worker on {self.device}, {self.num_threads} threads"
+        sharing = ""
+        if self.device.type == "cuda" and self.backend == "gloo":
+            local = self.rendezvous.local_world_size
+            sharing = f" ({local} workers share {torch.cuda.device_count()} GPUs)"
+        rows = [f"  rank {rank:<3}  {where.replace('/', '  ', 1)}" for rank, where in enumerate(workers)]
+        return "\n".join(
+            [
+                f"{self.place.world_size} workers over {self.backend} on {self.device.type}{sharing}, "
+                f"{self.num_threads} threads each",
+                *rows,
+            ]
+        )
+
+
+def check_claims(claims: Sequence[str]) -> None:
+    """Raise TrainingError where the workers' claims, by rank, make no process group."""
+    backends = [claim.split()[0] for claim in claims]
+    if len(set(backends)) > 1:
+        told = ", ".join(f"rank {rank}: {backend}" for rank, backend in enumerate(backends))
+        raise TrainingError(
+            f"expected one backend, got {told}; give every worker a GPU of its own (nccl), "
+            "or none a GPU with CUDA_VISIBLE_DEVICES= (gloo)"
+        )
+    shared, count = Counter(claims).most_common(1)[0]
+    if backends[0] == "nccl" and count > 1:
+        ranks = [str(rank) for rank, claim in enumerate(claims) if claim == shared]
+        raise TrainingError(
+            f"NCCL: expected a GPU for each worker, got one GPU of host {shared.split()[1]} for ranks "
+            f"{', '.join(ranks)}; start as many workers a host as it has GPUs (sbatch: --ntasks-per-node, "
+            "--gpus-per-task=1), or share them over gloo with --workers on one host"
+        )

@@ -1,0 +1,328 @@
+"""Sweeps: a file's points and their order, what is done, what runs, what is refused."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import run
+from sage import cli, config, sweep
+from sage.config import ConfigError
+from tests.test_cli import exit_code
+
+ROOT = Path(__file__).parent.parent
+SWEEPS = sorted((ROOT / "configs" / "sweeps").glob("*.yaml"))
+BASE = ROOT / "configs" / "digits.yaml"
+GRID = {"reducer.name": ["topk", "sage"], "reducer.density": [0.5, 0.25]}
+Capture = pytest.CaptureFixture[str]
+
+
+def write(folder: Path, **content: Any) -> Path:
+    """A sweep's file; of digits, where nothing else is said."""
+    path = folder / "four.yaml"
+    path.write_text(yaml.safe_dump({"base": str(BASE), "seeds": [1]} | content, sort_keys=False))
+    return path
+
+
+def told(folder: Path, **content: Any) -> str:
+    """What is said of a sweep that must be refused."""
+    path = write(folder, **content)
+    with pytest.raises(ConfigError) as caught:
+        sweep.resolve(path, sweep.read(path), run.SETTLE)
+    (line,) = str(caught.value).splitlines()
+    return line
+
+
+def finish(folder: Path, settings: config.Settings) -> Path:
+    """What a finished run leaves, as far as a sweep looks."""
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(config.to_yaml(settings))
+    (folder / "summary.json").write_text("{}")
+    return folder
+
+
+# --- points ---------------------------------------------------------------------------------------
+
+
+def test_points_are_all_combinations_the_last_key_fastest_and_the_seeds_slowest(tmp_path: Path) -> None:
+    points = sweep.read(write(tmp_path, grid=GRID, seeds=[7, 8]))
+    names = [("topk", 0.5), ("topk", 0.25), ("sage", 0.5), ("sage", 0.25)]
+    assert [point.overrides for point in points] == [
+        [f"reducer.name={name}", f"reducer.density={density}", f"seed={seed}"]
+        for seed in (7, 8)
+        for name, density in names
+    ]
+    assert [point.index for point in points] == list(range(8))
+    assert {point.config for point in points} == {BASE}
+
+
+def test_a_seed_added_at_the_end_moves_no_index(tmp_path: Path) -> None:
+    before = sweep.read(write(tmp_path, grid=GRID, seeds=[1, 2]))
+    assert sweep.read(write(tmp_path, grid=GRID, seeds=[1, 2, 3]))[: len(before)] == before
+
+
+def test_a_list_of_grids_is_their_points_one_after_the_other(tmp_path: Path) -> None:
+    points = sweep.read(write(tmp_path, grid=[{"epochs": [1, 2]}, {"reducer.name": ["exact"]}]))
+    assert [point.overrides[0] for point in points] == ["epochs=1", "epochs=2", "reducer.name=exact"]
+
+
+def test_the_axis_base_varies_the_file_which_is_relative_to_the_sweeps(tmp_path: Path) -> None:
+    (tmp_path / "sweeps").mkdir()
+    path = write(tmp_path / "sweeps", base=None, grid={"base": ["../a.yaml", "../b.yaml"]})
+    points = sweep.read(path)
+    assert [point.config for point in points] == [tmp_path / "a.yaml", tmp_path / "b.yaml"]
+    assert [point.place for point in points] == [Path("four/a,seed=1"), Path("four/b,seed=1")]
+
+
+def test_seeds_alone_are_a_sweep(tmp_path: Path) -> None:
+    assert [point.overrides for point in sweep.read(write(tmp_path))] == [["seed=1"]]
+
+
+VALUES = [0.0001, 1e-12, "auto", None, True, [1.5, 2.0], {"name": "topk"}, "a/b c", "true", "ü"]
+
+
+def test_an_override_gives_the_value_of_the_file_back(tmp_path: Path) -> None:
+    points = sweep.read(write(tmp_path, grid={"x": VALUES}))
+    texts = [point.overrides[0].removeprefix("x=") for point in points]
+    assert [config.read_yaml(text, "x") for text in texts] == VALUES
+
+
+def test_a_points_folder_says_what_it_is_and_is_one_folder(tmp_path: Path) -> None:
+    points = sweep.read(write(tmp_path, grid={"x": [*VALUES, "x" * 300, "x" * 301, "a_b_c"]}))
+    places = [point.place for point in points]
+    assert places[0] == Path("four/digits,x=0.0001,seed=1")
+    assert len(set(places)) == len(places)
+    for place in places:
+        assert (len(place.parts), len(place.name) <= sweep.LONGEST_NAME) == (2, True)
+        assert place.name.isascii()
+
+
+def test_a_point_is_what_run_takes_on_its_command_line(tmp_path: Path) -> None:
+    point = sweep.read(write(tmp_path, grid={"schedule.decay_epochs": [[1, 2]]}))[0]
+    path, *overrides = shlex.split(str(point))
+    assert (Path(path), overrides) == (point.config, point.overrides)
+    assert run.SETTLE(Path(path), overrides).schedule.decay_epochs == (1, 2)
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_every_point_of_every_file_in_configs_is_valid(path: Path) -> None:
+    assert len(sweep.resolve(path, sweep.read(path), run.SETTLE)) >= 9
+
+
+def test_each_table_of_the_paper_and_each_small_configuration_has_a_sweep() -> None:
+    small = ["digits", "python_docs", "synthetic_ratings"]
+    small += [path.stem for path in (ROOT / "configs").glob("*_small.yaml")]
+    tables = {"accuracy", "density", "ablation", "initial_threshold", "powersgd_ranks"}
+    assert {path.stem for path in SWEEPS} == tables | {f"reducers_{name}" for name in small}
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        ({"grid": {"epochs": 3}}, "grid: epochs: expected a list of values, one or more, got 3"),
+        ({"grid": {"epochs": []}}, "grid: epochs: expected a list of values, one or more, got []"),
+        ({"grid": 3}, "grid: expected a mapping of key.path to values, or a list of such, got 3"),
+        ({"grid": {"seed": [1]}}, "grid: seed: expected the seeds under the key seeds, not in the grid"),
+        ({"seeds": []}, "seeds: expected a list, each an integer in [0, inf), got []"),
+        ({"seeds": [-1]}, "seeds: expected a list, each an integer in [0, inf), got -1"),
+        ({"sedes": [1]}, "sedes: unknown key; did you mean seeds?"),
+    ],
+)
+def test_a_sweep_with_a_bad_value_is_refused(tmp_path: Path, content: dict[str, Any], line: str) -> None:
+    assert told(tmp_path, **content) == line
+
+
+def test_a_sweep_without_a_base_is_refused(tmp_path: Path) -> None:
+    assert told(tmp_path, base=None).endswith("base: expected the path of a configuration, got null")
+    assert "cannot read the configuration" in told(tmp_path, base="missing.yaml")
+
+
+def test_a_points_bad_value_is_refused_with_its_index(tmp_path: Path) -> None:
+    line = told(tmp_path, grid={"reducer.density": [0.5, 3]})
+    assert line == f"{tmp_path}/four.yaml: point 1: reducer.density: expected a number in (0, 1], got 3"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"seeds": [1, 1]},
+        {"grid": {"epochs": [15, 15]}},
+        {"grid": [{"epochs": [15]}, {"log.every": [1]}]},  # what the base says: other words, the same run
+    ],
+)
+def test_two_points_that_are_one_run_are_refused(tmp_path: Path, content: dict[str, Any]) -> None:
+    assert "four.yaml: points 0 and 1 are the same run: " in told(tmp_path, **content)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--index", "0", str(BASE)], "--index: expected together with --sweep FILE"),
+        (["--list", str(BASE)], "--list: expected together with --sweep FILE"),
+        (["--sweep", "FILE", "--dry-run"], "--dry-run: with --sweep expected an --index too"),
+        (
+            ["--sweep", "FILE", "--index", "1.5"],
+            "argument --index: expected an integer in [0, inf), got '1.5'",
+        ),
+        (["--sweep", "FILE", "--index", "1"], "--index: expected an integer in [0, 0], got 1"),
+        (["--sweep", "FILE", "x.yaml"], "x.yaml: expected key.path=value; a sweep's file names its own"),
+        (["--sweep", "FILE", "epochs=0"], "FILE: point 0: epochs: expected an integer in [1, inf), got 0"),
+        (["--sweep", "FILE", "task.batch_per_worker=2000"], "task.batch_per_worker: expected at most "),
+        (["--sweep", "missing.yaml"], "missing.yaml: cannot read the configuration"),
+    ],
+)
+def test_bad_arguments_of_a_sweep_are_refused_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture, arguments: list[str], line: str
+) -> None:
+    monkeypatch.setattr(subprocess, "Popen", lambda *_: pytest.fail("something was started"))
+    file = str(write(tmp_path))
+    words = [file if word == "FILE" else word for word in arguments]
+    assert exit_code(*words, "--runs", str(tmp_path)) == 2
+    said = capsys.readouterr()
+    assert (said.out, len(said.err.splitlines())) == ("", 1)
+    assert said.err.startswith(f"run.py: {line.replace('FILE:', f'{file}:')}")
+
+
+def test_all_points_in_turn_are_refused_under_a_launcher(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert exit_code("--sweep", str(write(tmp_path)), "--runs", str(tmp_path)) == 2
+    assert capsys.readouterr().err.startswith("run.py: --sweep: expected an --index too under a launcher")
+
+
+# --- what is done ---------------------------------------------------------------------------------
+
+
+def test_a_run_is_a_finished_point_if_its_settings_are_equal_and_it_has_a_summary(tmp_path: Path) -> None:
+    settings = run.SETTLE(BASE, ["epochs=2"])
+    assert sweep.finished_run(tmp_path, settings, run.SETTLE) is None
+    finish(tmp_path / "other", run.SETTLE(BASE, ["epochs=3"]))
+    (finish(tmp_path / "cut", settings) / "summary.json").unlink()
+    (finish(tmp_path / "broken", settings) / "config.yaml").write_text("{a: ")
+    assert sweep.finished_run(tmp_path, settings, run.SETTLE) is None
+    for i, name in enumerate(("old", "new")):
+        os.utime(finish(tmp_path / name, settings) / "summary.json", (i, i))
+    assert sweep.finished_run(tmp_path, settings, run.SETTLE) == tmp_path / "new"
+
+
+def test_the_list_tells_index_state_and_what_the_point_is(tmp_path: Path, capsys: Capture) -> None:
+    path = write(tmp_path, grid={"epochs": [1, 2]})
+    done = sweep.read(path)[1]
+    finish(tmp_path / done.place / "run", run.SETTLE(done.config, done.overrides))
+    assert exit_code("--sweep", str(path), "--list", "--runs", str(tmp_path)) == 0
+    header, *lines = capsys.readouterr().out.splitlines()
+    assert header.split() == ["index", "done", "point"]
+    assert [line.split(maxsplit=2) for line in lines] == [
+        ["0", "no", f"{BASE} epochs=1 seed=1"],
+        ["1", "yes", f"{BASE} epochs=2 seed=1"],
+    ]
+
+
+# --- what runs ------------------------------------------------------------------------------------
+
+
+def test_one_point_is_the_run_of_its_configuration_and_is_skipped_when_done(tmp_path: Path) -> None:
+    path = write(tmp_path, grid={"epochs": [1], "reducer.density": [0.5, 0.25]})
+    runs = tmp_path / "runs"
+    command = [sys.executable, "run.py", "--sweep", str(path), "--index", "1", "--workers", "2"]
+    command += ["--runs", str(runs), "log.tensorboard=false"]
+    first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert first.returncode == 0, first.stderr
+    (summary,) = runs.glob("four/digits,epochs=1,reducer.density=0.25,seed=1/*/summary.json")
+    assert json.loads(summary.read_text())["density"]["target"] == 0.25
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert (again.returncode, again.stdout) == (0, f"{summary.parent}: done already\n")
+    assert len(list(runs.rglob("config.yaml"))) == 1
+
+
+def in_turn(path: Path, runs: Path, command: list[str]) -> int:
+    """All points, each by `python COMMAND ... --index I` in place of run.py."""
+    options = cli.parse(["--sweep", str(path), "--runs", str(runs)])
+    return cli.run_sweep(options, run.SETTLE, lambda settings: None, command)
+
+
+NOTE = "import sys; print(*sys.argv[1:], file=open('{log}', 'a')); sys.exit(sys.argv[-1] == '1')"
+
+
+def test_all_points_run_in_turn_but_the_finished_and_a_failed_one_stops_none(
+    tmp_path: Path, capsys: Capture
+) -> None:
+    path, log = write(tmp_path, grid={"epochs": [1, 2, 3, 4]}), tmp_path / "log"
+    done = sweep.read(path)[2]
+    finish(tmp_path / done.place / "run", run.SETTLE(done.config, done.overrides))
+    assert in_turn(path, tmp_path, ["-c", NOTE.format(log=log), "--sweep"]) == 1
+    assert log.read_text().splitlines() == [f"--sweep --index {i}" for i in (0, 1, 3)]
+    said = capsys.readouterr()
+    assert said.err == "run.py: 1 of 4 points failed: 1\n"
+    assert [line.endswith("is done") for line in said.out.splitlines()] == [False, False, True, False]
+
+
+def test_what_a_point_needs_is_checked_before_the_first_starts_but_not_of_a_finished_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setattr(subprocess, "Popen", lambda *_: pytest.fail("something was started"))
+    cifar = str(ROOT / "configs" / "cifar10_small.yaml")
+    path = write(tmp_path, grid={"base": [str(BASE), cifar]})
+    words = ["--sweep", str(path), "--runs", str(tmp_path), "--data", str(tmp_path)]
+    assert exit_code(*words) == 2
+    assert capsys.readouterr().err.startswith(
+        f"run.py: {tmp_path}/cifar10/cifar10.npz: there is no such file"
+    )
+    for point in sweep.read(path):
+        finish(tmp_path / point.place / "run", run.SETTLE(point.config, point.overrides))
+    assert exit_code(*words) == 0
+    (tmp_path / "file").write_text("")
+    assert exit_code(*words[:2], "--runs", str(tmp_path / "file")) == 2
+    assert capsys.readouterr().err.startswith(f"run.py: --runs {tmp_path / 'file'}: expected ")
+
+
+def test_a_signal_ends_the_point_that_runs_once_and_the_sweep(tmp_path: Path) -> None:
+    path, log = write(tmp_path, grid={"epochs": [1, 2]}), tmp_path / "log"
+    child = f"""
+import signal, sys, time
+def note(number, frame):
+    open({str(log)!r}, "a").write(f"signal {{number}}\\n")
+    time.sleep(1)
+    sys.exit(5)
+signal.signal(signal.SIGINT, note)
+open({str(log)!r}, "a").write("started\\n")
+time.sleep(60)
+"""
+    parent = "import sys; from pathlib import Path; from tests.test_sweep import in_turn; "
+    parent += "sys.exit(in_turn(Path(sys.argv[1]), Path(sys.argv[2]), ['-c', sys.argv[3]]))"
+    words = [sys.executable, "-c", parent, str(path), str(tmp_path), child]
+    process = subprocess.Popen(words, cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL)
+    for _ in range(600):
+        if log.exists() and log.read_text():
+            break
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does on Ctrl-C
+    assert process.wait(timeout=60) == 128 + signal.SIGINT
+    assert log.read_text().splitlines() == ["started", f"signal {signal.SIGINT}"]
+
+
+def test_help_comes_before_the_imports_that_take_seconds() -> None:
+    code = """
+import runpy, sys
+sys.argv = ["run.py", "--help"]
+try:
+    runpy.run_path("run.py", run_name="__main__")
+except SystemExit as left:
+    sys.exit(left.code or "torch" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "--sweep FILE" in done.stdout
