@@ -25,7 +25,7 @@ def start(
     worker: Worker,
     complain: Callable[[str], object],
 ) -> int:
-    """Carry a run out on this worker, or on all that it simulates; the exit code. Arguments as carry_out's."""
+    """Carry a run out on this worker, or on all that it simulates; returns the exit code."""
     train, timeout = partial(carry_out, settings, place, again, build), settings.timeout_seconds
     run = partial(simulate if worker.simulated else alone, train, worker, timeout)
     return launch.supervise(worker, timeout, settings.deterministic, run, complain)

@@ -25,10 +25,13 @@ optimizer: {name: sgd, lr: 0.05, momentum: 0.9, weight_decay: 0.25}
 """
 EVERYTHING_CHANGED = """\
 seed: 7
+world_size: 2
 epochs: 3
 stop_at_score: 0.5
 task: {name: cifar10, model: resnet18, batch_per_worker: 5}
-reducer: {name: sage, density: 1e-3, threshold: 1e-7, exchange: union, sampling: by_tensor, terms: alpha}
+reducer:
+  {name: sage, density: 1e-3, threshold: 1e-7, exchange: union, sampling: by_tensor, terms: alpha,
+  density_schedule: {warmup_epochs: 3}}
 feedback: {name: none}
 optimizer: {name: adam, lr: 1e-5, betas: [0.5, 0.75], eps: 1e-9, weight_decay: 1e-4}
 schedule: {warmup_epochs: 0.5, reference_batch: 64, decay_epochs: [1.5, 2], decay_factor: 0.3}
@@ -149,7 +152,10 @@ def test_the_last_override_of_a_key_wins(load: Load) -> None:
 
 def test_another_name_keeps_the_keys_it_knows_and_drops_the_others(load: Load) -> None:
     topk = load("reducer.name=topk").reducer
-    assert topk.model_dump() == {"name": "topk", "density": 0.2, "exchange": "union"}
+    schedule = {"warmup_epochs": 0, "densities": ()}
+    assert topk.model_dump() == {
+        "name": "topk", "density": 0.2, "density_schedule": schedule, "exchange": "union"
+    }  # fmt: skip
     assert load("reducer.name=exact").reducer.model_dump() == {"name": "exact"}
     adam = load("optimizer.name=adam").optimizer
     assert (adam.lr, adam.weight_decay) == (0.05, 0.25)
