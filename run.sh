@@ -14,5 +14,5 @@ if [ ! -x "$environment/bin/python" ]; then
     "(it has no bin/python; make setup makes .venv)" >&2
   exit 2
 fi
-export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}  # no C++ stacks where workers cannot meet
+export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-FATAL}  # no C++ stacks: errors come as exceptions
 exec "$environment/bin/python" -u "$here/run.py" "$@"

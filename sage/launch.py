@@ -100,7 +100,7 @@ def spawn(command: Sequence[str], num_workers: int, say: Callable[[str], None]) 
     ):  # each has a level of its own; what they log is said below
         if name.startswith(("torch.distributed.elastic", "torch.distributed.launcher")):
             logging.getLogger(name).setLevel(logging.CRITICAL)
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # no C++ stacks where workers cannot meet
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # no C++ stacks: errors come as exceptions
     try:
         elastic_launch(config, sys.executable)("-u", *command)
     except ChildFailedError as error:

@@ -9,7 +9,6 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Self
 
 import torch
@@ -154,8 +153,7 @@ def simulate(train: TrainWorker, worker: Worker, timeout_seconds: float, board: 
         try:
             with turn:
                 stage = SimulatedStage(comm.beside(away=turn.away), turn, shared)
-                own = replace(worker, rendezvous=replace(worker.rendezvous, place=place))
-                train(own, _StageBoard(place, stage.comm), stage)
+                train(worker.standing_at(comm.rank), _StageBoard(place, stage.comm), stage)
         except Exception as error:
             failures.append((comm.rank, error))
             raise

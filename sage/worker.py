@@ -3,7 +3,7 @@
 import socket
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,11 @@ class Worker:
     @property
     def place(self) -> Place:
         return self.rendezvous.place
+
+    def standing_at(self, rank: int) -> "Worker":
+        """This worker in another place of the same run."""
+        place = Place(rank, self.place.world_size)
+        return replace(self, rendezvous=replace(self.rendezvous, place=place))
 
     def facts(self) -> dict[str, Any]:
         """What environment.json says of all workers alike."""

@@ -156,7 +156,7 @@ def test_another_name_keeps_the_keys_it_knows_and_drops_the_others(load: Load) -
     assert topk.model_dump() == {
         "name": "topk", "density": 0.2, "density_schedule": schedule, "exchange": "union"
     }  # fmt: skip
-    assert load("reducer.name=exact").reducer.model_dump() == {"name": "exact"}
+    assert load("reducer.name=exact").reducer.model_dump() == {"name": "exact", "dtype": "float32"}
     adam = load("optimizer.name=adam").optimizer
     assert (adam.lr, adam.weight_decay) == (0.05, 0.25)
 

@@ -5,7 +5,6 @@ import re
 import subprocess
 import sys
 import threading
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +18,7 @@ import run
 from reducers.exact import Exact
 from sage import cli, config, launch, report
 from sage.comm import LocalComm
-from sage.interfaces import Communicator, Place
+from sage.interfaces import Communicator
 from sage.preview import bytes_of
 from sage.room import Room
 from sage.simulate import SimulatedStage, Turn
@@ -228,7 +227,7 @@ def built(words: list[str], world_size: int, tmp_path: Path) -> list[Any]:
     worker, shared, tasks = launch.find_worker(1, tmp_path, None, None, world_size), [], []
     for rank in (*range(1, world_size), 0):
         comm = LocalComm(rank, Room(world_size, 1))
-        task, *_ = run.build(settings, replace(worker, place=Place(rank, world_size)))
+        task, *_ = run.build(settings, worker.standing_at(rank))
         SimulatedStage(comm, Turn(threading.Lock(), worker.device), shared).share(task)
         tasks.append(task)
     return tasks
