@@ -97,15 +97,20 @@ def test_torchrun_across_hosts_is_one_run(cluster: Cluster, tmp_path: Path) -> N
     assert only_run(tmp_path) == (4, ["n3", "n3", "n4", "n4"])
 
 
-def test_a_job_array_runs_a_point_a_task(cluster: Cluster, tmp_path: Path) -> None:
-    script = tmp_path / "array"
-    words = " ".join([*TASK, "--runs", str(tmp_path)])
-    script.write_text(f"#!/bin/sh\nexec ./pararun {words} seed=$SLURM_ARRAY_TASK_ID\n")
-    shape = ["--array=3-4", "--nodes=2", "--ntasks-per-node=1", f"--output={tmp_path}/%a.log"]
-    code, output = cluster.call("sbatch", "--wait", *shape, str(script))
-    assert code == 0, output
-    folders = [summary.parent.name for summary in tmp_path.glob("digits/*/summary.json")]
-    assert sorted(name.split("-")[1] for name in folders) == ["s3", "s4"]
+def test_a_job_array_of_a_sweep_runs_a_point_a_task_and_skips_what_is_done(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    sweep = tmp_path / "two.yaml"
+    sweep.write_text(f"base: {ROOT}/configs/digits.yaml\ngrid: {{epochs: [1]}}\nseeds: [3, 4]\n")
+    shape = ["--array=0-1", "--nodes=2", "--ntasks-per-node=1", f"--output={tmp_path}/%a.log"]
+    words = ["--sweep", str(sweep), "--threads", "1", "--runs", str(tmp_path)]
+    for told in ("2 workers over gloo", "done already"):
+        code, output = cluster.call("sbatch", "--wait", *shape, "pararun", *words)
+        logs = [(tmp_path / f"{index}.log").read_text() for index in range(2)]
+        assert code == 0, [output, *logs]
+        assert all(told in log for log in logs), logs
+        done = sorted(tmp_path.glob("two/*/*/summary.json"))
+        assert [summary.parent.name.split("-")[1] for summary in done] == ["s3", "s4"]
 
 
 @pytest.fixture
