@@ -72,7 +72,7 @@ class Row:
     ratio_to_floor: float
     density: float
     payload_bytes: float
-    compression_error: float
+    compression_error: float | None
 
 
 class Gradients:
@@ -116,12 +116,12 @@ class Entry:
         self.seconds.append(time.perf_counter() - started)
         self.densities.append(self.reducer.density)
 
-    def compression_error(self, grad: Tensor) -> float:
-        """||send - sent||^2 / ||send||^2 of one more step."""
+    def compression_error(self, grad: Tensor) -> float | None:
+        """||send - sent||^2 / ||send||^2 of one more step; None where what is left in send is no error."""
         self.reducer.accumulate(self.memory, grad)
         before = self.memory.norm()
         self.reducer.reduce(self.memory, grad, self.comm)
-        return float((self.memory.norm() / before) ** 2)
+        return float((self.memory.norm() / before) ** 2) if self.reducer.takes_feedback else None
 
 
 def fitting_threshold(layout: list[Slot], gradients: Gradients, density: float) -> float:
@@ -249,7 +249,7 @@ def show(rows: list[Row]) -> None:
             f"{row.ratio_to_floor:.2f}",
             f"{row.density:.2e}",
             f"{row.payload_bytes / 1000:.1f}",
-            f"{row.compression_error:.3f}",
+            "" if row.compression_error is None else f"{row.compression_error:.3f}",
         )
     Console().print(table)
 

@@ -1,8 +1,9 @@
 """Your own training loop with SAGE and error feedback: four lines for torch's optimizer to step on a mean.
 
-python -m examples.own_loop                                    one worker
-torchrun --nproc-per-node 2 -m examples.own_loop               two
+python -m examples.own_loop            or, two workers: torchrun --nproc-per-node 2 -m examples.own_loop
 """
+
+import atexit
 
 import torch
 import torch.distributed as dist
@@ -15,17 +16,16 @@ from sage.gradient import GradientBuffer
 
 if dist.is_torchelastic_launched():
     dist.init_process_group("gloo")
+    atexit.register(dist.destroy_process_group)
 comm = connect_comm(dist.get_world_size() if dist.is_initialized() else 1)
-
 torch.manual_seed(0)  # the same first weights on every worker
 model = torch.nn.Sequential(torch.nn.Linear(20, 256), torch.nn.ReLU(), torch.nn.Linear(256, 4))
 truth = torch.nn.Linear(20, 4)  # what the model is to learn
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 
 gradient = GradientBuffer(model)  # one flat vector; every param.grad is a view of it
-reducer = build_reducer("sage", gradient.layout, rank=comm.rank, density=0.05)
+reducer = build_reducer("sage", gradient.layout, worker=comm.rank, density=0.05)
 feedback = Residual(ResidualSettings(), gradient.flat)  # what was not sent, for the next step
-
 rng = torch.Generator().manual_seed(comm.rank)  # other data on every worker
 for step in range(100):
     x = torch.randn(64, 20, generator=rng)

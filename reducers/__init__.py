@@ -48,15 +48,15 @@ def build_reducer(
     name: str,
     layout: list[Slot],
     *,
-    rank: int,
+    worker: int,
     seed: int = 1,
     device: torch.device | str = "cpu",
     **settings: Any,
 ) -> Reducer:
     """A reducer for a training loop of your own: settings are those of its section in a configuration.
 
-    seed is equal on all workers, rank is this one's; layout is GradientBuffer(model).layout. Raises
+    seed is equal on all workers, worker is this one's rank; layout is GradientBuffer(model).layout. Raises
     ValueError where there is no such reducer or setting, or a value is out of its range.
     """
     chosen = validate({"reducer": {"name": name, **settings}}, _Chosen, {"reducer": _SETTINGS}).reducer
-    return REDUCERS[name](chosen, layout, seeds=Seeds.derive(seed, rank), device=torch.device(device))
+    return REDUCERS[name](chosen, layout, seeds=Seeds.derive(seed, worker), device=torch.device(device))

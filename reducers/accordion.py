@@ -1,10 +1,10 @@
 """Accordion: low compression for the tensors whose gradient is changing, high for the others."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import Field, Strict
+from pydantic import Field, Strict, model_validator
 from torch import Tensor
 
 from reducers.common import Leveled
@@ -32,14 +32,22 @@ class AccordionSettings(Named):
     vectors: Literal["whole", "compressed"] = "whole"
     """topk: send all of a tensor of one dimension (the paper), or treat it as the others."""
 
+    @model_validator(mode="after")
+    def _low_compression_sends_more(self) -> Self:
+        for name, (low, high) in (("densities", self.densities), ("ranks", self.ranks)):
+            if low < high:
+                raise ValueError(f"{name}: expected the larger one first, got {low:g} and {high:g}")
+        return self
+
 
 class Accordion(Reducer):
     """Agarwal et al. 2021, arXiv 2010.16248, algorithm 1, around a reducer with a level a tensor.
 
     After every interval_epochs-th epoch, rank 0 compares the norm of each tensor of its raw gradient with the
     norm an interval ago: |before - now| / before >= change means low compression until the next decision, as
-    do a first decision, a norm of zero and, from the epoch in which it happens, a lower learning rate. The
-    choice is broadcast. Without begin_step compression stays low.
+    do a first decision, a norm of zero and a learning rate that is lower where an epoch begins than where the
+    one before did. The choice is broadcast. Where it changes, PowerSGD's factors start anew. The inner
+    reducer's other settings are its defaults. Without begin_step compression stays low.
     """
 
     Settings: ClassVar[type[Named]] = AccordionSettings
@@ -58,6 +66,7 @@ class Accordion(Reducer):
         sums = layout[-1].stop if config.detector == "epoch" else 0
         self.total = torch.zeros(sums, device=device)  # the epoch's raw gradients so far
         self._progress: Progress | None = None
+        self._applied: list[float] = []
         self._set(torch.ones(len(layout), dtype=torch.uint8, device=device))
 
     def begin_step(self, progress: Progress) -> None:
@@ -114,7 +123,9 @@ class Accordion(Reducer):
             levels = [
                 level if len(slot.shape) > 1 else 1.0 for level, slot in zip(levels, self.layout, strict=True)
             ]
-        self.inner.set_levels(levels)
+        if levels != self._applied:
+            self._applied = levels
+            self.inner.set_levels(levels)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._set(state["levels"])  # the sizes of the inner reducer's state follow from the levels

@@ -18,6 +18,18 @@ def average(send: Tensor, mean: Tensor, comm: Communicator) -> None:
     send.zero_()
 
 
+def average_at(indices: Tensor, send: Tensor, mean: Tensor, comm: Communicator) -> None:
+    """mean = sum_i send_i / W at indices (k,), the same on all workers, and 0 elsewhere; send: 0 there.
+
+    One all-reduce of the k values. send, mean (n,).
+    """
+    values = send[indices]
+    comm.all_reduce(values)
+    send[indices] = 0
+    mean.zero_()
+    mean[indices] = values / comm.world_size
+
+
 class Leveled(Reducer):
     """A reducer whose compression can be set a tensor, while it runs."""
 

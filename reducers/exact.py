@@ -23,8 +23,8 @@ class Exact(Reducer):
 
     In float32 nothing is left in send. In half precision each worker sends q_i = half(send_i / W), the
     all-reduce adds in that precision, and send_i - W q_i is left: under error feedback no rounding of a
-    worker's own is lost, only that of the W - 1 additions. What float16 cannot hold (above 65504) is sent
-    at that limit, and its rest stays in send. A NaN is sent, and stays.
+    worker's own is lost, only that of the W - 1 additions. In float16 what is above 32752 is sent as
+    32752, so that no sum overflows, and its rest stays in send. A NaN is sent, and stays.
     """
 
     Settings: ClassVar[type[Named]] = ExactSettings
@@ -41,8 +41,8 @@ class Exact(Reducer):
         if self._half is None:
             average(send, mean, comm)
             return
-        # q = half(clamp(send) / W): a sum of W such numbers does not overflow; bfloat16's range is float32's
-        limit = torch.finfo(torch.float16).max
+        # q = half(clamp(send) / W); half of what float16 holds, since q and its partial sums may round up
+        limit = torch.finfo(torch.float16).max / 2
         held = torch.clamp(send, -limit, limit, out=mean) if self._half.dtype == torch.float16 else send
         self._half.copy_(torch.div(held, comm.world_size, out=mean))
         # send = send - W q

@@ -118,7 +118,8 @@ class PowerSGD(Leveled):
         """Replace a factor by its sum over workers; the same round averages the vectors of send to mean."""
         vectors = [self.matrices.wholes(flat) for flat in send_and_mean]
         message = torch.cat([factor, *(vectors[0] if vectors else [])])
-        comm.all_reduce(message)
+        if message.numel():
+            comm.all_reduce(message)
         factor.copy_(message[: factor.numel()])
         if vectors and self.matrices.whole:
             sums = message[factor.numel() :].div_(comm.world_size)

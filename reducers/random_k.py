@@ -1,13 +1,14 @@
 """Random-k and random-block: which elements travel is drawn alike on all workers, so no index does."""
 
 from abc import abstractmethod
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from reducers.schedule import DensitySettings, ScheduledReducer
+from reducers.common import average_at
+from reducers.schedule import DensitySchedule, DensitySettings, ScheduledReducer
 from reducers.sparse import target_count
 from sage.config import Named
 from sage.interfaces import Communicator, Seeds, Slot
@@ -17,6 +18,12 @@ class SharedDrawSettings(DensitySettings):
     rank: int | None = Field(default=None, ge=1)
     """k_l = min(rank (rows + columns), n_l) instead, what a low-rank method of this rank sends; vectors go
     whole. Beside a number the density is a label only."""
+
+    @model_validator(mode="after")
+    def _schedule_needs_a_density(self) -> Self:
+        if self.rank is not None and self.density_schedule != DensitySchedule():
+            raise ValueError(f"density_schedule moves the density only, got rank {self.rank}")
+        return self
 
 
 class RandomKSettings(SharedDrawSettings):
@@ -65,11 +72,7 @@ class SharedDraw(ScheduledReducer):
 
     def reduce(self, send: Tensor, mean: Tensor, comm: Communicator) -> None:
         indices = self.draw().to(send.device, non_blocking=True)  # (k,)
-        values = send[indices]
-        comm.all_reduce(values)
-        send[indices] = 0
-        mean.zero_()
-        mean[indices] = values / comm.world_size
+        average_at(indices, send, mean, comm)
         self._sent = indices
 
     @classmethod
@@ -84,7 +87,10 @@ class SharedDraw(ScheduledReducer):
         return 4 * count if world_size > 1 else 0
 
     def metrics(self) -> dict[str, float]:
-        return {"target_density": self.target_density, "union_density": self.density}
+        return {
+            "target_density": self.target_density if self.rank is None else self.density,
+            "union_density": self.density,
+        }
 
     def _draw_below(self, highs: Tensor) -> Tensor:
         """One number in [0, high) for each of highs (count,), uniform up to a relative 2^-31."""

@@ -37,7 +37,7 @@ class Signum(Reducer):
 
     def reduce(self, send: Tensor, mean: Tensor, comm: Communicator) -> None:
         # m = m + (1 - beta) (g - m)
-        self.momentum.lerp_(send, 1 - self.beta)
+        self.momentum.lerp_(send.to(self.momentum.dtype), 1 - self.beta)
         vote(self.momentum, mean, comm)
         send.zero_()
 

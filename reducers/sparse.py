@@ -12,6 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from reducers.common import average_at
 from reducers.schedule import DensitySettings, ScheduledReducer
 from sage.interfaces import Communicator, Place, Slot, Stateful
 
@@ -136,11 +137,7 @@ def exchange_by_union(send: Tensor, mean: Tensor, indices: Tensor, comm: Communi
     """
     gathered = comm.all_gather_ragged(indices.to(torch.int32))
     union = torch.cat(gathered).unique().long()  # host synchronisation: the union's size
-    values = send[union]
-    comm.all_reduce(values)
-    send[union] = 0
-    mean.zero_()
-    mean[union] = values / comm.world_size
+    average_at(union, send, mean, comm)
     return gathered, union
 
 

@@ -99,7 +99,7 @@ class Residual(Feedback):
         super().__init__(config, like)
         self.decay, self.lr_correction = config.decay, config.lr_correction
         self.previous_lr = 0.0  # the last positive one; 0: none yet
-        self._scale = 1.0
+        self._scale = config.decay  # without begin_step there is no other
 
     def begin_step(self, progress: Progress) -> None:
         self._scale = self.decay

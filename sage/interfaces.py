@@ -174,8 +174,9 @@ class Reducer(Stateful, ABC):
     def reduce(self, send: Tensor, mean: Tensor, comm: Communicator) -> None:
         """Fill mean (n,) with the estimate of the workers' average of send; the same bits on every worker.
 
-        send (n,): what this worker wants to send. On return it holds what was not sent, so the caller decides
-        whether to keep it (error feedback). mean holds this worker's raw gradient on entry.
+        send (n,) float32 (sparsifiers: float64 too): what this worker wants to send. On return it holds what
+        was not sent, so the caller decides whether to keep it (error feedback). mean holds this worker's raw
+        gradient on entry.
         """
 
     @classmethod

@@ -10,9 +10,10 @@ from torch import Tensor
 from sage.board import Board
 from sage.clock import Clock
 from sage.comm import LocalComm
-from sage.interfaces import Place, Progress
-from sage.metrics import Recorder
-from sage.train import Parts, RunSettings, Trainer, describe
+from sage.gradient import GradientBuffer
+from sage.interfaces import Place, Progress, Reducer, Task
+from sage.metrics import Recorder, readable_bytes
+from sage.train import Parts, RunSettings, Trainer
 from sage.worker import Worker
 
 TIMED_STEPS = 3
@@ -38,6 +39,32 @@ def preview(settings: RunSettings, parts: Parts, worker: Worker) -> str:
         in_all = once + world_size * (total - once)
         lines.append(f"simulated   {in_all:,} B for {world_size}: parameters and optimizer are held once")
         lines.append(f"time        {_told_time(_time_step(trainer), world_size, task.steps_per_epoch)}")
+    return "\n".join(lines)
+
+
+def break_even_density(world_size: int, dense_bytes: int) -> float:
+    """The density from which on a gather of values and indices sends no less than the dense all-reduce.
+
+    8 d n (W - 1) = 2 (W - 1) / W * dense_bytes * n, under the ring algorithm; 8: a value and an int32 index.
+    """
+    return 2 * dense_bytes / (8 * world_size)
+
+
+def describe(task: Task, reducer: Reducer, gradient: GradientBuffer, epochs: int, place: Place) -> str:
+    """What a run would be, without training."""
+    num_elements, steps = gradient.flat.numel(), task.steps_per_epoch
+    payload, dense = reducer.expected_payload_bytes(place.world_size), gradient.flat.nbytes
+    share = f", {payload / dense:.3%} of the dense gradient's {readable_bytes(dense)}" if payload else ""
+    lines = [
+        f"parameters  {num_elements:,} in {len(gradient.layout)} tensors",
+        f"workers     {place.world_size}",
+        f"batch       {task.batch_per_worker} a worker, {task.batch_per_worker * place.world_size} in all",
+        f"steps       {steps:,} an epoch, {steps * epochs:,} in {epochs} epochs",
+        f"payload     {readable_bytes(payload)} a worker and step at the target density{share}",
+    ]
+    if place.world_size > 1:
+        full, half = (f"{break_even_density(place.world_size, size):.3g}" for size in (4, 2))
+        lines.append(f"break-even  below density {full} a gather sends less than exact does; 16-bit: {half}")
     return "\n".join(lines)
 
 

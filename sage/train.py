@@ -15,8 +15,8 @@ from sage.comm import CountingComm
 from sage.config import Named, Settings
 from sage.feedback import FEEDBACKS, Feedback
 from sage.gradient import GradientBuffer
-from sage.interfaces import Communicator, Place, Progress, Reducer, Task, TrainingError
-from sage.metrics import Log, Meter, Recorder, readable_bytes
+from sage.interfaces import Communicator, Progress, Reducer, Task, TrainingError
+from sage.metrics import Log, Meter, Recorder
 from sage.optim import Clip, Schedule, clip_norm
 
 Parts = tuple[Task, Reducer, Feedback, GradientBuffer, torch.optim.Optimizer]
@@ -125,7 +125,10 @@ class Trainer:
         norms += [memory.norm()] if measure else []
         if clip.norm is not None and not clip.before_reduce:
             clip_norm(grad, clip.norm)
-        return _named_norms(*(norm.item() for norm in norms)) if measure else {}
+        named = _named_norms(*(norm.item() for norm in norms)) if measure else {}
+        if not self.reducer.takes_feedback:  # what is left in send is no error
+            named.pop("compression_error", None)
+        return named
 
     def apply(self, lr_factor: float) -> None:
         """One step of the optimizer, with the base learning rates times lr_factor."""
@@ -271,29 +274,3 @@ def _checksum(values: Tensor) -> Tensor:
     """
     bits = values.reshape(-1).view(torch.int32).long()
     return (bits * (2 * torch.arange(bits.numel(), device=bits.device) + 1)).sum()
-
-
-def break_even_density(world_size: int, dense_bytes: int) -> float:
-    """The density from which on a gather of values and indices sends no less than the dense all-reduce.
-
-    8 d n (W - 1) = 2 (W - 1) / W * dense_bytes * n, under the ring algorithm; 8: a value and an int32 index.
-    """
-    return 2 * dense_bytes / (8 * world_size)
-
-
-def describe(task: Task, reducer: Reducer, gradient: GradientBuffer, epochs: int, place: Place) -> str:
-    """What a run would be, without training."""
-    num_elements, steps = gradient.flat.numel(), task.steps_per_epoch
-    payload, dense = reducer.expected_payload_bytes(place.world_size), gradient.flat.nbytes
-    share = f", {payload / dense:.3%} of the dense gradient's {readable_bytes(dense)}" if payload else ""
-    lines = [
-        f"parameters  {num_elements:,} in {len(gradient.layout)} tensors",
-        f"workers     {place.world_size}",
-        f"batch       {task.batch_per_worker} a worker, {task.batch_per_worker * place.world_size} in all",
-        f"steps       {steps:,} an epoch, {steps * epochs:,} in {epochs} epochs",
-        f"payload     {readable_bytes(payload)} a worker and step at the target density{share}",
-    ]
-    if place.world_size > 1:
-        full, half = (f"{break_even_density(place.world_size, size):.3g}" for size in (4, 2))
-        lines.append(f"break-even  below density {full} a gather sends less than exact does; 16-bit: {half}")
-    return "\n".join(lines)

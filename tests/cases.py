@@ -112,7 +112,7 @@ BY_THRESHOLD = {"exact_with": {"threshold": 1e-30}, "count": reached, "nan": "ke
 SAGE = {"density": 0.05, "threshold": 0.03}
 UNION = {"exchange": "union"}
 HALF = {"gathers_only": False, "nan": "spreads", "collectives": (("all_reduce", 2 * N),)}
-SATURATES = "float16 ends at 65504: what is above is sent in later steps"
+SATURATES = "in float16 32752 is the most that is sent in a step"
 
 
 # (8, 27) and (20, 11) at rank 2: P has 16 + 40 numbers, Q 54 + 22; the vectors have 8 + 11 + 1.

@@ -96,3 +96,22 @@ def test_powersgd_gets_ranks() -> None:
     assert reducer.expected_payload_bytes(2) == 4 * 3 * 50
     reducer._set(torch.zeros(1, dtype=torch.uint8))
     assert reducer.expected_payload_bytes(2) == 4 * 1 * 50
+
+
+def test_factors_go_on_where_a_decision_changes_nothing() -> None:
+    wide = layout_of(((20, 30),))
+    config = AccordionSettings(inner="powersgd", ranks=(2, 1), interval_epochs=1)
+    reducer = Accordion(config, wide, seeds=Seeds.derive(1, 0), device=torch.device("cpu"))
+    factors = [reducer.inner.p.clone()]  # type: ignore[attr-defined]
+    for low in (1, 0, 0):
+        reducer._set(torch.full((1,), low, dtype=torch.uint8))
+        factors.append(reducer.inner.p.clone())  # type: ignore[attr-defined]
+    assert torch.equal(factors[0], factors[1])
+    assert len(factors[2]) == len(factors[1]) / 2
+    assert torch.equal(factors[2], factors[3])
+
+
+@pytest.mark.parametrize("pair", [{"densities": (0.01, 0.5)}, {"ranks": (1, 2)}])
+def test_low_compression_must_send_more(pair: dict[str, tuple]) -> None:
+    with pytest.raises(ValueError, match="expected the larger one first"):
+        AccordionSettings.model_validate(pair)

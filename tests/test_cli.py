@@ -16,7 +16,8 @@ import yaml
 import run
 from sage import config, launch
 from sage.comm import LocalComm
-from sage.train import RunSettings, break_even_density
+from sage.preview import break_even_density
+from sage.train import RunSettings
 
 ROOT = Path(__file__).parent.parent
 DIGITS = str(ROOT / "configs" / "digits.yaml")

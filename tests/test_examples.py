@@ -34,10 +34,10 @@ def test_the_example_is_shorter_than_forty_lines() -> None:
 
 
 def test_a_reducer_is_built_from_keywords() -> None:
-    reducer = build_reducer("sage", LAYOUT, rank=1, seed=3, density=0.2, exchange="union")
+    reducer = build_reducer("sage", LAYOUT, worker=1, seed=3, density=0.2, exchange="union")
     assert isinstance(reducer, Sage)
     assert (reducer.n, reducer.target_density, reducer.exchange) == (310, 0.2, "union")
-    alike, other = (build_reducer("sage", LAYOUT, rank=rank, seed=3) for rank in (1, 2))
+    alike, other = (build_reducer("sage", LAYOUT, worker=rank, seed=3) for rank in (1, 2))
     states = [one.state_dict()["law"]["generator"] for one in (reducer, alike, other)]
     assert torch.equal(states[0], states[1])
     assert not torch.equal(states[0], states[2])
@@ -53,4 +53,9 @@ def test_a_reducer_is_built_from_keywords() -> None:
 )
 def test_a_bad_keyword_is_named(name: str, settings: dict[str, float], told: str) -> None:
     with pytest.raises(ValueError, match=told):
-        build_reducer(name, LAYOUT, rank=0, **settings)
+        build_reducer(name, LAYOUT, worker=0, **settings)
+
+
+def test_a_rank_of_factors_is_a_setting_and_no_workers_rank() -> None:
+    powersgd = build_reducer("powersgd", LAYOUT, worker=1, rank=2, min_compression_rate=0)
+    assert powersgd.expected_payload_bytes(2) == 4 * (2 * (30 + 10) + 10)  # two factors and a vector

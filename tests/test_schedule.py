@@ -93,3 +93,10 @@ def test_sage_starts_at_the_first_density_and_aims_at_each(threshold: float | st
         # beta = 2 / (1 + exp(d - d_exam))
         beta = 2 / (1 + torch.tensor(target - metrics["density_exam"]).exp().item())
         assert metrics["beta"] == pytest.approx(beta, rel=1e-6)
+
+
+def test_a_rank_leaves_nothing_to_schedule() -> None:
+    with pytest.raises(ValueError, match="density_schedule moves the density only, got rank 2"):
+        build("random_k", rank=2)
+    reducer = build("random_k", rank=2, density_schedule={})
+    assert step(reducer, 0.0)["target_density"] == reducer.density
