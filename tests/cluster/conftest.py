@@ -89,8 +89,11 @@ def obstacle() -> str | None:
     for tool in ("slurmctld", "slurmd", "munged", "ip", "tc", "mpirun"):
         if shutil.which(tool) is None:
             return f"{tool} is missing: apt-get install slurm-wlm munge iproute2 openmpi-bin"
-    if subprocess.run(["unshare", "--net", "--uts", "true"], capture_output=True).returncode:
-        return "this machine allows no network namespaces"
+    links = "ip link add a type veth peer name b && ip link add c type bridge"
+    limit = "tc qdisc add dev a root tbf rate 1gbit burst 256kb latency 50ms"
+    tried = ["unshare", "--net", "--uts", "sh", "-c", f"{links} && {limit}"]
+    if subprocess.run(tried, capture_output=True).returncode:
+        return "this machine allows no network namespaces, or no limited links in them"
     return None
 
 
