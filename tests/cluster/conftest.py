@@ -89,8 +89,8 @@ def obstacle() -> str | None:
     for tool in ("slurmctld", "slurmd", "munged", "ip", "tc", "mpirun"):
         if shutil.which(tool) is None:
             return f"{tool} is missing: apt-get install slurm-wlm munge iproute2 openmpi-bin"
-    links = "ip link add a type veth peer name b && ip link add c type bridge"
-    limit = "tc qdisc add dev a root tbf rate 1gbit burst 256kb latency 50ms"
+    links = "ip link add name veth1 type veth peer name veth2 && ip link add name bridge1 type bridge"
+    limit = "tc qdisc add dev veth1 root tbf rate 1gbit burst 256kb latency 50ms"
     tried = ["unshare", "--net", "--uts", "sh", "-c", f"{links} && {limit}"]
     if subprocess.run(tried, capture_output=True).returncode:
         return "this machine allows no network namespaces, or no limited links in them"
