@@ -76,7 +76,8 @@ def task_of(name: str) -> str:
 
 def measure(name: str, arguments: argparse.Namespace, temporary: Path) -> Row:
     data, kind = find_or_make(task_of(name), arguments.data, temporary)
-    changes = ["epochs=1", "log.every=1", "log.tensorboard=false"]
+    # An epoch has a step or more: so many epochs have the steps, and the first, which is not counted.
+    changes = [f"epochs={1 + arguments.steps}", "log.every=1", "log.tensorboard=false"]
     changes += [f"reducer.name={arguments.reducer}"] if arguments.reducer else []
     settings = config.load(CONFIGS / f"{name}.yaml", changes, RunSettings, TABLES)
     command = [sys.executable, "run.py", str(CONFIGS / f"{name}.yaml"), *changes]
