@@ -1,7 +1,7 @@
 """Random-k and random-block: which elements travel is drawn alike on all workers, so no index does."""
 
 from abc import abstractmethod
-from typing import Any, ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -52,7 +52,6 @@ class SharedDraw(ScheduledReducer):
         self.generator = torch.Generator().manual_seed(seeds.common)
         self.starts = torch.tensor([slot.start for slot in self.slots])  # (tensors,)
         self.sizes = torch.tensor([slot.size for slot in self.slots])
-        self._sent = torch.empty(0, dtype=torch.int64)
         self.aim(config.density)
 
     def aim(self, density: float) -> None:
@@ -74,13 +73,6 @@ class SharedDraw(ScheduledReducer):
         indices = self.draw().to(send.device, non_blocking=True)  # (k,)
         average_at(indices, send, mean, comm)
         self._sent = indices
-
-    @classmethod
-    def is_sparsifier(cls, config: Any) -> bool:
-        return True
-
-    def sent_indices(self) -> Tensor:
-        return self._sent
 
     def expected_payload_bytes(self, world_size: int) -> int:
         count = sum(self._count(slot, self.config.density) for slot in self.slots)

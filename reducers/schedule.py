@@ -1,8 +1,10 @@
 """A density that falls over the first epochs: for every reducer that has one."""
 
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
+import torch
 from pydantic import Field, Strict, model_validator
+from torch import Tensor
 
 from sage.config import Named, Settings
 from sage.interfaces import Progress, Reducer
@@ -45,6 +47,14 @@ class ScheduledReducer(Reducer):
     def __init__(self, config: DensitySettings) -> None:
         self.config = config
         self.target_density = config.density
+        self._sent = torch.empty(0, dtype=torch.int64)  # of the last reduce
+
+    @classmethod
+    def is_sparsifier(cls, config: Any) -> bool:
+        return True
+
+    def sent_indices(self) -> Tensor:
+        return self._sent
 
     def begin_step(self, progress: Progress) -> None:
         density = self.config.density_schedule.at(progress.epoch, self.config.density)

@@ -5,7 +5,7 @@ a subclass of ThresholdSparsifier that passes a law: who sets the threshold.
 """
 
 from abc import abstractmethod
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -156,7 +156,6 @@ class Sparsifier(ScheduledReducer):
         super().__init__(config)
         self.exchange = config.exchange
         self._gathered: list[Tensor] = []
-        self._sent = torch.empty(0, dtype=torch.int64)
 
     @abstractmethod
     def select(self, send: Tensor, place: Place) -> Tensor:
@@ -168,13 +167,6 @@ class Sparsifier(ScheduledReducer):
         self._gathered, self._sent = exchange(send, mean, indices, comm)
         num_selected = sum(places.numel() for places in self._gathered)
         self.density = num_selected / (comm.world_size * self.n)
-
-    @classmethod
-    def is_sparsifier(cls, config: Any) -> bool:
-        return True
-
-    def sent_indices(self) -> Tensor:
-        return self._sent
 
     def target_counts(self) -> int:
         """Elements a worker sends in a step at the target density, after any schedule."""
