@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from sage.config import Named
 from sage.interfaces import Place, Seeds, Stateful, Task
-from tasks.data.text import Text
+from tasks.data.corpus import Corpus
+from tasks.data.text import Text, TokenizerName
 from tasks.models.lstm import LanguageLSTM
 
 EVALUATION_COLUMNS = 64
@@ -168,3 +169,18 @@ def evaluation_columns(tokens: np.ndarray, place: Place) -> Tensor:
     places = places.clamp(max=count - 1)
     numbers = torch.from_numpy(tokens).long()
     return torch.stack((numbers[places], numbers[places + 1].where(inside, NO_TARGET)))
+
+
+class CorpusSettings(LanguageSettings):
+    tokenizer: TokenizerName = "spacy"
+    """spacy: spaCy's English tokens, lower-cased (the published form); whitespace: the corpus's own."""
+
+
+class CorpusModelling(LanguageModelling):
+    """A corpus as its preparation left it; a subclass says which."""
+
+    corpus: ClassVar[Corpus]
+
+    @classmethod
+    def read(cls, config: CorpusSettings, data: Path) -> Text:
+        return cls.corpus.read(data, config.tokenizer)
