@@ -3,8 +3,10 @@
 import sys
 
 from sage import cli
+from sage.signals import WATCH
 
 if __name__ == "__main__":
+    WATCH.listen()
     cli.parse(sys.argv[1:])  # --help and slips are answered before the imports, which take seconds
 
 from functools import partial
@@ -13,15 +15,16 @@ from typing import Any
 import torch
 
 from reducers import REDUCERS
-from sage import checkpoint, config, launch
-from sage.experiment import start
+from sage import config, files, launch
+from sage.experiment import plan, start
 from sage.feedback import FEEDBACKS
 from sage.gradient import GradientBuffer
 from sage.interfaces import Seeds
 from sage.metrics import say
 from sage.optim import OPTIMIZERS, build_optimizer
 from sage.preview import preview
-from sage.train import Parts, RunSettings, check
+from sage.settings import RunSettings, check
+from sage.train import Parts
 from sage.worker import Worker
 from tasks import TASKS
 
@@ -43,13 +46,14 @@ def main(arguments: list[str]) -> int:
         worker = find_worker(options, settings)
         if options.dry_run:
             return cli.show(preview(settings, build(settings, worker), worker), launch.speaks_here())
-        checkpoint.check_writable(options.runs)
+        files.check_writable(options.runs)
+        place, again = options.runs / point.place, SETTLE if options.sweep else None
+        order = plan(settings, place, again, options.resume, options.job, worker)
     except ValueError as error:
         return cli.complain(str(error)) if launch.speaks_here() else launch.give_way()
     if worker.is_to_spawn():
         return launch.spawn([__file__, *arguments], worker.place.world_size, say)
-    place, again = options.runs / point.place, SETTLE if options.sweep else None
-    return start(settings, place, again, build, worker, cli.complain)
+    return start(order, build, worker, cli.complain)
 
 
 def find_worker(options: cli.Arguments, settings: RunSettings) -> Worker:
@@ -57,8 +61,6 @@ def find_worker(options: cli.Arguments, settings: RunSettings) -> Worker:
     worker = launch.find_worker(options.threads, options.data, *asked)
     if options.many and worker.rendezvous.launched:
         raise ValueError("--sweep: expected an --index too under a launcher, one point a launch")
-    if options.many:
-        checkpoint.check_writable(options.runs)
     check(settings, TASKS, REDUCERS, worker.data, worker.place.world_size)
     return worker
 

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.machine import load_average, machine
-from sage.checkpoint import write_json
+from sage.files import write_json
 from sage.interfaces import Place, Seeds, Task
 from tasks import TASKS
 

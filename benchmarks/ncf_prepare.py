@@ -16,7 +16,7 @@ import pandas as pd
 
 from benchmarks.machine import load_average, machine
 from benchmarks.made import draw_ratings
-from sage.checkpoint import write_json
+from sage.files import write_json
 from tasks.data.movielens import ML_20M
 
 _, NUM_USERS, NUM_ITEMS = ML_20M.sizes

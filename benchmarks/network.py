@@ -34,7 +34,7 @@ from rich.table import Table
 
 from benchmarks.network_worker import BITS, NUM_HOSTS, Row
 from benchmarks.reduce import LAYOUTS
-from sage.checkpoint import write_text
+from sage.files import write_text
 
 ROOT = Path(__file__).parent.parent
 TOOL = str(ROOT / "tests" / "cluster" / "virtual-cluster")

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from benchmarks.reduce import LAYOUTS, Gradients, fitting_start, fitting_threshold
 from reducers import REDUCERS
-from sage.checkpoint import write_text
 from sage.comm import DistComm
+from sage.files import write_text
 from sage.interfaces import Reducer, Seeds, Slot, lay_out
 
 BITS = {"mbit": 1e6, "gbit": 1e9}

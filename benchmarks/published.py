@@ -30,7 +30,7 @@ from benchmarks.made import PLACES, find_or_make
 from reducers import REDUCERS
 from run import TABLES
 from sage import config, provenance
-from sage.checkpoint import write_json
+from sage.files import write_json
 from sage.train import RunSettings
 
 CONFIGS = provenance.ROOT / "configs"

@@ -32,8 +32,8 @@ from rich.table import Table
 from torch import Tensor
 
 from reducers import REDUCERS
-from sage.checkpoint import write_text
 from sage.comm import CountingComm, LocalComm, connect_comm
+from sage.files import write_text
 from sage.interfaces import Communicator, Reducer, Seeds, Slot, lay_out
 from tasks.models.resnet import resnet18
 

@@ -39,6 +39,7 @@ class Atomo(Spectral):
 
     Settings: ClassVar[type[Named]] = AtomoSettings
     state_names = ("generator",)
+    worker_generators = state_names
 
     def __init__(
         self, config: AtomoSettings, layout: list[Slot], *, seeds: Seeds, device: torch.device

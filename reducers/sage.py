@@ -81,6 +81,7 @@ class SageLaw(ThresholdLaw):
     """
 
     state_names = ("lam", "previous_mean", "started", "generator")
+    worker_generators = ("generator",)
 
     def __init__(self, config: SageSettings, layout: list[Slot], seed: int, device: torch.device) -> None:
         self._first = config.threshold

@@ -1,60 +1,231 @@
-"""Files that are whole or not there: written under a temporary name, then renamed."""
+"""Checkpoints: when one is due, how all workers write it together, how a worker reads its part."""
 
+import hashlib
+import io
 import json
-import os
-import tempfile
+import pickle
+import shutil
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Annotated, Any, BinaryIO
 
 import torch
+from pydantic import Field
+
+from sage import files, manifest
+from sage.board import PATIENCE_SECONDS, Board
+from sage.config import Settings
+from sage.interfaces import TrainingError
+from sage.manifest import SHARED, Checkpoint, FileFacts, Manifest, own
+from sage.metrics import say
+
+State = dict[str, Any]
+"""Tensors, numbers, texts, None, and lists and mappings of them: what torch reads with weights_only."""
 
 
-def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Write a file so that at any moment the old one, the new one or none is there, on the disk too."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+class Checkpoints(Settings):
+    """When a run's state is written down; a signal that ends it early writes one besides."""
+
+    every_epochs: Annotated[int, Field(ge=1)] | None = 1
+    """After each so many epochs; null: never for this reason."""
+    every_minutes: Annotated[float, Field(gt=0)] | None = 30.0
+    """When so many minutes have passed since the last, in the middle of an epoch too; null: never."""
+    keep: int = Field(default=2, ge=1)
+    """How many of the newest stay while the run goes on; once it is done, its final weights alone."""
+    required: bool = True
+    """End the run where one cannot be written, on a full disk say; false: go on without, and try again when
+    the next is due. What the disk does not take of metrics.jsonl then waits for room."""
 
 
-def write_text(path: Path, text: str) -> None:
-    write_whole(path, lambda file: file.write(text.encode()))
+class Keeper:
+    """Writes the checkpoints of a run; every worker calls the same methods at the same steps."""
+
+    def __init__(
+        self, run: Path, config: Mapping[str, Any], settings: Checkpoints, board: Board, last_step: int = 0
+    ) -> None:
+        """last_step: of the checkpoint that the run goes on from."""
+        self.run, self.settings = run, settings
+        self._config, self._board, self._place = config, board, board.place
+        self._last_step, self._num_tries = last_step, 0
+        self._tried = time.monotonic()
+
+    def is_due(self) -> bool:
+        """By rank 0's clock; the others never ask for one."""
+        minutes = self.settings.every_minutes
+        passed = time.monotonic() - self._tried
+        return self._place.rank == 0 and minutes is not None and passed >= 60 * minutes
+
+    def is_due_after(self, epochs: int) -> bool:
+        """epochs: done."""
+        every = self.settings.every_epochs
+        return every is not None and epochs % every == 0
+
+    def save(
+        self, step: int, epoch: int, shared: State | None, mine: State, sync: Callable[[], None]
+    ) -> None:
+        """Write a checkpoint after so many steps and epochs. shared: rank 0's, None on the others; sync: has
+        on the disk what goes before it, and may raise OSError.
+
+        Returns when the manifest is there, on no worker before. Where it cannot be written, what was written
+        is removed and, where a checkpoint is required, TrainingError raised.
+        """
+        if step == self._last_step:
+            return
+        self._num_tries += 1
+        states = {own(self._place.rank): mine} | ({SHARED: shared} if shared is not None else {})
+        told = self._board.collect(f"checkpoint/{self._num_tries}", self._write(step, states, sync))
+        trouble = next((f"rank {r}: {t[1:]}" for r, t in enumerate(told) if t.startswith("!")), "")
+        if not trouble and self._place.rank == 0:
+            facts = {name: facts for text in told for name, facts in json.loads(text).items()}
+            trouble = self._finish(step, epoch, facts)
+        trouble = self._board.agree(f"manifest/{self._num_tries}", trouble)
+        self._tried = time.monotonic()
+        if trouble:
+            self._give_up(step, trouble)
+            return
+        self._last_step = step
+        if self._place.rank == 0:
+            self._prune(manifest.manifests(self.run)[: self.settings.keep])
+
+    def saved(self) -> Path | None:
+        """The newest checkpoint's folder."""
+        return manifest.folder_of(self.run, self._last_step) if self._last_step else None
+
+    def _write(self, step: int, states: Mapping[str, State], sync: Callable[[], None]) -> str:
+        """Write this worker's files: their facts in JSON, or ! and what went wrong."""
+        facts: dict[str, Any] = {}
+        try:
+            sync()
+            for name, state in states.items():
+                facts[name] = write_state(manifest.folder_of(self.run, step) / name, state).model_dump()
+        except OSError as error:
+            return f"!{error.strerror}"
+        return json.dumps(facts)
+
+    def _finish(self, step: int, epoch: int, facts: dict[str, Any]) -> str:
+        """Write the manifest; what went wrong, or nothing."""
+        folder, written = manifest.folder_of(self.run, step), {n: FileFacts(**f) for n, f in facts.items()}
+        made = Manifest(
+            format=manifest.FORMAT,
+            step=step,
+            epoch=epoch,
+            world_size=self._place.world_size,
+            config=dict(self._config),
+            files=written,
+        )
+        try:
+            _wait_for(Checkpoint(folder, made))
+            files.write_text(folder / manifest.NAME, made.model_dump_json(indent=2) + "\n")
+        except (OSError, ValueError) as error:
+            return f"rank 0: {getattr(error, 'strerror', None) or error}"
+        return ""
+
+    def _give_up(self, step: int, trouble: str) -> None:
+        shutil.rmtree(manifest.folder_of(self.run, step), ignore_errors=True)
+        last = f"the last one is {self.saved()}" if self._last_step else "there is no earlier one"
+        told = f"no checkpoint after step {step}: {trouble}; {last}"
+        if self.settings.required:
+            raise TrainingError(f"{told} (checkpoint.required=false goes on without)")
+        if self._place.rank == 0:
+            say(told)
+
+    def _prune(self, kept: list[Path]) -> None:
+        for folder in (self.run / "checkpoints").glob("step-*"):
+            if folder / manifest.NAME not in kept:
+                remove(folder)
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    write_text(path, json.dumps(content, indent=2) + "\n")
+def remove(folder: Path) -> None:
+    """A checkpoint, its manifest first."""
+    (folder / manifest.NAME).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_all(run: Path) -> None:
+    """All of a run."""
+    for folder in (run / "checkpoints").glob("step-*"):
+        remove(folder)
+
+
+def remove_after(checkpoint: Checkpoint) -> None:
+    """All that a run left of checkpoints behind the one that it goes on from, and of torn ones."""
+    for folder in checkpoint.folder.parent.glob("step-*"):
+        if folder.name > checkpoint.folder.name or not (folder / manifest.NAME).exists():
+            remove(folder)
+
+
+def _wait_for(checkpoint: Checkpoint) -> None:
+    """Until rank 0's host sees what the others wrote, which a network file system may show it later."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while True:
+        try:
+            return checkpoint.check_whole(contents=False)
+        except ValueError as error:
+            if time.monotonic() > deadline:
+                told = "runs must lie in a folder that all hosts share (--runs)"
+                raise ValueError(f"{error} on rank 0's host; {told}") from None
+            time.sleep(0.1)
+
+
+# --- one file -------------------------------------------------------------------------------------
+
+
+class _Summing:
+    """A file that torch.save writes to: counts, sums, and keeps an error for later, since torch would tell
+    of its own instead."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.num_bytes, self.sum, self.error = 0, hashlib.sha256(), None
+        self._file = file
+
+    error: OSError | None
+
+    def write(self, data: bytes) -> int:
+        if self.error is None:
+            try:
+                self._file.write(data)
+            except OSError as error:
+                self.error = error
+            self.sum.update(data)
+            self.num_bytes += len(data)
+        return len(data)
+
+    def flush(self) -> None:
+        """write_whole does."""
+
+
+def write_state(path: Path, state: State) -> FileFacts:
+    """Write a state whole; its size and checksum. Raises OSError."""
+    facts: list[FileFacts] = []
+
+    def write(file: BinaryIO) -> None:
+        summing = _Summing(file)
+        torch.save(state, summing)  # type: ignore[arg-type]  # all that it uses of a file
+        if summing.error is not None:
+            raise summing.error
+        facts.append(FileFacts(bytes=summing.num_bytes, sha256=summing.sum.hexdigest()))
+
+    files.write_whole(path, write)
+    return facts[0]
 
 
 def write_weights(path: Path, model: torch.nn.Module) -> None:
     """The model's state_dict; torch.load(path, weights_only=True) reads it."""
-    write_whole(path, lambda file: torch.save(model.state_dict(), file))
+    write_state(path, model.state_dict())
 
 
-def check_writable(runs: Path) -> None:
-    """Raise ValueError where no run's folder can be made in runs, which is made where it is missing."""
+def read_state(checkpoint: Checkpoint, name: str) -> State:
+    """A file's state, on the CPU. Raises ValueError where it is not what the manifest says, or holds more
+    than data: torch runs no code of it."""
+    path = checkpoint.folder / name
+    if name not in checkpoint.manifest.files:
+        raise ValueError(f"{checkpoint.folder / manifest.NAME}: files: expected {name} among them")
     try:
-        runs.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=runs):
-            pass
+        state: State = torch.load(io.BytesIO(checkpoint.read(name)), map_location="cpu", weights_only=True)
     except OSError as error:
-        raise ValueError(f"--runs {runs}: expected a folder to write to: {error.strerror}") from None
-
-
-def begin(folder: Path, config: str, environment: Mapping[str, Any]) -> None:
-    """Make a run's folder, a new one, with its resolved configuration and where it runs."""
-    folder.mkdir(parents=True)
-    write_text(folder / "config.yaml", config)
-    write_json(folder / "environment.json", environment)
-
-
-def finish(folder: Path, summary: dict[str, Any], model: torch.nn.Module) -> None:
-    """Write the final weights, then the summary, whose presence says that the run is done."""
-    write_weights(folder / "checkpoints" / "final.pt", model)
-    write_json(folder / "summary.json", summary)
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(f"{path}: expected tensors and numbers alone, got another file ({first})") from None
+    return state

@@ -2,16 +2,15 @@
 
 import argparse
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any, NoReturn
 
-from sage import sweep
+from sage import files, manifest, sweep
+from sage.signals import WATCH
 
 HELP = """\
 Train a task with a gradient compressor, as a YAML file says.
@@ -21,6 +20,7 @@ Train a task with a gradient compressor, as a YAML file says.
   torchrun --nproc-per-node 2 run.py configs/digits.yaml     the same, by torchrun
   python run.py configs/digits.yaml --simulate 16            16 workers that take turns in one process
   python run.py configs/digits.yaml reducer.name=topk epochs=3
+  python run.py configs/digits.yaml --resume                 go on with the newest run of it
   python run.py --sweep configs/sweeps/reducers_digits.yaml --workers 2
 
 key.path=value changes one value of the file, in YAML's syntax. An override of a name (reducer.name=exact)
@@ -29,10 +29,11 @@ A run leaves its folder, RUNS/<config name>/<run id>/, with config.yaml, environ
 checkpoints/ and summary.json; `python -m sage.report RUNS` turns run folders into tables and pictures.
 A sweep's file has a base (a configuration), a grid (key.path: [values]) and seeds. Without --list and --index
 all its points run in turn; a point that is done is skipped. Its runs lie in RUNS/<sweep>/<point>/.
-Exit codes: 0 done, 1 failed, 2 bad input (nothing was started).
+A run can be stopped anywhere and gone on with (--resume), with the same bits as without the stop. Ctrl-C,
+SIGTERM and SIGUSR1 let it finish its step and write a checkpoint; a second Ctrl-C ends it at once.
+Exit codes: 0 done, or ended by SIGTERM or SIGUSR1 with a checkpoint; 1 failed; 2 bad input (nothing was
+started); 130 Ctrl-C.
 """
-PASSED_ON = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1")
-"""What a sweep's process hands to the point that runs; SIGUSR1 is SLURM's warning before the time limit."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,9 @@ class Arguments:
     threads: int | None
     data: Path | None
     runs: Path
+    resume: str | None
+    """A run's or a checkpoint's folder, or manifest.NEWEST; None: begin."""
+    job: Path | None
     print_config: bool
     dry_run: bool
 
@@ -85,6 +89,15 @@ def parse(arguments: list[str]) -> Arguments:
     add("--threads", type=_count, metavar="N", help="threads a worker (default: cores / workers here)")
     add("--data", type=Path, metavar="DIR", help="prepared data sets (default: $SAGE_DATA, else ./data)")
     add("--runs", type=Path, metavar="DIR", default=Path("runs"), help="where runs go (default: runs)")
+    add(
+        "--resume",
+        nargs="?",
+        const=manifest.NEWEST,
+        metavar="PATH",
+        help="go on with the newest run of CONFIG, or with PATH: a run's folder, or one of its checkpoints; "
+        "then CONFIG may be left out",
+    )
+    add("--job", type=Path, metavar="LINK", help="leave a link to the run's folder there; pararun does")
     add("--print-config", action="store_true", help="print the resolved configuration and stop")
     add("--dry-run", action="store_true", help="build everything, train nothing, say what a run would be")
     return _check(parser, vars(parser.parse_intermixed_args(arguments)))
@@ -92,8 +105,14 @@ def parse(arguments: list[str]) -> Arguments:
 
 def _check(parser: argparse.ArgumentParser, parsed: dict[str, Any]) -> Arguments:
     """What argparse cannot say of options that belong together."""
-    words, file = parsed.pop("words"), parsed.pop("sweep")
+    words, file, resume = parsed.pop("words"), parsed.pop("sweep"), parsed["resume"]
     sweeps = file is not None
+    if resume and sweeps:
+        parser.error(f"--resume {resume}: with --sweep expected no path; each point goes on with its own run")
+    if resume and not Path(resume).is_dir():
+        parser.error(f"--resume {resume}: expected a run's folder, or one of its checkpoints")
+    if resume and (not words or "=" in words[0]):
+        words.insert(0, str(manifest.run_of(Path(resume)) / "config.yaml"))
     if not sweeps and not words:
         parser.error("CONFIG is missing: expected a YAML file")
     if not sweeps:
@@ -136,6 +155,7 @@ def run_sweep(
     ]
     if options.list_points:
         return show(sweep.listing(points, done), speaks=True)
+    files.check_writable(options.runs)
     for settings, is_done in zip(resolved, done, strict=True):
         if not is_done:
             check(settings)
@@ -156,22 +176,12 @@ def run_sweep(
 def _run(command: list[str]) -> tuple[int, bool]:
     """Run `python COMMAND`: its exit code, and whether a signal to this process ended it.
 
-    The child has a session of its own, so that Ctrl-C reaches it once: passed on from here.
+    The child has a session of its own, so that Ctrl-C reaches it once: handed on from here.
     """
-    children: list[subprocess.Popen[bytes]] = []
-    received: list[int] = []
-
-    def pass_on(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        for child in children:
-            child.send_signal(number)
-
-    before = {name: signal.signal(getattr(signal, name), pass_on) for name in PASSED_ON}
-    children.append(subprocess.Popen([sys.executable, *command], start_new_session=True))
-    code = children[0].wait()
-    for name, handler in before.items():
-        signal.signal(getattr(signal, name), handler)
-    return (128 + received[0], True) if received else (code, False)
+    child = subprocess.Popen([sys.executable, *command], start_new_session=True)
+    with WATCH.handed_on(child.send_signal):
+        code = child.wait()
+    return (code, False) if WATCH.received is None else (code or 128 + WATCH.received, True)
 
 
 # --- answers --------------------------------------------------------------------------------------

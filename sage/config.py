@@ -125,6 +125,14 @@ def to_yaml(settings: Settings) -> str:
     )
 
 
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """{"task": {"name": "cnn"}} as {"task.name": "cnn"}; empty for what is no mapping."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items() if isinstance(tree, dict) else ():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
 def one_line(value: Any) -> str:
     """A value in one line of YAML, as an override takes it."""
     text: str = yaml.safe_dump(value, default_flow_style=True, width=10**6)

@@ -1,68 +1,122 @@
 """One run on one worker: its folder, its parts put together, training, the summary."""
 
+import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from sage import checkpoint, config, launch, provenance, sweep
+from sage import checkpoint, config, files, launch, manifest, provenance, sweep
 from sage.board import Board
+from sage.checkpoint import Keeper
 from sage.clock import Clock
-from sage.metrics import Recorder, say
+from sage.interfaces import Stopped, TrainingError
+from sage.manifest import Asked, Checkpoint, Found
+from sage.metrics import say
+from sage.record import Recorder, cut_back
+from sage.settings import RunSettings
+from sage.signals import WATCH
 from sage.simulate import Stage, alone, simulate
-from sage.train import Parts, RunSettings
+from sage.train import Parts, Trainer
 from sage.worker import Worker
 
 Build = Callable[[RunSettings, Worker], Parts]
+REQUEUE = "requeue"
+"""The mark in a run's folder that it was ended to be taken up again."""
 
 
-def start(
+@dataclass(frozen=True)
+class Order:
+    """What is to be run."""
+
+    settings: RunSettings
+    place: Path
+    """Where its folder goes."""
+    again: sweep.Resolve | None
+    """How to read a run's configuration, to find out whether it is done; None: what is done is done again."""
+    found: Found | None
+    """What to go on with; None: begin."""
+    job: Path | None
+    """Where to leave a link to its folder."""
+
+
+def plan(
     settings: RunSettings,
     place: Path,
     again: sweep.Resolve | None,
-    build: Build,
+    resume: str | None,
+    job: Path | None,
     worker: Worker,
-    complain: Callable[[str], object],
-) -> int:
+) -> Order:
+    """What is to be run. resume: what --resume names; in a sweep (again) a point without a run is begun.
+
+    Raises ValueError, in one line, where that cannot be gone on with; rank 0 reads all its files for that.
+    """
+    found = None if resume is None else _find(settings, place, resume, worker)
+    if resume is not None and found is None and again is None:
+        raise ValueError(f"--resume: expected a run with a whole checkpoint in {place}, found none")
+    return Order(settings, place, again, found, job)
+
+
+def _find(settings: RunSettings, place: Path, resume: str, worker: Worker) -> Found | None:
+    reshards = settings.resume.world_size == "reshard"
+    asked = Asked(settings.model_dump(mode="json"), settings.FREE, worker.place.world_size, reshards)
+    found = manifest.choose(resume, place, asked)
+    if found is not None and found.checkpoint is not None and worker.place.rank == 0:
+        found.checkpoint.check_whole(contents=True)
+    return found
+
+
+def start(order: Order, build: Build, worker: Worker, complain: Callable[[str], object]) -> int:
     """Carry a run out on this worker, or on all that it simulates; returns the exit code."""
-    train, timeout = partial(carry_out, settings, place, again, build), settings.timeout_seconds
+    settings, timeout = order.settings, order.settings.timeout_seconds
+    if order.found is not None and order.found.checkpoint is None:
+        if worker.place.rank == 0:
+            say(f"{order.found.run}: done already")
+        return 0
+    train = partial(carry_out, order, build)
     run = partial(simulate if worker.simulated else alone, train, worker, timeout)
     return launch.supervise(worker, timeout, settings.deterministic, run, complain)
 
 
-def carry_out(
-    settings: RunSettings,
-    place: Path,
-    again: sweep.Resolve | None,
-    build: Build,
-    worker: Worker,
-    board: Board,
-    stage: Stage,
-) -> None:
-    """Train what build makes and leave a run's folder in place, unless such a run is done.
-
-    again: how to read a run's configuration; None: what is done is done again.
-    """
-    clock, world_size, speaks = Clock(worker.device), worker.place.world_size, worker.place.rank == 0
+def carry_out(order: Order, build: Build, worker: Worker, board: Board, stage: Stage) -> None:
+    """Train what build makes and leave a run's folder in place, unless such a run is done."""
+    settings, device, speaks = order.settings, worker.device, worker.place.rank == 0
+    clock, world_size = Clock(device), worker.place.world_size
     comm, side = stage.connect(world_size, clock), stage.connect(world_size)
-    if again and _is_done(place, settings, again, worker, board):
-        side.all_reduce(
-            torch.zeros(1, device=worker.device)
-        )  # rank 0 may hold the board: no one leaves alone
+    if order.again and _is_done(order.place, settings, order.again, worker, board):
+        side.all_reduce(torch.zeros(1, device=device))  # rank 0 may hold the board: no one leaves alone
         return
     parts = build(settings, worker)
     stage.share(task := parts[0])
-    folder = place / board.agree("run", provenance.run_id(settings.reducer.name, settings.seed))
+    resumed = _agree(order, board)
+    new = order.place / provenance.run_id(settings.reducer.name, settings.seed)
+    folder = resumed.run if resumed else Path(board.agree("run", str(new)))
     workers, steps = board.collect("where", worker.where()), settings.epochs * task.steps_per_epoch
+    step = resumed.manifest.step if resumed else 0
     if speaks:
         say(f"{folder}: {worker.describe(workers)}")
         environment = provenance.environment(**worker.facts(), workers=workers)
-        checkpoint.begin(folder, config.to_yaml(settings), environment)
-    with Recorder(folder if speaks else None, steps, settings.log) as recorder:
-        summary = stage.trainer(settings, *parts, comm, side, clock, recorder, board).run()
-    if speaks:
-        checkpoint.finish(folder, summary, task.model)
+        begin(folder, config.to_yaml(settings), environment, resumed)
+        if order.job:
+            _link(order.job, folder)
+    keeper = Keeper(folder, settings.model_dump(mode="json"), settings.checkpoint, board, step)
+    waits = not settings.checkpoint.required
+    with WATCH.deferred(), Recorder(folder if speaks else None, steps, settings.log, step, waits) as recorder:
+        trainer = stage.trainer(settings, *parts, comm, side, clock, recorder, board, keeper)
+        if resumed:
+            _restore(trainer, resumed, board)
+        try:
+            summary = trainer.run()
+        except Stopped as stopped:
+            if speaks:
+                leave(folder, trainer.position.step, stopped)
+            raise
+        if speaks:
+            finish(folder, summary, task.model)
 
 
 def _is_done(place: Path, settings: RunSettings, again: sweep.Resolve, worker: Worker, board: Board) -> bool:
@@ -72,3 +126,76 @@ def _is_done(place: Path, settings: RunSettings, again: sweep.Resolve, worker: W
     if found and speaks:
         say(f"{found}: done already")
     return bool(found)
+
+
+def _agree(order: Order, board: Board) -> Checkpoint | None:
+    """The checkpoint that rank 0 found. Raises TrainingError where this worker does not see it."""
+    mine = order.found.checkpoint if order.found else None
+    folder = board.agree("resume", str(mine.folder) if mine else "")
+    try:
+        return manifest.read(Path(folder)) if folder else None
+    except ValueError as error:
+        raise TrainingError(f"rank {board.place.rank}: {error}") from None
+
+
+def _restore(trainer: Trainer, resumed: Checkpoint, board: Board) -> None:
+    """Raises TrainingError, on all workers, where one cannot read its part."""
+    trouble = ""
+    try:
+        trainer.restore(resumed)
+    except ValueError as error:
+        trouble = str(error)
+    for rank, told in enumerate(board.collect("restored", trouble)):
+        if told:
+            raise TrainingError(f"rank {rank}: {told}")
+    old, new = resumed.manifest.world_size, board.place.world_size
+    if board.place.rank == 0:
+        say(f"goes on after epoch {resumed.manifest.epoch}, step {resumed.manifest.step}")
+        if old != new:
+            say(f"from {old} workers to {new}: each has the mean of their residuals, and new generators")
+
+
+# --- a run's folder -------------------------------------------------------------------------------
+
+
+def begin(folder: Path, text: str, environment: dict[str, Any], resumed: Checkpoint | None = None) -> None:
+    """Make a run's folder, a new one, with its resolved configuration and where it runs; or cut what is in it
+    back to a checkpoint. Raises TrainingError where a file of it is none of ours."""
+    if resumed is None:
+        folder.mkdir(parents=True)
+    else:
+        (folder / REQUEUE).unlink(missing_ok=True)
+        checkpoint.remove_after(resumed)
+        try:
+            cut_back(folder / "metrics.jsonl", resumed.manifest.epoch, resumed.manifest.step)
+            old = json.loads((folder / "environment.json").read_bytes())
+        except ValueError as error:
+            raise TrainingError(str(error)) from None
+        again = {"at": environment["started"], "step": resumed.manifest.step, "commit": environment["commit"]}
+        environment |= {"started": old["started"], "resumed": [*old.get("resumed", []), again]}
+    files.write_text(folder / "config.yaml", text)
+    files.write_json(folder / "environment.json", environment)
+
+
+def finish(folder: Path, summary: dict[str, Any], model: torch.nn.Module) -> None:
+    """Write the final weights, then the summary, whose presence says that the run is done; then its
+    checkpoints are of no more use."""
+    checkpoint.write_weights(folder / "checkpoints" / "final.pt", model)
+    files.write_json(folder / "summary.json", summary)
+    checkpoint.remove_all(folder)
+
+
+def leave(folder: Path, step: int, stopped: Stopped) -> None:
+    """Say how to go on with a run that was ended early, and mark it where that is not the user's to do."""
+    if not stopped.by_hand:
+        files.write_text(folder / REQUEUE, "")
+    say(f"stopped by a signal after step {step}; to go on: --resume {folder}")
+
+
+def _link(job: Path, folder: Path) -> None:
+    """Point a link to a run's folder; what was there is replaced."""
+    job.parent.mkdir(parents=True, exist_ok=True)
+    temporary = job.with_name(f".{job.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(folder.resolve())
+    temporary.replace(job)

@@ -84,6 +84,8 @@ class Stateful:
     """
 
     state_names: tuple[str, ...] = ()
+    worker_generators: tuple[str, ...] = ()
+    """Those of them that are generators of a worker's own; the other generators are alike on all workers."""
 
     def state_dict(self) -> dict[str, Any]:
         return {name: _saved(getattr(self, name)) for name in self.state_names}
@@ -104,6 +106,15 @@ class Stateful:
             else:
                 setattr(self, name, state[name])
 
+    def reseed(self, seed: int) -> None:
+        """Begin a worker's own generators anew."""
+        for name in self.state_names:
+            value = getattr(self, name)
+            if isinstance(value, Stateful):
+                value.reseed(seed_of(seed, name))
+            elif name in self.worker_generators:
+                value.manual_seed(seed_of(seed, name))
+
 
 def _saved(value: Any) -> Any:
     if isinstance(value, Stateful):
@@ -119,6 +130,15 @@ class CommunicationError(RuntimeError):
 
 class TrainingError(RuntimeError):
     """The run cannot go on: the loss is not finite, or the replicas differ. What was written stays."""
+
+
+class Stopped(Exception):  # noqa: N818  no error: what the user or the scheduler asked for
+    """The run ends early, on all workers after the same step; a checkpoint was written where one could be."""
+
+    def __init__(self, by_hand: bool) -> None:
+        """by_hand: by Ctrl-C; else it is to be taken up again."""
+        super().__init__()
+        self.by_hand = by_hand
 
 
 class Communicator(ABC):

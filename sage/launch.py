@@ -2,7 +2,7 @@
 os.environ.
 
 One process, for one worker or for all of a simulation; a worker that a launcher started (sage/rendezvous.py
-knows which); or --workers N, which starts N processes through torch's own elastic launcher.
+knows which); or --workers N, which starts N processes through torch's own launcher of processes.
 """
 
 import logging
@@ -12,25 +12,25 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.distributed import Store
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
 
 from sage import rendezvous
 from sage.board import PATIENCE_SECONDS, STORE_SECONDS, Board, first_line
-from sage.interfaces import CommunicationError, TrainingError
+from sage.interfaces import CommunicationError, Stopped, TrainingError
 from sage.rendezvous import Rendezvous
+from sage.signals import WATCH
 from sage.worker import Worker, check_claims
 
-SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
-"""What the launcher passes on to its workers; SIGUSR1 is SLURM's warning before the time limit."""
+FROZEN_SECONDS = 30
+"""How long a worker may take to end when another one has failed, before it is killed."""
+POLL_SECONDS = 0.2
 
 
 def speaks_here() -> bool:
@@ -81,40 +81,53 @@ def spawn(command: Sequence[str], num_workers: int, say: Callable[[str], None]) 
     """Run `python COMMAND` in num_workers processes, and return the exit code.
 
     A command, not a function: each child is a process of its own session, so that Ctrl-C reaches it once,
-    through the launcher.
+    through this process, which hands all signals on and waits. When one fails, the others are ended.
     """
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=num_workers,
-        run_id=str(os.getpid()),
-        rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0",
-        local_addr="127.0.0.1",
-        max_restarts=0,
-        monitor_interval=0.5,
-        signals_to_handle=SIGNALS,
-    )
-    for name in list(
-        logging.root.manager.loggerDict
-    ):  # each has a level of its own; what they log is said below
-        if name.startswith(("torch.distributed.elastic", "torch.distributed.launcher")):
+    for name in list(logging.root.manager.loggerDict):
+        # each has a level of its own; what they log is said below
+        if name.startswith("torch.distributed.elastic"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # no C++ stacks: errors come as exceptions
-    try:
-        elastic_launch(config, sys.executable)("-u", *command)
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        died = failure.exitcode < 0
-        how = (
-            f"to fail (signal {-failure.exitcode})" if died else f"to give up (exit code {failure.exitcode})"
-        )
-        say(f"worker {rank} was the first {how}; the run has ended")
-        return failure.exitcode if failure.exitcode > 0 else 1
-    except SignalException as error:
-        say(f"stopped by {error.sigval.name}; the workers have ended")
-        return 128 + int(error.sigval)
-    return 0
+    # Held here, the store outlives every worker, so that survivors can tell who fell behind.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    ranks = range(num_workers)
+    workers = start_processes(
+        "worker",
+        sys.executable,
+        {rank: ("-u", *command) for rank in ranks},
+        {rank: _torchrun_environment(rank, num_workers, store.port) for rank in ranks},
+        DefaultLogsSpecs(log_dir=os.devnull),
+    )
+    WATCH.listen()  # torch's own handlers would end the workers
+
+    def send(number: signal.Signals) -> None:
+        for pid in workers.pids().values():
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    with WATCH.handed_on(send):
+        result = workers.wait(period=POLL_SECONDS)
+    assert result is not None  # without a timeout
+    if not result.failures:
+        return 0
+    first = min(result.failures.values(), key=lambda failure: failure.timestamp)
+    if WATCH.received == signal.SIGINT:
+        return 128 + signal.SIGINT
+    died = first.exitcode < 0
+    how = f"to fail (signal {-first.exitcode})" if died else f"to give up (exit code {first.exitcode})"
+    say(f"worker {first.local_rank} was the first {how}; the run has ended")
+    return first.exitcode if first.exitcode > 0 else 1
+
+
+def _torchrun_environment(rank: int, num_workers: int, port: int) -> dict[str, str]:
+    """What torchrun would tell a worker."""
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_workers, "LOCAL_WORLD_SIZE": num_workers}
+    told = {name: str(number) for name, number in numbers.items()}
+    return told | {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
 
 
 @contextmanager
@@ -204,10 +217,13 @@ def supervise(
     A failed collective is told by every survivor, with who fell behind; another failure by rank 0, since the
     others know no more than it does.
     """
-    board = None
+    board, code = None, 0
     try:
         with connect(worker, timeout_seconds, deterministic=deterministic) as board:
-            train(board)
+            try:
+                train(board)
+            except Stopped as stopped:
+                code = 128 + signal.SIGINT if stopped.by_hand else 0
     except CommunicationError as error:
         # The launcher ends the survivors when it sees a worker dead; first they say what they know.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -220,6 +236,4 @@ def supervise(
     except OSError as error:  # a full disk, say
         complain(f"rank {worker.place.rank}: {error}")
         return 1
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
-    return 0
+    return code

@@ -12,8 +12,10 @@ from sage.clock import Clock
 from sage.comm import LocalComm
 from sage.gradient import GradientBuffer
 from sage.interfaces import Place, Progress, Reducer, Task
-from sage.metrics import Recorder, readable_bytes
-from sage.train import Parts, RunSettings, Trainer
+from sage.metrics import readable_bytes
+from sage.record import Recorder
+from sage.settings import RunSettings
+from sage.train import Parts, Trainer
 from sage.worker import Worker
 
 TIMED_STEPS = 3

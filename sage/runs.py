@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from sage.config import read_yaml
+from sage.config import flatten, read_yaml
 
 COMPUTE = ("data", "forward", "backward", "optimizer")
 PHASES = (*COMPUTE, "reduce")
@@ -145,14 +145,6 @@ def parse(text: bytes, origin: Path | str, kind: str = "") -> Flat:
     missing = [key for key in needed if not isinstance(flat.get(key), int | float)]
     if missing:
         raise ReportError(f"{origin}: expected a JSON object with {missing[0]}, got {text[:60]!r}")
-    return flat
-
-
-def flatten(tree: Any, prefix: str = "") -> Flat:
-    """Empty for what is no mapping."""
-    flat: Flat = {}
-    for key, value in tree.items() if isinstance(tree, dict) else ():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from sage.board import Board
 from sage.clock import Clock
 from sage.comm import CountingComm, LocalComm, connect_comm
-from sage.interfaces import CommunicationError, Place, Stateful, Task, TrainingError
+from sage.interfaces import CommunicationError, Place, Stateful, Stopped, Task, TrainingError
 from sage.train import Trainer
 from sage.worker import Worker
 
@@ -73,6 +73,10 @@ class SimulatedTrainer(Trainer):
 
     simulated = True
 
+    @property
+    def holds_optimizer(self) -> bool:
+        return self.comm.rank == 0
+
     def apply(self, lr_factor: float) -> None:
         self._wait()  # until every worker has its gradient
         with self.clock.phase("optimizer"):  # on all workers: the time that each of them would take
@@ -84,9 +88,6 @@ class SimulatedTrainer(Trainer):
         """The mean of the last step: rank 0 applied its own, and every worker must have the same."""
         named = self.task.model.named_parameters()
         return [(f"the mean gradient of {name}", p.grad) for name, p in named if p.grad is not None]
-
-    def _wait(self) -> None:
-        self.side.all_reduce(torch.zeros(1))
 
 
 class SimulatedStage(Stage):
@@ -119,7 +120,7 @@ class SimulatedStage(Stage):
                 setattr(task, name, getattr(first, name))
 
 
-class _StageBoard(Board):
+class StageBoard(Board):
     """What the workers of a simulation tell one another; every one of them calls each method."""
 
     def __init__(self, place: Place, comm: LocalComm) -> None:
@@ -142,7 +143,8 @@ def simulate(train: TrainWorker, worker: Worker, timeout_seconds: float, board: 
     """Call train(worker, board, stage) for every worker of worker.place.world_size, in a thread each.
 
     A collective waits as long as the other workers may take in turn, timeout_seconds each. Raises
-    TrainingError, which names the first worker to fail; the traceback of what nobody foresaw is printed.
+    Stopped, or TrainingError, which names the first worker to fail; the traceback of what nobody foresaw is
+    printed.
     """
     world_size, lock, shared = worker.place.world_size, threading.Lock(), list[Task]()
     failures: list[tuple[int, Exception]] = []
@@ -153,7 +155,7 @@ def simulate(train: TrainWorker, worker: Worker, timeout_seconds: float, board: 
         try:
             with turn:
                 stage = SimulatedStage(comm.beside(away=turn.away), turn, shared)
-                train(worker.standing_at(comm.rank), _StageBoard(place, stage.comm), stage)
+                train(worker.standing_at(comm.rank), StageBoard(place, stage.comm), stage)
         except Exception as error:
             failures.append((comm.rank, error))
             raise
@@ -162,6 +164,8 @@ def simulate(train: TrainWorker, worker: Worker, timeout_seconds: float, board: 
         LocalComm.run(world_size, train_one, timeout_seconds * world_size)
     except Exception as error:
         rank, failure = failures[0] if failures else (0, error)
+        if isinstance(failure, Stopped):  # every worker has
+            raise failure from None
         raise _told(rank, failure) from failure
 
 

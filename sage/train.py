@@ -1,64 +1,30 @@
 """The loop: compute_gradient, exchange, apply; what is logged; what ends a run."""
 
 import math
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
-from pydantic import Field, SerializeAsAny
 from torch import Tensor
 
 from sage.board import Board
+from sage.checkpoint import Keeper, read_state
 from sage.clock import Clock
 from sage.comm import CountingComm
-from sage.config import Named, Settings
-from sage.feedback import FEEDBACKS, Feedback
+from sage.feedback import Feedback
 from sage.gradient import GradientBuffer
-from sage.interfaces import Communicator, Progress, Reducer, Task, TrainingError
-from sage.metrics import Log, Meter, Recorder
-from sage.optim import Clip, Schedule, clip_norm
+from sage.guard import Guard, Wish, find_bad, find_difference
+from sage.interfaces import Communicator, Progress, Reducer, Stopped, Task, TrainingError, seed_of
+from sage.manifest import SHARED, Checkpoint, own
+from sage.metrics import Meter, say
+from sage.optim import clip_norm
+from sage.record import Recorder
+from sage.settings import RunSettings
+from sage.state import Position, TrainingState, Undo
 
 Parts = tuple[Task, Reducer, Feedback, GradientBuffer, torch.optim.Optimizer]
 """What a trainer is built from, in its order."""
 Sums = dict[str, tuple[float, float]]
-
-
-class RunSettings(Settings):
-    """A whole experiment: what `python run.py CONFIG --print-config` prints."""
-
-    seed: int = Field(default=1, ge=0)
-    epochs: int = Field(ge=1)
-    stop_at_score: float | None = None
-    """End after the first epoch whose score is this or better; null: train all epochs."""
-    task: SerializeAsAny[Named]
-    reducer: SerializeAsAny[Named]
-    feedback: SerializeAsAny[Named]
-    optimizer: SerializeAsAny[Named]
-    schedule: Schedule = Schedule()
-    clip: Clip = Clip()
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16: autocast with float32 parameters and gradients."""
-    deterministic: bool = True
-    """Repeat bit for bit on a GPU too; slower there."""
-    timeout_seconds: float = Field(default=300.0, gt=0, le=1e6)
-    """How long a collective waits for a worker before the run is given up."""
-    world_size: int | None = Field(default=None, ge=1)
-    """How many workers there are, where no launcher says so: one ./run.sh a worker, by hand."""
-    log: Log = Log()
-
-
-def check(
-    settings: RunSettings,
-    tasks: Mapping[str, type[Task]],
-    reducers: Mapping[str, type[Reducer]],
-    data: Path,
-    world_size: int,
-) -> None:
-    """Raise ValueError, in one line, where the chosen parts cannot run, or not together; cheap."""
-    tasks[settings.task.name].check(settings.task, data, world_size)
-    feedback, reducer = FEEDBACKS[settings.feedback.name], reducers[settings.reducer.name]
-    feedback.check(reducer, settings.reducer, settings.optimizer)
 
 
 class Trainer:
@@ -82,15 +48,22 @@ class Trainer:
         clock: Clock,
         recorder: Recorder,
         board: Board,
+        keeper: Keeper | None = None,
     ) -> None:
+        """keeper: writes the run's checkpoints; None: there are none."""
         self.settings, self.task, self.reducer, self.feedback = settings, task, reducer, feedback
         self.gradient, self.optimizer = gradient, optimizer
         self.comm, self.side, self.clock = comm, side, clock
-        self.recorder, self.board = recorder, board
+        self.recorder, self.board, self.keeper = recorder, board, keeper
         self.base_lrs = [group["lr"] for group in optimizer.param_groups]
         self.global_batch = task.batch_per_worker * comm.world_size
-        self.meter = Meter(comm.ledger.take, clock, side, gradient.flat.device)
-        self.step = 0
+        device = gradient.flat.device
+        self.meter = Meter(comm.ledger.take, clock, side, device)
+        self.guard = Guard(side, device, keeper.is_due if keeper else lambda: False)
+        self.position = Position(task.steps_per_epoch)
+        own = {"feedback": feedback, "reducer": reducer, "meter": self.meter, "task": task}
+        self.state = TrainingState(task.model, optimizer, self.position, own, device)
+        self._undo = Undo(task) if settings.on_nonfinite == "skip" else None
 
     # --- one step ------------------------------------------------------------------------------------------
 
@@ -140,71 +113,138 @@ class Trainer:
     # --- the loop ------------------------------------------------------------------------------------------
 
     def run(self) -> dict[str, Any]:
-        """Train all epochs; returns the summary. Raises TrainingError, and CommunicationError from a
-        collective."""
+        """Train all epochs, from where the position stands; returns the summary.
+
+        Raises TrainingError, CommunicationError from a collective, and Stopped.
+        """
+        at = self.position
         self._broadcast([parameter.data for parameter in self.task.model.parameters()])
-        scores: list[float] = []
-        for epoch in range(self.settings.epochs):
-            self._train_epoch(epoch)
+        while at.epoch < self.settings.epochs and not (at.scores and self._reached(at.scores[-1])):
+            self._train_epoch()
             values = self._evaluate(self.task.evaluate)
             for name, value in values.items():
                 if not math.isfinite(value):
-                    raise TrainingError(
-                        f"the {self.task.evaluated} {name} became {value} after epoch {epoch}"
-                    )
-            self._check_replicas(epoch)
-            scores.append(values[self.task.score])
-            score = {"name": self.task.score, "value": scores[-1]}
-            line = {
-                "kind": "epoch",
-                "epoch": epoch,
-                "step": self.step,
-                self.task.evaluated: values,
-                "score": score,
-            }
-            line |= self.meter.epoch_line()
-            self.recorder.write(line)
-            self.recorder.show_epoch(line, self.settings.epochs)
-            if self._reached(scores[-1]):
-                break
-        return self._summary(scores, self._evaluate(self.task.evaluate_at_end))
+                    told = f"the {self.task.evaluated} {name} became {value} after epoch {at.epoch}"
+                    raise TrainingError(told)
+            if told := find_difference(self.replicated(), self.side):
+                raise TrainingError(f"the replicas differ after epoch {at.epoch}: {told}")
+            at.scores.append(values[self.task.score])
+            self._log_epoch(values)
+            at.epoch, at.index = at.epoch + 1, 0
+            self._heed(self.guard.agree(), self.keeper is not None and self.keeper.is_due_after(at.epoch))
+        return self._summary(self._evaluate(self.task.evaluate_at_end))
 
     def _reached(self, score: float) -> bool:
         """Whether a score is the target of stop_at_score or better."""
         target = self.settings.stop_at_score
         return target is not None and (score >= target if self.task.higher_is_better else score <= target)
 
-    def _train_epoch(self, epoch: int) -> None:
-        steps = self.task.steps_per_epoch
-        batches = self.task.train_batches(epoch)
-        for index in range(steps):
-            self.board.set_step(self.step)
-            with self.clock.phase("data"):
-                batch = next(batches)
-            factor = self.settings.schedule.factor(epoch + index / steps, self.global_batch)
-            progress = Progress(epoch + index / steps, self.step, self.base_lrs[0] * factor, steps)
-            logging = self.step % self.settings.log.every == 0 or index == steps - 1
-            loss = self.compute_gradient(batch)
-            norms = self.exchange(progress, measure=logging)
-            self.apply(factor)
-            self.meter.add_step(loss, self.reducer.density)
-            if logging:
-                self._log_step(epoch, progress, norms)
-            self.step += 1
-            self.recorder.step_done(self.step)
+    def _train_epoch(self) -> None:
+        """What is left of the epoch."""
+        at = self.position
+        batches = self.task.train_batches(at.epoch, at.index)
+        while at.index < self.task.steps_per_epoch:
+            self.board.set_step(at.step)
+            wish = self._train_step(batches)
+            at.index, at.step = at.index + 1, at.step + 1
+            self.recorder.step_done(at.step)
+            self._heed(wish)
 
-    def _log_step(self, epoch: int, progress: Progress, norms: dict[str, float]) -> None:
+    def _train_step(self, batches: Iterator[Any]) -> Wish:
+        """One batch, used or dropped; what the workers wish besides."""
+        at, steps = self.position, self.task.steps_per_epoch
+        with self.clock.phase("data"):
+            batch = next(batches)
+            if self._undo:
+                self._undo.remember()
+        epoch = at.epoch + at.index / steps
+        factor = self.settings.schedule.factor(epoch, self.global_batch)
+        progress = Progress(epoch, at.step, self.base_lrs[0] * factor, steps)
+        logging = at.step % self.settings.log.every == 0 or at.index == steps - 1 or at.owed
+        loss = self.compute_gradient(batch)
+        with self.clock.phase("agree"):
+            wish = self.guard.agree(loss + self.gradient.flat.sum())
+        if wish is Wish.DROP:
+            told = self.board.collect(f"bad/{at.step}", find_bad(loss, self.gradient))
+            if bad := [f"{what} on rank {rank}" for rank, what in enumerate(told) if what]:
+                self._drop(bad[0], logging)
+                return wish  # else only the sum was too large
+        norms = self.exchange(progress, measure=logging)
+        self.apply(factor)
+        self.meter.add_step(loss, self.reducer.density)
+        at.owed, at.skipped_in_a_row = False, 0
+        if logging:
+            self._log_step(progress, norms)
+        return wish
+
+    # --- dropped steps, checkpoints -------------------------------------------------------------------
+
+    def _drop(self, bad: str, logging: bool) -> None:
+        """Undo what this step's forward pass changed. Raises TrainingError where steps are not dropped."""
+        at = self.position
+        told = f"{bad} at epoch {at.epoch}, step {at.step}"
+        if self._undo is None:
+            raise TrainingError(told)
+        self._undo.go_back()
+        at.owed, at.skipped, at.skipped_in_a_row = logging, at.skipped + 1, at.skipped_in_a_row + 1
+        told += f": step dropped, {at.skipped_in_a_row} in a row"
+        if at.skipped_in_a_row >= self.settings.skip_limit:
+            raise TrainingError(f"{told}, which is skip_limit")
+        if self.comm.rank == 0:
+            say(told)
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go on from a checkpoint. Raises ValueError where its files cannot be used."""
+        self.state.load_shared(read_state(checkpoint, SHARED), self.holds_optimizer)
+        world_size = checkpoint.manifest.world_size
+        if world_size == self.comm.world_size:
+            self.state.load_own(read_state(checkpoint, own(self.comm.rank)))
+        else:
+            old = (read_state(checkpoint, own(rank)) for rank in range(world_size))
+            seed = seed_of(self.settings.seed, "worker", self.comm.rank, "from", self.position.step)
+            self.state.reshard(old, self.task.steps_per_epoch, seed)
+
+    @property
+    def holds_optimizer(self) -> bool:
+        """Whether this worker steps the optimizer, for itself or for others."""
+        return True
+
+    def _heed(self, wish: Wish, due: bool = False) -> None:
+        """Write a checkpoint where one is due or wished; raise Stopped where the run is to end."""
+        ends = wish in (Wish.STOP, Wish.QUIT)
+        if self.keeper is not None and (ends or due or wish is Wish.SAVE):
+            at = self.position
+            shared = self.state.shared() if self.comm.rank == 0 else None
+            with self.clock.phase("checkpoint"):
+                self.keeper.save(at.step, at.epoch, shared, self.state.own(), self.recorder.sync)
+        if ends:
+            self._wait()  # rank 0 may hold the board: no one leaves alone
+            raise Stopped(by_hand=wish is Wish.QUIT)
+
+    def _wait(self) -> None:
+        """For all workers."""
+        self.side.all_reduce(torch.zeros(1, device=self.gradient.flat.device))
+
+    # --- lines ----------------------------------------------------------------------------------------
+
+    def _log_step(self, progress: Progress, norms: dict[str, float]) -> None:
         values = {"lr": progress.lr, "density": self.reducer.density, **self.reducer.metrics(), **norms}
-        line, losses = self.meter.step_line(values)
-        for step, loss in enumerate(losses, start=self.step + 1 - len(losses)):
-            if not math.isfinite(loss):
-                raise TrainingError(f"the loss became {loss} at epoch {epoch}, step {step}")
-        for name in norms:  # a NaN that is never selected never reaches the loss
+        line = self.meter.step_line(values)
+        at = self.position
+        for name in norms:  # finite gradients whose norm is not, or a memory that has grown
             if not math.isfinite(line[name]):
-                raise TrainingError(f"{name} became {line[name]} at epoch {epoch}, step {self.step}")
-        line = {"kind": "step", "epoch": epoch, "step": self.step, **line}
+                raise TrainingError(f"{name} became {line[name]} at epoch {at.epoch}, step {at.step}")
+        line = {"kind": "step", "epoch": at.epoch, "step": at.step, **line}
         self.recorder.write(line)
         self.recorder.show_step(line)
+
+    def _log_epoch(self, values: dict[str, float]) -> None:
+        at, score = self.position, {"name": self.task.score, "value": self.position.scores[-1]}
+        line = {"kind": "epoch", "epoch": at.epoch, "step": at.step, self.task.evaluated: values}
+        line |= {"score": score, "skipped": at.skipped, **self.meter.epoch_line()}
+        self.recorder.write(line)
+        self.recorder.show_epoch(line, self.settings.epochs)
+        at.owed = False
 
     def _evaluate(self, evaluate: Callable[[], Sums | None]) -> dict[str, float]:
         """The values over all workers' shares, with rank 0's buffers (BatchNorm's) on all of them."""
@@ -218,17 +258,6 @@ class Trainer:
         values = dict(zip(sums, (packed[:, 0] / packed[:, 1]).tolist(), strict=True))
         return self.task.derive(values)
 
-    def _check_replicas(self, epoch: int) -> None:
-        """Raise TrainingError where a replicated tensor's bits are not the same on all workers."""
-        names, tensors = zip(*self.replicated(), strict=True)
-        checksums = self.side.all_gather(torch.stack([_checksum(t) for t in tensors]))  # (W, tensors)
-        differs = (checksums != checksums[0]).nonzero()
-        if len(differs):
-            rank, index = differs[0].tolist()
-            raise TrainingError(
-                f"the replicas differ after epoch {epoch}: {names[index]} of ranks 0 and {rank}"
-            )
-
     def replicated(self) -> list[tuple[str, Tensor]]:
         """What the workers hold alike, by name."""
         return [(name, parameter.data) for name, parameter in self.task.model.named_parameters()]
@@ -237,14 +266,15 @@ class Trainer:
         for tensor in tensors:
             self.side.broadcast(tensor)
 
-    def _summary(self, scores: list[float], test: dict[str, float]) -> dict[str, Any]:
+    def _summary(self, test: dict[str, float]) -> dict[str, Any]:
         better = max if self.task.higher_is_better else min
-        totals = self.meter.totals()
+        totals, scores = self.meter.totals(), self.position.scores
         return {
             "world_size": self.comm.world_size,
             "simulated": self.simulated,
             "epochs": len(scores),
-            "steps": self.step,
+            "steps": self.position.step,
+            "skipped": self.position.skipped,
             "parameters": self.gradient.flat.numel(),
             "score": {
                 "name": self.task.score,
@@ -265,12 +295,3 @@ def _named_norms(gradient: float, before: float, after: float) -> dict[str, floa
     # ||send - sent||^2 / ||send||^2: what remains in send is send - sent
     error = 0.0 if before == 0 else (after / before) ** 2
     return {"gradient_norm": gradient, "residual_norm": after, "compression_error": error}
-
-
-def _checksum(values: Tensor) -> Tensor:
-    """A scalar int64: the sum, modulo 2^64, of the bits as integers times an odd weight of each place.
-
-    An odd weight is invertible, so any single change shows; opposite changes at two places do not cancel.
-    """
-    bits = values.reshape(-1).view(torch.int32).long()
-    return (bits * (2 * torch.arange(bits.numel(), device=bits.device) + 1)).sum()

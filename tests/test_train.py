@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from sage.checkpoint import finish, write_whole
 from sage.comm import LocalComm
+from sage.experiment import finish
+from sage.files import write_whole
 from sage.gradient import GradientBuffer
 from sage.interfaces import Place, TrainingError
 from sage.optim import Schedule

@@ -10,16 +10,17 @@ from torch import Tensor, nn
 
 from reducers import REDUCERS
 from run import TABLES
-from sage.board import Board
 from sage.clock import Clock
 from sage.comm import LocalComm
 from sage.config import Named, validate
 from sage.feedback import FEEDBACKS
 from sage.gradient import GradientBuffer
 from sage.interfaces import Place, Seeds, Task
-from sage.metrics import Recorder
 from sage.optim import build_optimizer
-from sage.train import RunSettings, Trainer
+from sage.record import Recorder
+from sage.settings import RunSettings
+from sage.simulate import StageBoard
+from sage.train import Trainer
 
 NUM_TRAIN, NUM_TEST = 64, 30
 
@@ -96,5 +97,5 @@ def train(
     steps = settings.epochs * task.steps_per_epoch
     with Recorder(folder if comm.rank == 0 else None, steps, settings.log) as recorder:
         parts = (task, reducer, feedback, gradient, optimizer)
-        trainer = Trainer(settings, *parts, comm, side, clock, recorder, Board(place, None))
+        trainer = Trainer(settings, *parts, comm, side, clock, recorder, StageBoard(place, comm))
         return trainer, trainer.run()

@@ -1,0 +1,81 @@
+"""What the workers do together or not at all: drop a step, write a checkpoint, end early; and what they
+watch: numbers that are not finite, replicas that differ."""
+
+from collections.abc import Callable, Sequence
+from enum import IntEnum
+from signal import Signals
+
+import torch
+from torch import Tensor
+
+from sage.gradient import GradientBuffer
+from sage.interfaces import Communicator
+from sage.signals import WATCH
+
+
+class Wish(IntEnum):
+    """What a worker asks for; all do the largest that any of them asks for. A wish lasts until it is done."""
+
+    NOTHING = 0
+    SAVE = 1
+    """A checkpoint."""
+    STOP = 2
+    """A checkpoint and the end, to be taken up again."""
+    QUIT = 3
+    """The same, by Ctrl-C."""
+    DROP = 4
+    """Not to use this step's gradient."""
+
+
+def asked_by_signal() -> Wish:
+    """This process's wish."""
+    if WATCH.received is None:
+        return Wish.NOTHING
+    return Wish.QUIT if WATCH.received == Signals.SIGINT else Wish.STOP
+
+
+class Guard:
+    """One all-reduce of 4 bytes a step; on a GPU one host synchronisation."""
+
+    def __init__(self, side: Communicator, device: torch.device, is_due: Callable[[], bool]) -> None:
+        """side: a communicator that does not count. is_due: whether this worker wants a checkpoint."""
+        self.asked = asked_by_signal
+        self._side, self._device, self._is_due = side, device, is_due
+
+    def agree(self, total: Tensor | None = None) -> Wish:
+        """What all workers do. total: a scalar; where a worker's is not finite, all drop the step."""
+        wish = self.asked() or (Wish.SAVE if self._is_due() else Wish.NOTHING)
+        flag = torch.full((), wish, dtype=torch.int32, device=self._device)
+        if total is not None:
+            flag = torch.where(total.isfinite(), flag, flag.new_full((), Wish.DROP))
+        self._side.all_reduce(flag, "max")
+        return Wish(int(flag.item()))  # host synchronisation
+
+
+def find_bad(loss: Tensor, gradient: GradientBuffer) -> str:
+    """What is not finite here, the loss or the first such parameter's gradient, and its value; or nothing."""
+    slots = ((f"the gradient of {s.name}", gradient.flat[s.start : s.stop]) for s in gradient.layout)
+    for name, values in (("the loss", loss), *slots):
+        bad = values[~values.isfinite()]  # host synchronisation
+        if bad.numel():
+            return f"{name} became {bad[0].item()}"
+    return ""
+
+
+def find_difference(named: Sequence[tuple[str, Tensor]], side: Communicator) -> str:
+    """The first of the tensors whose bits are not the same on all workers, and of whom; or nothing."""
+    checksums = side.all_gather(torch.stack([_checksum(tensor) for _, tensor in named]))  # (W, tensors)
+    differs = (checksums != checksums[0]).nonzero()
+    if not len(differs):
+        return ""
+    rank, index = differs[0].tolist()
+    return f"{named[index][0]} of ranks 0 and {rank}"
+
+
+def _checksum(values: Tensor) -> Tensor:
+    """A scalar int64: the sum, modulo 2^64, of the bits as integers times an odd weight of each place.
+
+    An odd weight is invertible, so any single change shows; opposite changes at two places do not cancel.
+    """
+    bits = values.reshape(-1).view(torch.int32).long()
+    return (bits * (2 * torch.arange(bits.numel(), device=bits.device) + 1)).sum()

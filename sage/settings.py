@@ -1,0 +1,72 @@
+"""A whole experiment's settings, and whether its parts go together."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from pydantic import Field, SerializeAsAny
+
+from sage.checkpoint import Checkpoints
+from sage.config import Named, Settings
+from sage.feedback import FEEDBACKS
+from sage.interfaces import Reducer, Task
+from sage.optim import Clip, Schedule
+from sage.record import Log
+
+
+class Resume(Settings):
+    """What --resume does."""
+
+    world_size: Literal["refuse", "reshard"] = "refuse"
+    """For a checkpoint of another number of workers: refuse it; reshard: every worker gets the mean of the
+    old residuals, which conserves their mean, and new generators."""
+
+
+class RunSettings(Settings):
+    """A whole experiment: what `python run.py CONFIG --print-config` prints."""
+
+    seed: int = Field(default=1, ge=0)
+    epochs: int = Field(ge=1)
+    stop_at_score: float | None = None
+    """End after the first epoch whose score is this or better; null: train all epochs."""
+    task: SerializeAsAny[Named]
+    reducer: SerializeAsAny[Named]
+    feedback: SerializeAsAny[Named]
+    optimizer: SerializeAsAny[Named]
+    schedule: Schedule = Schedule()
+    clip: Clip = Clip()
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16: autocast with float32 parameters and gradients."""
+    deterministic: bool = True
+    """Repeat bit for bit on a GPU too; slower there."""
+    timeout_seconds: float = Field(default=300.0, gt=0, le=1e6)
+    """How long a collective waits for a worker before the run is given up."""
+    world_size: int | None = Field(default=None, ge=1)
+    """How many workers there are, where no launcher says so: one ./run.sh a worker, by hand."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What a loss or gradient that is not finite does, on any worker: stop ends the run; skip drops the step
+    on all workers before the memory, the threshold or a generator of the exchange has moved."""
+    skip_limit: int = Field(default=10, ge=1)
+    """So many dropped steps in a row end the run all the same."""
+    checkpoint: Checkpoints = Checkpoints()
+    resume: Resume = Resume()
+    log: Log = Log()
+
+    FREE: ClassVar = frozenset(
+        {"epochs", "stop_at_score", "timeout_seconds", "world_size", "on_nonfinite", "skip_limit"}
+        | {"checkpoint", "resume", "log"}
+    )
+    """What a run may have otherwise than the checkpoint it goes on from: no step's numbers change."""
+
+
+def check(
+    settings: RunSettings,
+    tasks: Mapping[str, type[Task]],
+    reducers: Mapping[str, type[Reducer]],
+    data: Path,
+    world_size: int,
+) -> None:
+    """Raise ValueError, in one line, where the chosen parts cannot run, or not together; cheap."""
+    tasks[settings.task.name].check(settings.task, data, world_size)
+    feedback, reducer = FEEDBACKS[settings.feedback.name], reducers[settings.reducer.name]
+    feedback.check(reducer, settings.reducer, settings.optimizer)

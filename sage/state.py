@@ -1,0 +1,161 @@
+"""Everything by which training goes on: what all workers hold alike, and what is each one's own."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sage.checkpoint import State
+from sage.interfaces import Stateful, Task
+
+
+class Position(Stateful):
+    """Where training stands, alike on all workers."""
+
+    state_names = (
+        "epoch",
+        "index",
+        "step",
+        "steps_per_epoch",
+        "scores",
+        "skipped",
+        "skipped_in_a_row",
+        "owed",
+    )
+
+    def __init__(self, steps_per_epoch: int) -> None:
+        self.steps_per_epoch = steps_per_epoch
+        self.epoch = 0
+        self.index = 0
+        """The next batch of the epoch."""
+        self.step = 0
+        """Steps done, dropped ones included."""
+        self.scores: list[float] = []
+        self.skipped = 0
+        self.skipped_in_a_row = 0
+        self.owed = False
+        """Whether a step line was due when a step was dropped."""
+
+    def stretch(self, steps_per_epoch: int) -> None:
+        """Stand at the same part of an epoch that has another number of steps."""
+        self.index = -(-self.index * steps_per_epoch // self.steps_per_epoch)  # rounded up
+        self.steps_per_epoch = steps_per_epoch
+
+
+class TrainingState:
+    """What a worker's checkpoint holds, and how it gets it back."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        position: Position,
+        parts: Mapping[str, object],
+        device: torch.device,
+    ) -> None:
+        """parts: what is the worker's own, by name; of these the Stateful ones have a state."""
+        self.model, self.optimizer, self.position, self.device = model, optimizer, position, device
+        self.parts = {name: part for name, part in parts.items() if isinstance(part, Stateful)}
+
+    def shared(self) -> State:
+        """Rank 0's weights, optimizer and position."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "position": self.position.state_dict(),
+        }
+
+    def own(self) -> State:
+        """The worker's buffers (BatchNorm's), parts (memory, reducer, ...) and global generators."""
+        return {
+            "buffers": dict(self.model.named_buffers()),
+            "parts": {name: part.state_dict() for name, part in self.parts.items()},
+            "random": {
+                "cpu": torch.get_rng_state(),
+                "cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+            },
+        }
+
+    def load_shared(self, state: State, with_optimizer: bool) -> None:
+        self.model.load_state_dict(state["model"])
+        if with_optimizer:
+            self.optimizer.load_state_dict(state["optimizer"])
+        self.position.load_state_dict(state["position"])
+
+    def load_own(self, state: State) -> None:
+        self._load_buffers(state)
+        for name, part in self.parts.items():
+            part.load_state_dict(state["parts"][name])
+        torch.set_rng_state(state["random"]["cpu"])
+        if state["random"]["cuda"] is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["random"]["cuda"], self.device)
+
+    def reshard(self, states: Iterable[State], steps_per_epoch: int, seed: int) -> None:
+        """The state of a worker among another number of them, from all old workers' states: the mean of
+        their numbers, the first one's integers and common generators; generators of its own and the global
+        ones begin anew from the seed, and the task's state (a hidden state) is left as it began."""
+        first, mean = mean_of(states)
+        self._load_buffers(first)
+        for name, part in self.parts.items():
+            if name != "task":
+                part.load_state_dict(mean["parts"][name])
+            part.reseed(seed)
+        torch.manual_seed(seed)
+        self.position.stretch(steps_per_epoch)
+
+    def _load_buffers(self, state: State) -> None:
+        for name, buffer in self.model.named_buffers():
+            buffer.copy_(state["buffers"][name])
+
+
+class Undo:
+    """A task's state and buffers as they were before a step's forward pass."""
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+        self._buffers = [(buffer, torch.empty_like(buffer)) for buffer in task.model.buffers()]
+        self._state: State = {}
+
+    def remember(self) -> None:
+        for buffer, kept in self._buffers:
+            kept.copy_(buffer)
+        if isinstance(self._task, Stateful):
+            self._state = self._task.state_dict()
+
+    def go_back(self) -> None:
+        for buffer, kept in self._buffers:
+            buffer.copy_(kept)
+        if isinstance(self._task, Stateful):
+            self._task.load_state_dict(self._state)
+
+
+def mean_of(states: Iterable[State]) -> tuple[State, State]:
+    """The first state, and the mean of them all: of floating point tensors and numbers, summed in float64;
+    of anything else the first. Holds one state at a time, besides."""
+    remaining = iter(states)
+    first = total = next(remaining)
+    count = 1
+    for state in remaining:
+        total, count = _add(total, state), count + 1
+    return first, _divide(total, first, count)
+
+
+def _add(total: Any, more: Any) -> Any:
+    if isinstance(more, dict):
+        return {key: _add(total[key], value) for key, value in more.items()}
+    if isinstance(more, list | tuple):
+        return [_add(one, other) for one, other in zip(total, more, strict=True)]
+    if isinstance(more, Tensor) and more.is_floating_point():
+        return total.double() + more.double()
+    return total + more if isinstance(more, float) else total
+
+
+def _divide(total: Any, like: Any, count: int) -> Any:
+    if isinstance(like, dict):
+        return {key: _divide(total[key], value, count) for key, value in like.items()}
+    if isinstance(like, list | tuple):
+        return [_divide(one, other, count) for one, other in zip(total, like, strict=True)]
+    if isinstance(like, Tensor) and like.is_floating_point():
+        return (total / count).to(like.dtype)
+    return total / count if isinstance(like, float) else total
