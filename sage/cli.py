@@ -107,11 +107,13 @@ def _check(parser: argparse.ArgumentParser, parsed: dict[str, Any]) -> Arguments
     """What argparse cannot say of options that belong together."""
     words, file, resume = parsed.pop("words"), parsed.pop("sweep"), parsed["resume"]
     sweeps = file is not None
-    if resume and sweeps:
-        parser.error(f"--resume {resume}: with --sweep expected no path; each point goes on with its own run")
+    if resume and sweeps and parsed["index"] is None:
+        parser.error(
+            f"--resume {resume}: with --sweep and no --index expected no path: each point has its own"
+        )
     if resume and not Path(resume).is_dir():
         parser.error(f"--resume {resume}: expected a run's folder, or one of its checkpoints")
-    if resume and (not words or "=" in words[0]):
+    if resume and not sweeps and (not words or "=" in words[0]):
         words.insert(0, str(manifest.run_of(Path(resume)) / "config.yaml"))
     if not sweeps and not words:
         parser.error("CONFIG is missing: expected a YAML file")

@@ -98,14 +98,13 @@ def spawn(command: Sequence[str], num_workers: int, say: Callable[[str], None]) 
         {rank: _torchrun_environment(rank, num_workers, store.port) for rank in ranks},
         DefaultLogsSpecs(log_dir=os.devnull),
     )
-    WATCH.listen()  # torch's own handlers would end the workers
 
     def send(number: signal.Signals) -> None:
         for pid in workers.pids().values():
             with suppress(ProcessLookupError):
                 os.kill(pid, number)
 
-    with WATCH.handed_on(send):
+    with WATCH.handed_on(send):  # instead of torch's own handlers, which would end the workers
         result = workers.wait(period=POLL_SECONDS)
     assert result is not None  # without a timeout
     if not result.failures:

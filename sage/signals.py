@@ -51,7 +51,8 @@ class SignalWatch:
 
     @contextmanager
     def handed_on(self, send: Send) -> Iterator[None]:
-        """What comes, and what came before, is handed to send."""
+        """What comes, and what came before, is handed to send. Listens."""
+        self.listen()
         self._send = send
         if self.received is not None:
             send(self.received)
