@@ -183,7 +183,7 @@ def _run(command: list[str]) -> tuple[int, bool]:
     child = subprocess.Popen([sys.executable, *command], start_new_session=True)
     with WATCH.handed_on(child.send_signal):
         code = child.wait()
-    return (code, False) if WATCH.received is None else (code or 128 + WATCH.received, True)
+    return (code, False) if WATCH.received is None else (128 + WATCH.received, True)
 
 
 # --- answers --------------------------------------------------------------------------------------

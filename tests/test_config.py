@@ -39,6 +39,10 @@ clip: {norm: 2.5, before_reduce: false}
 precision: bfloat16
 deterministic: false
 timeout_seconds: 12.5
+on_nonfinite: skip
+skip_limit: 4
+checkpoint: {every_epochs: null, every_minutes: 2.5, keep: 1, required: false}
+resume: {world_size: reshard}
 log: {every: 3, tensorboard: false}
 """
 Load = Callable[..., RunSettings]
@@ -183,7 +187,7 @@ def test_of_two_names_the_last_one_decides_what_the_file_keeps(load: Load) -> No
 def test_settings_are_frozen(load: Load) -> None:
     settings = load(text=EVERYTHING_CHANGED)
     parts = parts_of(settings)
-    assert len(parts) == 8
+    assert len(parts) == 10
     for part in parts:
         for name, value in part:
             with pytest.raises(ValidationError, match="frozen"):

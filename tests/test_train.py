@@ -122,7 +122,7 @@ def test_every_step_and_epoch_leaves_its_line(tmp_path: Path) -> None:
     assert [line["epoch"] for line in steps] == [0] * 4 + [1] * 4
     controller = {"target_density", "union_density", "threshold", "alpha", "beta", "gamma", "density_exam"}
     assert all(set(line) == STEP_KEYS | controller for line in steps)
-    phases = {"data", "forward", "backward", "reduce", "communicate", "optimizer"}
+    phases = {"data", "forward", "backward", "agree", "reduce", "communicate", "optimizer"}
     assert all(set(line["seconds"]) == phases for line in steps)
     assert all(0 < line["seconds"]["communicate"] < line["seconds"]["reduce"] for line in steps)
     assert [line["step"] for line in epochs] == [4, 8]
@@ -276,7 +276,7 @@ def test_a_loss_that_is_not_finite_stops_all_workers_and_is_named(every: int, tm
 
     LocalComm.run(2, worker)
     # Batches of 16 begin at 0, 16, 32: worker 1's third begins at 40.
-    assert errors == ["the loss became nan at epoch 0, step 2"] * 2
+    assert errors == ["the loss became nan on rank 1 at epoch 0, step 2"] * 2
     assert all(math.isfinite(loss) for loss in losses_of(tmp_path))
     assert len(losses_of(tmp_path)) == {1: 2, 3: 1, 100: 1}[every]
 
@@ -307,7 +307,9 @@ class PoisonedGradientTask(ToyTask):
 @pytest.mark.parametrize("reducer", ["exact", "sage", "threshold"])
 def test_a_gradient_that_is_not_finite_stops_all_workers(reducer: str) -> None:
     def worker(comm: LocalComm) -> None:
-        with pytest.raises(TrainingError, match="became nan at epoch 0, step 0"):
+        with pytest.raises(
+            TrainingError, match=r"the gradient of 0\.weight became nan on rank 1 at epoch 0, step 0"
+        ):
             train(settings_of(reducer), comm, task=PoisonedGradientTask(8, Place(comm.rank, 2)))
 
     LocalComm.run(2, worker)

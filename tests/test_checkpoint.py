@@ -1,0 +1,357 @@
+"""Checkpoints as files: whole or none, refused where they are not what they should be, never run as code."""
+
+import json
+import os
+import re
+import resource
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import run
+from sage import checkpoint, guard, manifest
+from sage.board import Board
+from sage.checkpoint import Checkpoints, Keeper, read_state, write_state
+from sage.files import LineFile
+from sage.guard import Wish
+from sage.interfaces import Place, TrainingError
+from sage.record import cut_back
+
+CONFIG = ["configs/digits.yaml", "epochs=2", "task.batch_per_worker=128", "log.tensorboard=false"]
+Capture = pytest.CaptureFixture[str]
+Damage = Callable[[Path], object]
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of runs with one run of digits, stopped in its second epoch; two checkpoints."""
+    runs, calls = tmp_path_factory.mktemp("stopped"), []
+
+    def ask() -> Wish:
+        calls.append(None)
+        return Wish.STOP if len(calls) >= 15 else Wish.NOTHING  # 11 steps an epoch, and its end
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(guard, "asked_by_signal", ask)
+        assert run.main([*CONFIG, "--runs", str(runs)]) == 0
+    steps = [path.parent.name for path in manifest.manifests(only_run(runs))]
+    assert steps == ["step-00000014", "step-00000011"]
+    return runs
+
+
+@pytest.fixture
+def runs(stopped: Path, tmp_path: Path) -> Path:
+    """A copy of them, to damage."""
+    shutil.copytree(stopped, tmp_path / "runs")
+    return tmp_path / "runs"
+
+
+def only_run(runs: Path) -> Path:
+    (folder,) = runs.glob("digits/*/")
+    return folder
+
+
+def resume(runs: Path, *words: str, path: str | Path = manifest.NEWEST) -> int:
+    return run.main([*CONFIG, *words, "--runs", str(runs), "--resume", *([str(path)] if path else [])])
+
+
+def told(capsys: Capture) -> str:
+    """The one line on stderr."""
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+def steps_of(folder: Path) -> list[int]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line["step"] for line in lines if line["kind"] == "step"]
+
+
+# --- going on -------------------------------------------------------------------------------------
+
+
+def test_a_stopped_run_is_marked_and_goes_on_in_its_folder_until_it_is_done(
+    runs: Path, capsys: Capture
+) -> None:
+    folder = only_run(runs)
+    assert (folder / "requeue").exists()
+    assert not (folder / "summary.json").exists()
+    assert resume(runs) == 0
+    assert "goes on after epoch 1, step 14" in capsys.readouterr().out
+    summary = json.loads((only_run(runs) / "summary.json").read_text())
+    assert (summary["steps"], summary["epochs"]) == (22, 2)
+    assert {path.name for path in (folder / "checkpoints").iterdir()} == {"final.pt"}
+    assert not (folder / "requeue").exists()
+    (again,) = json.loads((folder / "environment.json").read_text())["resumed"]
+    assert again["step"] == 14
+    assert resume(runs) == 0
+    assert capsys.readouterr().out.endswith("done already\n")
+
+
+def test_a_runs_folder_alone_says_what_to_go_on_with(runs: Path) -> None:
+    folder = only_run(runs)
+    assert run.main(["--resume", str(folder), "epochs=1", "--runs", str(runs)]) == 0
+    assert json.loads((folder / "summary.json").read_text())["steps"] == 14  # of epoch 2: it has no more
+
+
+def test_from_an_older_checkpoint_what_came_later_is_cut_off_and_made_again(runs: Path) -> None:
+    folder = only_run(runs)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "step", "ep')  # a torn last line
+    before = steps_of_whole(folder)
+    assert max(before) > 11
+    assert resume(runs, path=folder / "checkpoints" / "step-00000011") == 0
+    assert steps_of(folder) == sorted(set(steps_of(folder)))
+    assert steps_of(folder)[: len(before)] == before
+
+
+def steps_of_whole(folder: Path) -> list[int]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()[:-1]
+    return [json.loads(line)["step"] for line in lines if '"kind": "step"' in line]
+
+
+def test_what_changes_no_step_may_change_on_the_way(runs: Path) -> None:
+    words = ["epochs=3", "timeout_seconds=7", "log.every=4", "checkpoint.keep=1", "on_nonfinite=skip"]
+    assert resume(runs, *words) == 0
+    assert json.loads((only_run(runs) / "summary.json").read_text())["epochs"] == 3
+
+
+# --- refused --------------------------------------------------------------------------------------
+
+
+def test_another_configurations_checkpoint_is_refused_with_all_that_differs(
+    runs: Path, capsys: Capture
+) -> None:
+    words = ["reducer.density=0.02", "optimizer.lr=0.5"]
+    assert resume(runs, *words, path=only_run(runs)) == 2
+    line = told(capsys)
+    assert "expected this configuration's, got another: " in line
+    assert re.search(
+        r"reducer\.density is 0\.01 there and 0\.02 here; optimizer\.lr is .* and 0\.5 here$", line
+    )
+    assert resume(runs, *words) == 2
+    assert f"{only_run(runs)} is another configuration's: reducer.density is 0.01 there" in told(capsys)
+
+
+def test_without_a_checkpoint_there_is_nothing_to_go_on_with(tmp_path: Path, capsys: Capture) -> None:
+    assert resume(tmp_path) == 2
+    place = tmp_path / "digits"
+    assert told(capsys) == f"run.py: --resume: expected a run with a whole checkpoint in {place}, found none"
+    (tmp_path / "empty").mkdir()
+    assert resume(tmp_path, path=tmp_path / "empty") == 2
+    assert "expected a run's folder with a whole checkpoint, found none in it" in told(capsys)
+
+
+def test_a_path_that_is_no_folder_is_refused(tmp_path: Path, capsys: Capture) -> None:
+    with pytest.raises(SystemExit) as left:
+        run.main(["--resume", "configs/digits.yaml", "--runs", str(tmp_path)])
+    assert left.value.code == 2
+    assert "--resume configs/digits.yaml: expected a run's folder, or one of its checkpoints" in told(capsys)
+
+
+def test_another_number_of_workers_is_refused_with_the_reason(runs: Path, capsys: Capture) -> None:
+    assert resume(runs, "--workers", "2") == 2
+    line = told(capsys)
+    assert "expected as many workers as made it, 1, got 2: " in line
+    assert "resume.world_size=reshard" in line
+
+
+def other_format(folder: Path) -> None:
+    change(folder, lambda content: {**content, "format": 7})
+
+
+def change(folder: Path, of: Callable[[dict[str, Any]], Any]) -> None:
+    path = folder / manifest.NAME
+    path.write_text(json.dumps(of(json.loads(path.read_text()))))
+
+
+def alter(folder: Path) -> None:
+    """One bit, in the middle."""
+    content = bytearray((folder / "shared.pt").read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / "shared.pt").write_bytes(content)
+
+
+DAMAGES: dict[str, tuple[Damage, str]] = {
+    "another version": (other_format, r"manifest\.json: format: expected 1, got 7; another version"),
+    "cut off": (
+        lambda folder: os.truncate(folder / "rank0.pt", 1000),
+        r"rank0\.pt: expected \d+ bytes, as manifest\.json says, got 1000",
+    ),
+    "a file missing": (
+        lambda folder: (folder / "shared.pt").unlink(),
+        r"shared\.pt: expected \d+ bytes, as manifest\.json says, it is missing",
+    ),
+    "altered": (
+        alter,
+        r"shared\.pt: expected the checksum in its manifest, got another: the file was altered",
+    ),
+    "no JSON": (
+        lambda folder: (folder / manifest.NAME).write_text("{"),
+        r"manifest\.json: expected a checkpoint's manifest, got what is no JSON",
+    ),
+    "no manifest's content": (
+        lambda folder: change(folder, lambda content: {**content, "step": -1}),
+        r"manifest\.json: step: Input should be greater than or equal to 0",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_checkpoint_is_refused_in_one_line_and_nothing_is_changed(
+    name: str, runs: Path, capsys: Capture
+) -> None:
+    damage, expected = DAMAGES[name]
+    folder = only_run(runs) / "checkpoints" / "step-00000014"
+    damage(folder)
+    before = {path: path.read_bytes() for path in runs.rglob("*") if path.is_file()}
+    assert resume(runs, path=folder) == 2
+    assert re.search(expected, told(capsys))
+    assert {path: path.read_bytes() for path in runs.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("name", sorted(DAMAGES.keys() - {"altered"}))
+def test_the_newest_whole_one_is_taken_where_a_newer_one_is_torn(
+    name: str, runs: Path, capsys: Capture
+) -> None:
+    DAMAGES[name][0](only_run(runs) / "checkpoints" / "step-00000014")
+    assert resume(runs) == 0
+    assert "goes on after epoch 1, step 11" in capsys.readouterr().out
+    assert steps_of(only_run(runs)) == sorted(set(steps_of(only_run(runs))))
+
+
+def test_one_without_its_manifest_is_none(runs: Path, capsys: Capture) -> None:
+    (only_run(runs) / "checkpoints" / "step-00000014" / manifest.NAME).unlink()
+    assert resume(runs) == 0
+    assert "goes on after epoch 1, step 11" in capsys.readouterr().out
+
+
+class Malicious:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (self.path,))
+
+
+def test_a_pickle_with_code_is_refused_and_its_code_does_not_run(
+    runs: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    folder, mark = only_run(runs) / "checkpoints" / "step-00000014", tmp_path / "it ran"
+    facts = write_state(folder / "shared.pt", {"model": Malicious(mark)})
+    change(folder, lambda content: {**content, "files": content["files"] | {"shared.pt": facts.model_dump()}})
+    with pytest.raises(ValueError, match=r"shared\.pt: expected tensors and numbers alone"):
+        read_state(manifest.read(folder), manifest.SHARED)
+    assert resume(runs) == 1  # the checksum is right: found when it is read
+    assert "rank 0: " in told(capsys)
+    assert not mark.exists()
+    torch.load(folder / "shared.pt", weights_only=False)
+    assert mark.exists()  # it would have run
+
+
+def test_a_line_that_is_none_of_ours_is_named_and_nothing_is_cut(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"kind": "step", "epoch": 0, "step": 0}\nloss 3\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl: line 2: expected a JSON object with kind"):
+        cut_back(path, epochs=1, steps=1)
+    assert path.read_text().endswith("loss 3\n")
+
+
+# --- writing --------------------------------------------------------------------------------------
+
+
+def nothing() -> None:
+    """Has nothing to write before."""
+
+
+def keep(run: Path, **settings: Any) -> Keeper:
+    run.mkdir(exist_ok=True)
+    return Keeper(run, {}, Checkpoints(**settings), Board(Place(0, 1), None))
+
+
+def save(keeper: Keeper, step: int) -> None:
+    state = {"weights": torch.arange(100) + step}
+    keeper.save(step, 0, state, state, nothing)
+
+
+def full_disk(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """From now on no file of this name can be written."""
+    write_whole = checkpoint.files.write_whole
+
+    def write(path: Path, content: Any) -> None:
+        if path.name == name:
+            raise OSError(28, "No space left on device")
+        write_whole(path, content)
+
+    monkeypatch.setattr(checkpoint.files, "write_whole", write)
+
+
+@pytest.mark.parametrize("name", ["shared.pt", "rank0.pt", "manifest.json"])
+def test_on_a_full_disk_the_last_whole_one_stays_and_the_run_ends_or_goes_on(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    keeper, patient = keep(tmp_path / "a"), keep(tmp_path / "b", required=False)
+    save(keeper, 3)
+    save(patient, 3)
+    with monkeypatch.context() as patch:
+        full_disk(patch, name)
+        with pytest.raises(
+            TrainingError, match=r"no checkpoint after step 5: rank 0: No space left on device; "
+        ):
+            save(keeper, 5)
+        save(patient, 5)
+    line = capsys.readouterr().out
+    assert line.startswith("no checkpoint after step 5: rank 0: No space left on device; the last one is ")
+    for run_folder in (tmp_path / "a", tmp_path / "b"):
+        assert [path.name for path in (run_folder / "checkpoints").iterdir()] == ["step-00000003"]
+        manifest.newest_whole(run_folder).check_whole(contents=True)
+    save(patient, 6)  # there is room again
+    assert manifest.newest_whole(tmp_path / "b").manifest.step == 6
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """The system takes no byte beyond so many of any file, as a full disk would not."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_file_of_which_only_a_part_is_taken_leaves_nothing(tmp_path: Path) -> None:
+    """And says why: torch would hide the system's error behind one of its own."""
+    with files_of_at_most(10_000), pytest.raises(OSError, match="File too large"):
+        write_state(tmp_path / "state.pt", {"weights": torch.zeros(10**6)})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_lines_that_the_disk_does_not_take_wait_for_room(tmp_path: Path) -> None:
+    patient = LineFile(tmp_path / "lines", keep_waiting=True)
+    with files_of_at_most(9):
+        patient.write("first")
+        patient.write("second")  # of which 3 bytes are taken
+        assert (tmp_path / "lines").read_text() == "first\nsec"
+        assert patient.trouble == "File too large"
+        with pytest.raises(OSError, match="File too large"):
+            patient.sync()
+    patient.write("third")
+    assert patient.trouble is None
+    patient.close()
+    assert (tmp_path / "lines").read_text() == "first\nsecond\nthird\n"
+
+
+def test_lines_that_nobody_waits_for_are_an_error(tmp_path: Path) -> None:
+    file = LineFile(tmp_path / "lines")
+    with files_of_at_most(9):
+        with pytest.raises(OSError, match="File too large"):
+            file.write("a longer line")
+        with pytest.raises(OSError, match="File too large"):
+            file.close()
