@@ -84,6 +84,9 @@ class LineFile:
             self._file.close()
 
     def _write(self) -> None:
-        while self._waiting:  # what is taken of a line before the disk is full is continued later
-            self._waiting = self._waiting[self._file.write(self._waiting) :]
+        try:
+            while self._waiting:  # what is taken of a line before the disk is full is continued later
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
         self.trouble = None

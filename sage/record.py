@@ -1,8 +1,10 @@
 """What a run writes and shows while it trains: metrics.jsonl, TensorBoard, progress."""
 
 import json
+import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Self
@@ -35,16 +37,24 @@ class Log(Settings):
 
 class _TensorBoard:
     def __init__(self, folder: Path, first_step: int) -> None:
-        from torch.utils.tensorboard import (
-            SummaryWriter,
-        )  # here: it takes seconds, and most workers need it not
+        # Here: it takes seconds, and most workers need it not.
+        from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(folder / "tensorboard", purge_step=first_step or None)
+        # An epoch's numbers stand at the step after its last: those of the last one before are to stay.
+        self._writer = SummaryWriter(
+            folder / "tensorboard", purge_step=first_step + 1 if first_step else None
+        )
         self.close = self._writer.close
+        threading.excepthook = _tell_but_full_disks  # its thread's OSError is raised by its next log
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
+
+
+def _tell_but_full_disks(arguments: threading.ExceptHookArgs) -> None:
+    if not isinstance(arguments.exc_value, OSError):
+        threading.__excepthook__(arguments)
 
 
 class _Wandb:
@@ -99,7 +109,8 @@ class Recorder:
         if self._progress:
             self._progress.stop()
         for sink in self._sinks:
-            sink.close()
+            with suppress(OSError):  # metrics.jsonl has the same numbers
+                sink.close()
         if self._file:
             self._file.close()
 
@@ -110,8 +121,13 @@ class Recorder:
             self._file.write(json.dumps(line, allow_nan=False))
             if self._file.trouble not in (None, before):
                 say(f"{self._file.path}: {self._file.trouble}; what comes waits for room")
-        for sink in self._sinks:
-            sink.log({f"{line['kind']}/{name}": value for name, value in scalars(line).items()}, line["step"])
+        values = {f"{line['kind']}/{name}": value for name, value in scalars(line).items()}
+        for sink in list(self._sinks):
+            try:
+                sink.log(values, line["step"])
+            except OSError as error:
+                self._sinks.remove(sink)
+                say(f"{type(sink).__name__[1:]}: {error.strerror}; it gets no more numbers")
 
     def sync(self) -> None:
         """Have all lines on the disk. Raises OSError."""
