@@ -16,21 +16,17 @@ import argparse
 import json
 import math
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from benchmarks.group import add_hidden, hand_in, joined, run_group
 from reducers import REDUCERS
 from sage.comm import CountingComm, LocalComm, connect_comm
 from sage.files import write_text
@@ -206,37 +202,20 @@ def measure(
 
 
 def worker(arguments: argparse.Namespace) -> None:
-    """One process: joins a group where there are several, measures, and rank 0 writes its rows."""
-    torch.set_num_threads(1)
-    rank, world_size = arguments.rank, arguments.world_size
-    if world_size > 1:
-        dist.init_process_group(
-            "gloo",
-            init_method=f"file://{arguments.out}.rendezvous",
-            rank=rank,
-            world_size=world_size,
-            timeout=timedelta(minutes=5),
-        )
+    """One process of a group: measures, and rank 0 hands its rows in."""
     layout = lay_out((str(index), shape) for index, shape in enumerate(LAYOUTS[arguments.layout]()))
-    names = arguments.reducers.split(",")
-    rows = measure(names, layout, arguments.density, rank, world_size, connect_comm(world_size))
-    if rank == 0:
-        write_text(arguments.out, json.dumps([asdict(row) for row in rows]))
-    if world_size > 1:
-        dist.destroy_process_group()
+    names, world_size = arguments.reducers.split(","), arguments.world_size
+    with joined(arguments):
+        comm = connect_comm(world_size)
+        rows = measure(names, layout, arguments.density, arguments.rank, world_size, comm)
+    hand_in(arguments, [asdict(row) for row in rows])
 
 
-def run_group(arguments: argparse.Namespace, world_size: int) -> list[Row]:
+def measure_group(arguments: argparse.Namespace, world_size: int) -> list[Row]:
     """Measure in world_size fresh processes."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "rows.json"
-        command = [sys.executable, "-m", "benchmarks.reduce", "--layout", arguments.layout, "--out", str(out)]
-        command += ["--reducers", arguments.reducers, "--density", str(arguments.density)]
-        command += ["--world-size", str(world_size)]
-        processes = [subprocess.Popen([*command, "--rank", str(rank)]) for rank in range(world_size)]
-        if any([process.wait() for process in processes]):  # every one is waited for
-            raise SystemExit("benchmarks.reduce: a worker failed")
-        return [Row(**row) for row in json.loads(out.read_text())]
+    words = ["--layout", arguments.layout, "--reducers", arguments.reducers]
+    words += ["--density", str(arguments.density)]
+    return [Row(**row) for row in run_group("benchmarks.reduce", words, world_size)]
 
 
 def show(rows: list[Row]) -> None:
@@ -263,16 +242,14 @@ def main() -> None:
     parser.add_argument("--reducers", default=",".join(VARIANTS), metavar="NAME,...")
     parser.add_argument("--density", type=float, default=0.001)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows as a list of objects")
-    for hidden in ("--rank", "--world-size"):
-        parser.add_argument(hidden, type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
+    add_hidden(parser)
     arguments = parser.parse_args()
     if unknown := set(arguments.reducers.split(",")) - set(VARIANTS):
         parser.error(f"--reducers: expected some of {','.join(VARIANTS)}, got {','.join(sorted(unknown))}")
     if arguments.rank is not None:
         worker(arguments)
         return
-    rows = [row for world_size in arguments.world_sizes for row in run_group(arguments, world_size)]
+    rows = [row for world_size in arguments.world_sizes for row in measure_group(arguments, world_size)]
     show(rows)
     if arguments.json:
         write_text(arguments.json, json.dumps([asdict(row) for row in rows], indent=2) + "\n")
