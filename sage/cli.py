@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from signal import Signals
 from typing import Any, NoReturn
 
 from sage import files, manifest, sweep
@@ -114,7 +115,7 @@ def _check(parser: argparse.ArgumentParser, parsed: dict[str, Any]) -> Arguments
     if resume and not Path(resume).is_dir():
         parser.error(f"--resume {resume}: expected a run's folder, or one of its checkpoints")
     if resume and not sweeps and (not words or "=" in words[0]):
-        words.insert(0, str(manifest.run_of(Path(resume)) / "config.yaml"))
+        words.insert(0, str(manifest.run_of(Path(resume).resolve()) / "config.yaml"))
     if not sweeps and not words:
         parser.error("CONFIG is missing: expected a YAML file")
     if not sweeps:
@@ -180,9 +181,16 @@ def _run(command: list[str]) -> tuple[int, bool]:
 
     The child has a session of its own, so that Ctrl-C reaches it once: handed on from here.
     """
-    child = subprocess.Popen([sys.executable, *command], start_new_session=True)
-    with WATCH.handed_on(child.send_signal):
-        code = child.wait()
+    children: list[subprocess.Popen[bytes]] = []
+
+    def send(number: Signals) -> None:
+        for child in children:
+            child.send_signal(number)
+
+    with WATCH.handed_on(send) as catch_up:
+        children.append(subprocess.Popen([sys.executable, *command], start_new_session=True))
+        catch_up()
+        code = children[0].wait()
     return (code, False) if WATCH.received is None else (128 + WATCH.received, True)
 
 

@@ -129,13 +129,23 @@ def _is_done(place: Path, settings: RunSettings, again: sweep.Resolve, worker: W
 
 
 def _agree(order: Order, board: Board) -> Checkpoint | None:
-    """The checkpoint that rank 0 found. Raises TrainingError where this worker does not see it."""
+    """The checkpoint that rank 0 found. Raises TrainingError, on all workers, where one does not see it."""
     mine = order.found.checkpoint if order.found else None
     folder = board.agree("resume", str(mine.folder) if mine else "")
+    found, trouble = None, ""
     try:
-        return manifest.read(Path(folder)) if folder else None
+        found = manifest.read(Path(folder)) if folder else None
     except ValueError as error:
-        raise TrainingError(f"rank {board.place.rank}: {error}") from None
+        trouble = str(error)
+    _share_trouble("seen", trouble, board)
+    return found
+
+
+def _share_trouble(name: str, trouble: str, board: Board) -> None:
+    """Raise TrainingError on all workers where one has trouble."""
+    for rank, told in enumerate(board.collect(name, trouble)):
+        if told:
+            raise TrainingError(f"rank {rank}: {told}")
 
 
 def _restore(trainer: Trainer, resumed: Checkpoint, board: Board) -> None:
@@ -145,9 +155,7 @@ def _restore(trainer: Trainer, resumed: Checkpoint, board: Board) -> None:
         trainer.restore(resumed)
     except ValueError as error:
         trouble = str(error)
-    for rank, told in enumerate(board.collect("restored", trouble)):
-        if told:
-            raise TrainingError(f"rank {rank}: {told}")
+    _share_trouble("restored", trouble, board)
     old, new = resumed.manifest.world_size, board.place.world_size
     if board.place.rank == 0:
         say(f"goes on after epoch {resumed.manifest.epoch}, step {resumed.manifest.step}")

@@ -28,8 +28,6 @@ from sage.rendezvous import Rendezvous
 from sage.signals import WATCH
 from sage.worker import Worker, check_claims
 
-FROZEN_SECONDS = 30
-"""How long a worker may take to end when another one has failed, before it is killed."""
 POLL_SECONDS = 0.2
 
 
@@ -88,23 +86,27 @@ def spawn(command: Sequence[str], num_workers: int, say: Callable[[str], None]) 
         if name.startswith("torch.distributed.elastic"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # no C++ stacks: errors come as exceptions
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ""  # torch's own handlers would end the workers
     # Held here, the store outlives every worker, so that survivors can tell who fell behind.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     ranks = range(num_workers)
-    workers = start_processes(
-        "worker",
-        sys.executable,
-        {rank: ("-u", *command) for rank in ranks},
-        {rank: _torchrun_environment(rank, num_workers, store.port) for rank in ranks},
-        DefaultLogsSpecs(log_dir=os.devnull),
-    )
+    pids: list[int] = []
 
     def send(number: signal.Signals) -> None:
-        for pid in workers.pids().values():
+        for pid in pids:
             with suppress(ProcessLookupError):
                 os.kill(pid, number)
 
-    with WATCH.handed_on(send):  # instead of torch's own handlers, which would end the workers
+    with WATCH.handed_on(send) as catch_up:
+        workers = start_processes(
+            "worker",
+            sys.executable,
+            {rank: ("-u", *command) for rank in ranks},
+            {rank: _torchrun_environment(rank, num_workers, store.port) for rank in ranks},
+            DefaultLogsSpecs(log_dir=os.devnull),
+        )
+        pids += workers.pids().values()
+        catch_up()
         result = workers.wait(period=POLL_SECONDS)
     assert result is not None  # without a timeout
     if not result.failures:

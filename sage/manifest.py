@@ -160,15 +160,15 @@ def choose(path: str, place: Path, asked: Asked) -> Found | None:
 
     Raises ValueError, in one line, where what is named cannot be used.
     """
+    named = Path(path).resolve()
     if path == NEWEST:
         found = _newest_run(place, asked)
         if found is None or found.checkpoint is None:
             return found
         checkpoint = found.checkpoint
-    elif (run_of(Path(path)) / "summary.json").exists():
-        return Found(run_of(Path(path)), None)
+    elif (run_of(named) / "summary.json").exists():
+        return Found(run_of(named), None)
     else:
-        named = Path(path).resolve()
         checkpoint = read(named) if named.parent.name == "checkpoints" else newest_whole(named)
         if differs := differences(checkpoint.manifest.config, asked):
             raise ValueError(f"--resume {path}: expected this configuration's, got another: {differs}")

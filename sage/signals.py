@@ -50,14 +50,18 @@ class SignalWatch:
             self._num_deferring -= 1
 
     @contextmanager
-    def handed_on(self, send: Send) -> Iterator[None]:
-        """What comes, and what came before, is handed to send. Listens."""
+    def handed_on(self, send: Send) -> Iterator[Callable[[], None]]:
+        """What comes is handed to send. The function that this yields, to be called when there is somebody to
+        send to, hands on what came before. Listens."""
+
+        def catch_up() -> None:
+            if self.received is not None:
+                send(self.received)
+
         self.listen()
         self._send = send
-        if self.received is not None:
-            send(self.received)
         try:
-            yield
+            yield catch_up
         finally:
             self._send = None
 

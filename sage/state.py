@@ -6,8 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sage.checkpoint import State
-from sage.interfaces import Stateful, Task
+from sage.board import first_line
+from sage.checkpoint import State, read_state
+from sage.interfaces import Place, Stateful, Task, seed_of
+from sage.manifest import SHARED, Checkpoint, own
 
 
 class Position(Stateful):
@@ -76,6 +78,29 @@ class TrainingState:
                 "cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
             },
         }
+
+    def restore(
+        self, checkpoint: Checkpoint, place: Place, steps_per_epoch: int, seed: int, with_optimizer: bool
+    ) -> None:
+        """The worker's part of a checkpoint, also of another number of workers. steps_per_epoch, seed: this
+        run's. Raises ValueError where its files cannot be used, or do not fit."""
+        old = checkpoint.manifest.world_size
+        try:
+            self.load_shared(read_state(checkpoint, SHARED), with_optimizer)
+            if old == place.world_size:
+                self.load_own(read_state(checkpoint, own(place.rank)))
+            else:
+                states = (read_state(checkpoint, own(rank)) for rank in range(old))
+                begun = seed_of(
+                    seed, "worker", place.rank, "of", place.world_size, "from", self.position.step
+                )
+                self.reshard(states, steps_per_epoch, begun)
+        except (KeyError, RuntimeError) as error:
+            told = f"expected the state of this program's parts, got another ({first_line(error)})"
+            raise ValueError(f"{checkpoint.folder}: {told}") from None
+        if self.position.steps_per_epoch != steps_per_epoch:
+            told = f"expected {steps_per_epoch} steps an epoch, as the data have now"
+            raise ValueError(f"{checkpoint.folder}: {told}, got {self.position.steps_per_epoch}")
 
     def load_shared(self, state: State, with_optimizer: bool) -> None:
         self.model.load_state_dict(state["model"])

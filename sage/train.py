@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from sage.board import Board
-from sage.checkpoint import Keeper, read_state
+from sage.checkpoint import Keeper
 from sage.clock import Clock
 from sage.comm import CountingComm
 from sage.feedback import Feedback
 from sage.gradient import GradientBuffer
 from sage.guard import Guard, Wish, find_bad, find_difference
-from sage.interfaces import Communicator, Progress, Reducer, Stopped, Task, TrainingError, seed_of
-from sage.manifest import SHARED, Checkpoint, own
+from sage.interfaces import Communicator, Place, Progress, Reducer, Stopped, Task, TrainingError
+from sage.manifest import Checkpoint
 from sage.metrics import Meter, say
 from sage.optim import clip_norm
 from sage.record import Recorder
@@ -195,14 +195,8 @@ class Trainer:
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint. Raises ValueError where its files cannot be used."""
-        self.state.load_shared(read_state(checkpoint, SHARED), self.holds_optimizer)
-        world_size = checkpoint.manifest.world_size
-        if world_size == self.comm.world_size:
-            self.state.load_own(read_state(checkpoint, own(self.comm.rank)))
-        else:
-            old = (read_state(checkpoint, own(rank)) for rank in range(world_size))
-            seed = seed_of(self.settings.seed, "worker", self.comm.rank, "from", self.position.step)
-            self.state.reshard(old, self.task.steps_per_epoch, seed)
+        place, steps = Place(self.comm.rank, self.comm.world_size), self.task.steps_per_epoch
+        self.state.restore(checkpoint, place, steps, self.settings.seed, self.holds_optimizer)
 
     @property
     def holds_optimizer(self) -> bool:
