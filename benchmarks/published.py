@@ -31,11 +31,11 @@ from reducers import REDUCERS
 from run import TABLES
 from sage import config, provenance
 from sage.files import write_json
-from sage.train import RunSettings
+from sage.settings import RunSettings
 
 CONFIGS = provenance.ROOT / "configs"
 NUM_WARM_UP = 1
-PHASES = ("data", "forward", "backward", "reduce", "communicate", "optimizer")
+PHASES = ("data", "forward", "backward", "agree", "reduce", "communicate", "optimizer")
 POLL_SECONDS = 0.2
 
 

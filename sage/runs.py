@@ -161,12 +161,13 @@ def phases(run: Run) -> dict[str, float]:
     """Milliseconds per step; zeros before the first epoch is done."""
     times = {name: 1000 * per_step(run, f"seconds.{name}") for name in (*COMPUTE, "reduce", "communicate")}
     times["compression"] = times.pop("reduce") - times["communicate"]
-    return times | {"communication": times.pop("communicate") * (not run.simulated)}
+    waiting = 1000 * per_step(run, "seconds.agree")  # for the slowest worker, before the exchange
+    return times | {"communication": (times.pop("communicate") + waiting) * (not run.simulated)}
 
 
 def training_seconds(line: Flat) -> float:
-    """Of an epoch line: all phases, without evaluation."""
-    return float(sum(line[f"seconds.{phase}"] for phase in PHASES))
+    """Of an epoch line: all phases, without evaluation and checkpoints."""
+    return float(sum(line[f"seconds.{phase}"] for phase in PHASES) + line.get("seconds.agree", 0))
 
 
 def density_mean(run: Run) -> float | None:
@@ -216,7 +217,16 @@ def _named(members: list[list[Run]]) -> list[Group]:
 
 def label(members: Sequence[list[Run]]) -> list[str]:
     """A name a group, no two alike: the reducer, then the first keys that tell apart those still alike."""
-    ranks = {"reducer": 0, "state": 2, "seed": 3, "log": 4, "run": 5, "at": 6}  # the other keys: 1
+    ranks = {
+        "reducer": 0,
+        "state": 2,
+        "seed": 3,
+        "log": 4,
+        "checkpoint": 4,
+        "resume": 4,
+        "run": 5,
+        "at": 6,
+    }  # the other keys: 1
     firsts = [runs[0] for runs in members]
     flats = [
         run.config | {"state": bool(run.summary), "run": run.folder.name, "at": run.folder} for run in firsts

@@ -17,7 +17,7 @@ import run
 from sage import config, launch
 from sage.comm import LocalComm
 from sage.preview import break_even_density
-from sage.train import RunSettings
+from sage.settings import RunSettings
 
 ROOT = Path(__file__).parent.parent
 DIGITS = str(ROOT / "configs" / "digits.yaml")
