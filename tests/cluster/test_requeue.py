@@ -199,7 +199,7 @@ def test_scancel_leaves_no_process_and_does_not_requeue(
     assert len(cluster.processes()) >= 4
     cluster.call("scancel", endless_job)
     wait_until(lambda: not cluster.processes(), 30, cluster.processes)
-    assert cluster.state(endless_job) == "CANCELLED"
+    wait_for_state(cluster, endless_job, "CANCELLED", tmp_path)
     assert cluster.fact(endless_job, "Restarts") == "0"
     assert "back into the queue" not in told_by(tmp_path)
 
