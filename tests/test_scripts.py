@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+LINK = "runs/slurm/sage-12345"
 
 
 def write_script(path: Path, body: str) -> None:
@@ -26,6 +27,7 @@ def repository(tmp_path: Path) -> Path:
     write_script(tmp_path / ".venv/bin/python", 'printf "%s\\n" "$@"')
     write_script(tmp_path / "bin/srun", 'echo "srun $hostip:$port"; printf "%s\\n" "$@"')
     write_script(tmp_path / "bin/scontrol", 'echo localhost; echo "$@" >&2')
+    write_script(tmp_path / "bin/squeue", "echo RUNNING")
     return tmp_path
 
 
@@ -77,7 +79,8 @@ def test_pararun_starts_run_sh_on_every_task_with_the_head_nodes_address(reposit
     told, address, *words = done.stdout.splitlines()
     assert told == "pararun: job 12345, 2 tasks on localhost,n2, rank 0 at localhost:22345"
     assert address == "srun localhost:22345"
-    assert words == ["--kill-on-bad-exit=1", "--gpu-bind=none", "./run.sh", "a.yaml", "key=a b"]
+    options = ["--kill-on-bad-exit=1", "--gpu-bind=none"]
+    assert words == [*options, "./run.sh", "a.yaml", "key=a b", "--job", LINK]
 
 
 def binds(listener: socket.socket, port: int) -> bool:
@@ -99,14 +102,126 @@ def test_pararun_takes_a_port_that_is_free(repository: Path) -> None:
     assert taken < int(port) < taken + 1000  # the next one, or further where that is taken too
 
 
+def words_of(done: subprocess.CompletedProcess) -> list[str]:
+    """What run.sh was given, without the link."""
+    words = done.stdout.splitlines()
+    words = words[words.index("./run.sh") + 1 :]
+    end = words.index("--job")
+    assert words[end + 1] == LINK
+    return words[:end]
+
+
 def test_pararun_gives_an_array_tasks_number_to_a_sweep_only(repository: Path) -> None:
     array = job(repository, SLURM_ARRAY_TASK_ID="3", SLURM_CPUS_PER_TASK="8")
     done = call(repository, "pararun", "--sweep", "s.yaml", **array)
-    words = done.stdout.splitlines()[2:]
-    assert words[-5:] == ["./run.sh", "--sweep", "s.yaml", "--index", "3"]
-    assert "--cpus-per-task=8" in words
+    assert words_of(done) == ["--sweep", "s.yaml", "--index", "3"]
+    assert "--cpus-per-task=8" in done.stdout.splitlines()
+    done = call(repository, "pararun", "--sweep=s.yaml", **array)
+    assert words_of(done) == ["--sweep=s.yaml", "--index", "3"]
     done = call(repository, "pararun", "a.yaml", **array)
-    assert done.stdout.splitlines()[-2:] == ["./run.sh", "a.yaml"]
+    assert words_of(done) == ["a.yaml"]
+
+
+def test_pararun_finds_the_first_of_many_hosts(repository: Path) -> None:
+    write_script(repository / "bin/scontrol", "seq -f 127.0.0.%.0f 100000")  # more than a pipe holds
+    done = call(repository, "pararun", "a.yaml", **job(repository))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "srun 127.0.0.1:22345" in done.stdout
+
+
+# --- a job that comes back ------------------------------------------------------------------------
+
+
+def leave_run(repository: Path, *files: str) -> Path:
+    """A run's folder with empty files, and the job's link to it."""
+    run = repository / "a run"
+    for name in files:
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).touch()
+    (repository / LINK).parent.mkdir(parents=True, exist_ok=True)
+    (repository / LINK).symlink_to(run)
+    return run
+
+
+MANIFEST = "checkpoints/step-00000007/manifest.json"
+
+
+@pytest.mark.parametrize(
+    ("restarts", "files", "more"),
+    [
+        ("1", [MANIFEST], ["--resume", LINK]),
+        ("2", ["summary.json"], ["--resume", LINK]),
+        ("1", ["checkpoints/step-00000007/shared.pt"], []),
+        ("0", [MANIFEST], []),
+    ],
+    ids=["a checkpoint", "done", "none whole", "of another cluster's job"],
+)
+def test_a_requeued_job_goes_on_with_its_own_run_where_that_has_a_checkpoint(
+    repository: Path, restarts: str, files: list[str], more: list[str]
+) -> None:
+    leave_run(repository, *files)
+    done = call(repository, "pararun", "a.yaml", "k=a b", **job(repository, SLURM_RESTART_COUNT=restarts))
+    assert done.returncode == 0, done.stderr
+    assert words_of(done) == ["a.yaml", "k=a b", *more]
+    assert (repository / LINK).exists() == (restarts != "0")
+
+
+def test_a_requeued_job_without_a_run_begins(repository: Path) -> None:
+    done = call(repository, "pararun", "a.yaml", **job(repository, SLURM_RESTART_COUNT="1"))
+    assert (done.returncode, words_of(done)) == (0, ["a.yaml"])
+
+
+def call_with_a_run_that_is_ended(
+    repository: Path, code: int = 0, files: tuple[str, ...] = ("requeue",), requeues: bool = True
+) -> subprocess.CompletedProcess:
+    """pararun, with an srun that leaves a run behind and ends with a code."""
+    run = repository / "runs/found"
+    for name in files:
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).touch()
+    (repository / LINK).parent.mkdir(parents=True, exist_ok=True)
+    write_script(repository / "bin/srun", f"ln -s '{run}' '{repository}/{LINK}'; exit {code}")
+    told = 'echo localhost; if [ "$1" = requeue ]; then echo "$@" >&2; '
+    write_script(repository / "bin/scontrol", f"{told} exit {0 if requeues else 1}; fi")
+    return call(repository, "pararun", "a.yaml", "key=a b", **job(repository))
+
+
+def test_a_run_that_is_marked_puts_its_job_back_into_the_queue(repository: Path) -> None:
+    done = call_with_a_run_that_is_ended(repository)
+    assert (done.returncode, done.stderr) == (0, "requeue 12345\n")
+    assert "pararun: back into the queue" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("code", "files"),
+    [(0, ("summary.json",)), (1, ("requeue",)), (130, ())],
+    ids=["done", "failed", "Ctrl-C"],
+)
+def test_another_end_does_not_and_its_exit_code_is_the_jobs(
+    repository: Path, code: int, files: tuple[str, ...]
+) -> None:
+    done = call_with_a_run_that_is_ended(repository, code, files)
+    assert (done.returncode, done.stderr) == (code, "")
+
+
+def test_a_job_that_slurm_is_ending_does_not_put_itself_back(repository: Path) -> None:
+    """scancel's SIGTERM may reach other hosts before this one's shell."""
+    write_script(
+        repository / "bin/squeue", '[ "$*" = "--noheader --jobs=12345 --format=%T" ] && echo COMPLETING'
+    )
+    done = call_with_a_run_that_is_ended(repository)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "queue" not in done.stdout
+
+
+def test_a_job_that_slurm_does_not_take_back_fails_and_says_how_to_go_on(repository: Path) -> None:
+    done = call_with_a_run_that_is_ended(repository, requeues=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [
+        "requeue 12345",
+        "pararun: SLURM does not take the job back (--no-requeue?); to go on:",
+        f"  sbatch pararun a.yaml key=a\\ b --resume {LINK}",
+    ]
 
 
 def test_pararun_outside_of_the_repository_or_of_sbatch_is_refused_in_one_line(

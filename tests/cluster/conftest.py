@@ -51,8 +51,12 @@ class Cluster:
 
     def state(self, job: str) -> str:
         """COMPLETED, FAILED, ..."""
+        return self.fact(job, "JobState")
+
+    def fact(self, job: str, name: str) -> str:
+        """What SLURM knows of a job under a name."""
         _, told = self.call("scontrol", "show", "job", "-o", job)
-        return told.partition("JobState=")[2].split()[0]
+        return told.partition(f" {name}=")[2].split()[0]
 
     def pids(self, host: str) -> list[int]:
         """What runs on a host, without its slurmd."""
@@ -122,3 +126,21 @@ def cluster(running: Cluster) -> Iterator[Cluster]:
         running.tool("heal", host)
     running.call("scancel", "--user", "root")
     wait_until(lambda: not running.processes(), 60, running.processes)
+
+
+@pytest.fixture
+def endless_job(cluster: Cluster, tmp_path: Path) -> Iterator[str]:
+    """A job on four hosts that trains and has a checkpoint; its id. Its output is in the file log."""
+    words = ["configs/digits.yaml", "epochs=100000", "timeout_seconds=10", "--threads", "1"]
+    sbatch = ["sbatch", "--parsable", f"--output={tmp_path}/log", "--nodes=4", "pararun"]
+    code, job = cluster.call(*sbatch, *words, "--runs", str(tmp_path))
+    assert code == 0, job
+    wait_for_checkpoint(tmp_path)
+    yield job.strip()
+    cluster.call("scancel", job.strip())
+
+
+def wait_for_checkpoint(runs: Path) -> None:
+    """Until the one run there has its first."""
+    found = "digits/*/checkpoints/step-*/manifest.json"
+    wait_until(lambda: any(runs.glob(found)), 120, lambda: (runs / "log").read_text())

@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -113,22 +112,6 @@ def test_a_job_array_of_a_sweep_runs_a_point_a_task_and_skips_what_is_done(
         assert [summary.parent.name.split("-")[1] for summary in done] == ["s3", "s4"]
 
 
-@pytest.fixture
-def endless_job(cluster: Cluster, tmp_path: Path) -> Iterator[str]:
-    """A job on four hosts that trains; its id. Its output is in the file log."""
-    words = ["configs/digits.yaml", "epochs=100000", "timeout_seconds=10", "--threads", "1"]
-    sbatch = ["sbatch", "--parsable", f"--output={tmp_path}/log", "--nodes=4", "pararun"]
-    code, job = cluster.call(*sbatch, *words, "--runs", str(tmp_path))
-    assert code == 0, job
-
-    def trains() -> bool:
-        return any(len(file.read_text().splitlines()) > 5 for file in tmp_path.glob("*/*/metrics.jsonl"))
-
-    wait_until(trains, 120, lambda: (tmp_path / "log").read_text())
-    yield job.strip()
-    cluster.call("scancel", job.strip())
-
-
 def test_a_killed_worker_ends_the_job_as_failed_and_is_named(
     cluster: Cluster, endless_job: str, tmp_path: Path
 ) -> None:
@@ -140,26 +123,6 @@ def test_a_killed_worker_ends_the_job_as_failed_and_is_named(
     assert "Traceback" not in told
     wait_until(lambda: not cluster.processes(), 30, cluster.processes)
     assert not list(tmp_path.glob("digits/*/summary.json"))
-
-
-def test_a_host_without_its_link_ends_the_job_within_the_timeout_and_is_named(
-    cluster: Cluster, endless_job: str, tmp_path: Path
-) -> None:
-    cluster.tool("cut", "n3")
-    # 10 s until the collective gives up, and SLURM's 20 s until it gives up the host.
-    wait_until(lambda: cluster.state(endless_job) not in ("RUNNING", "COMPLETING"), 90)
-    assert cluster.state(endless_job) in ("FAILED", "NODE_FAIL")
-    told = (tmp_path / "log").read_text()
-    assert "rank 2 fell behind: it no longer answers" in told
-    # SLURM's own part of the step stays on the lost host until it can report.
-    wait_until(lambda: not any(cluster.workers(host) for host in HOSTS), 60, cluster.processes)
-
-
-def test_scancel_leaves_no_process(cluster: Cluster, endless_job: str) -> None:
-    assert len(cluster.processes()) >= 4
-    cluster.call("scancel", endless_job)
-    wait_until(lambda: not cluster.processes(), 30, cluster.processes)
-    assert cluster.state(endless_job) == "CANCELLED"
 
 
 def test_the_repository_holds_the_folder_that_slurm_writes_to() -> None:
