@@ -1,5 +1,7 @@
 """A run that is stopped and gone on with is the same bits as one that is not: in threads, on the toy."""
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,6 +32,16 @@ TURNING = {"warmup_epochs": 1.3, "reference_batch": 3, "decay_epochs": [1.7], "d
 """A learning rate that changes in both epochs."""
 FALLING = {"density_schedule": {"densities": [0.6, 0.3]}}
 NO_MOMENTUM = {"momentum": 0.0, "nesterov": False}
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """One thread a worker, and no waiting for a busy disk: no power fails here."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
 
 
 def settings_in(name: str, /, **changes: Any) -> RunSettings:
