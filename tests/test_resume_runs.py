@@ -138,11 +138,13 @@ def test_another_number_of_workers_is_refused_in_one_line_unless_it_is_asked_for
 # --- processes ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("reducer", ["sage", "powersgd", "exact"])
+@pytest.mark.parametrize(
+    ("reducer", "option"), [("sage", "--workers"), ("powersgd", "--workers"), ("exact", "--simulate")]
+)
 def test_processes_that_a_signal_stopped_and_that_go_on_are_those_that_were_not_stopped(
-    reducer: str, tmp_path: Path
+    reducer: str, option: str, tmp_path: Path
 ) -> None:
-    """That two processes are two simulated workers has a law of its own."""
+    """That two processes are two simulated workers has a law of its own; so a run may change between them."""
     words = [DIGITS, f"reducer.name={reducer}", "task.batch_per_worker=16"]  # 44 steps an epoch
     # The signal comes whenever it comes: how many epochs there are, is only said then.
     stopped = command(*words, *SHORT, "epochs=100000", "--workers", "2", runs=tmp_path / "stopped")
@@ -160,7 +162,7 @@ def test_processes_that_a_signal_stopped_and_that_go_on_are_those_that_were_not_
     assert (folder / REQUEUE).exists()
     assert set(found.manifest.files) == {SHARED, own(0), own(1)}
     words += [*SHORT, f"epochs={found.manifest.epoch + 1}"]
-    resumed = start(command(*words, "--workers", "2", "--resume", runs=tmp_path / "stopped"))
+    resumed = start(command(*words, option, "2", "--resume", runs=tmp_path / "stopped"))
     output, _ = resumed.communicate(timeout=120)
     assert resumed.returncode == 0, output
     assert f"goes on after epoch {found.manifest.epoch}, step {found.manifest.step}" in output

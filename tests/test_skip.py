@@ -20,7 +20,7 @@ from sage.train import Trainer
 from tasks.digits import Digits
 from tests.cases import CASES
 from tests.test_families import make_task
-from tests.toy import ToyTask, lines_of, settings_of, state_of, train, train_until, trainer_of
+from tests.toy import NormTask, ToyTask, lines_of, settings_of, state_of, train, train_until, trainer_of
 
 WORLD_SIZE, STEPS = 2, 8
 """Of the toy with a batch of 4."""
@@ -76,15 +76,6 @@ def spoil_steps(task: Task, steps: set[int], spoil: Spoil = loss_becomes_nan) ->
         return (spoil(task, value) if next(count) in steps else value), logged
 
     task.loss = spoiled  # type: ignore[method-assign]
-
-
-class NormTask(ToyTask):
-    """With BatchNorm, whose statistics move with every forward pass."""
-
-    def __init__(self, batch_per_worker: int, place: Place) -> None:
-        super().__init__(batch_per_worker, place)
-        first, _, last = self.model  # type: ignore[misc]
-        self.model = torch.nn.Sequential(first, torch.nn.BatchNorm1d(16), last)
 
 
 def spoiled_task(comm: LocalComm, steps: set[int], spoil: Spoil = loss_becomes_nan) -> ToyTask:

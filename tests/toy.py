@@ -68,6 +68,15 @@ class ToyTask(Task):
         return {"loss": (errors.sum().item(), float(len(errors)))}
 
 
+class NormTask(ToyTask):
+    """With BatchNorm, whose statistics move with every forward pass, otherwise on each worker."""
+
+    def __init__(self, batch_per_worker: int, place: Place) -> None:
+        super().__init__(batch_per_worker, place)
+        first, _, last = self.model  # type: ignore[misc]
+        self.model = nn.Sequential(first, nn.BatchNorm1d(16), last)
+
+
 def settings_of(name: str = "exact", /, **changes: Any) -> RunSettings:
     """Settings of a run of two epochs with the named reducer; changes by section."""
     sections: dict[str, Any] = {
