@@ -72,6 +72,9 @@ class Meter(Stateful):
         """loss: a scalar on the device; it is read with the next step line, not now."""
         self._losses.append(loss.double().to(self._device))
         self._epoch_densities.append(density)
+        # Here and not in _drain: a sum of floats depends on its grouping, which no checkpoint is to change.
+        counted = self._take_bytes()
+        self._add({f"{name}_bytes": float(counted[f"{name}_bytes"]) for name in self.BYTES})
 
     def step_line(self, values: Mapping[str, float]) -> dict[str, Any]:
         """Means over workers: of values, and of bytes and seconds per step since the last step line. On a GPU
@@ -123,7 +126,9 @@ class Meter(Stateful):
         return {"losses": [loss.item() for loss in self._losses], "wall": wall, **kept}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._losses = [torch.tensor(loss, dtype=torch.float64) for loss in state["losses"]]
+        self._losses = [
+            torch.tensor(loss, dtype=torch.float64, device=self._device) for loss in state["losses"]
+        ]
         self._started = time.monotonic() - state["wall"]
         for name in self.KEPT:
             setattr(self, f"_{name}", state[name])
@@ -138,12 +143,12 @@ class Meter(Stateful):
         return means
 
     def _drain(self) -> None:
-        """Bytes and seconds since the last call, for the next step line and the epoch's totals."""
-        counted = self._take_bytes()
-        drained = {f"{name}_bytes": float(counted[f"{name}_bytes"]) for name in self.BYTES}
-        drained |= {f"seconds.{name}": seconds for name, seconds in self._clock.take().items()}
+        """Seconds since the last call, for the next step line and the epoch's totals."""
+        self._add({f"seconds.{name}": seconds for name, seconds in self._clock.take().items()})
+
+    def _add(self, values: Mapping[str, float]) -> None:
         for sums in (self._line, self._epoch):
-            for name, value in drained.items():
+            for name, value in values.items():
                 sums[name] = sums.get(name, 0.0) + value
 
     @staticmethod

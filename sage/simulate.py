@@ -183,4 +183,5 @@ def _same_bits(value: Tensor, other: object) -> bool:
     """Whether two tensors have one type, shape and content; NaN is like itself."""
     if not isinstance(other, Tensor) or (value.dtype, value.shape) != (other.dtype, other.shape):
         return False
-    return torch.equal(value.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
+    ours, theirs = (tensor.contiguous().view(-1).view(torch.uint8) for tensor in (value, other))
+    return torch.equal(ours, theirs)

@@ -21,7 +21,7 @@ from sage.comm import LocalComm
 from sage.interfaces import Communicator
 from sage.preview import bytes_of
 from sage.room import Room
-from sage.simulate import SimulatedStage, Turn
+from sage.simulate import SimulatedStage, Turn, _same_bits
 from tasks.models.small_cnn import small_cnn
 
 ROOT = Path(__file__).parent.parent
@@ -145,6 +145,19 @@ def test_sixteen_workers_train_and_leave_what_a_run_leaves(
     assert len(steps) == 4  # 1437 // (16 * 32) = 2 an epoch
     assert all(line["density"] < line["union_density"] < 16 * line["density"] for line in steps)
     assert report.read_run(folder).place == "digits, world size 16, simulated"
+
+
+def test_what_workers_hold_alike_is_found_by_its_bits_whatever_its_layout() -> None:
+    pairs = torch.tensor([[1, 7], [2, 8], [3, 9]], dtype=torch.int32)
+    column = pairs[:, 0]  # as the ratings' users are
+    assert column.stride() == (2,)
+    assert _same_bits(column, torch.tensor([1, 2, 3], dtype=torch.int32))
+    assert not _same_bits(column, pairs[:, 1])
+    assert _same_bits(torch.tensor(2.5), torch.tensor(2.5))
+    nan = torch.tensor([float("nan"), 0.0])
+    assert _same_bits(nan, nan.clone())
+    assert not _same_bits(nan, torch.tensor([float("nan"), -0.0]))
+    assert not _same_bits(torch.zeros(2), torch.zeros(2, dtype=torch.int32))
 
 
 # --- what ends one ----------------------------------------------------------------------------------

@@ -1,21 +1,28 @@
 """A small task without BatchNorm or dropout, and a trainer of it, for tests of the loop."""
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from reducers import REDUCERS
 from run import TABLES
+from sage.checkpoint import Keeper
 from sage.clock import Clock
 from sage.comm import LocalComm
-from sage.config import Named, validate
+from sage.config import Named, to_yaml, validate
+from sage.experiment import begin
 from sage.feedback import FEEDBACKS
 from sage.gradient import GradientBuffer
-from sage.interfaces import Place, Seeds, Task
+from sage.guard import Wish
+from sage.interfaces import Place, Seeds, Stateful, Stopped, Task
+from sage.manifest import Checkpoint
 from sage.optim import build_optimizer
 from sage.record import Recorder
 from sage.settings import RunSettings
@@ -61,6 +68,15 @@ class ToyTask(Task):
         return {"loss": (errors.sum().item(), float(len(errors)))}
 
 
+class NormTask(ToyTask):
+    """With BatchNorm, whose statistics move with every forward pass, otherwise on each worker."""
+
+    def __init__(self, batch_per_worker: int, place: Place) -> None:
+        super().__init__(batch_per_worker, place)
+        first, _, last = self.model  # type: ignore[misc]
+        self.model = nn.Sequential(first, nn.BatchNorm1d(16), last)
+
+
 def settings_of(name: str = "exact", /, **changes: Any) -> RunSettings:
     """Settings of a run of two epochs with the named reducer; changes by section."""
     sections: dict[str, Any] = {
@@ -76,15 +92,23 @@ def settings_of(name: str = "exact", /, **changes: Any) -> RunSettings:
     return validate(sections, RunSettings, {**TABLES, "task": {"toy": Named}})
 
 
-def train(
+@contextmanager
+def trainer_of(
     settings: RunSettings,
     comm: LocalComm,
     batch_per_worker: int = 4,
     folder: Path | None = None,
     task: Task | None = None,
     dtype: torch.dtype = torch.float32,
-) -> tuple[Trainer, dict[str, Any]]:
-    """Train the toy on one worker of comm; rank 0 writes metrics.jsonl into folder."""
+    keeps: bool = False,
+    stop_at: int | None = None,
+    resumed: Checkpoint | None = None,
+) -> Iterator[Trainer]:
+    """A trainer of the toy for one worker of comm; rank 0 writes metrics.jsonl into folder.
+
+    keeps: write checkpoints there, too; unless one is resumed, folder is made. stop_at: the step from which
+    on the last worker wishes to stop. resumed: what the trainer goes on from.
+    """
     place = Place(comm.rank, comm.world_size)
     task = task or ToyTask(batch_per_worker, place, dtype)
     gradient = GradientBuffer(task.model)
@@ -94,8 +118,71 @@ def train(
     optimizer = build_optimizer(settings.optimizer, task.model)
     clock = Clock(device)
     comm, side = LocalComm(comm.rank, comm._room, clock), LocalComm(comm.rank, comm._room)
+    board, keeper = StageBoard(place, comm), None
+    if keeps:
+        assert folder is not None
+        if comm.rank == 0:
+            begin(folder, to_yaml(settings), {"started": "now", "commit": None}, resumed)
+        config, step = settings.model_dump(mode="json"), resumed.manifest.step if resumed else 0
+        keeper = Keeper(folder, config, settings.checkpoint, board, step)
     steps = settings.epochs * task.steps_per_epoch
     with Recorder(folder if comm.rank == 0 else None, steps, settings.log) as recorder:
         parts = (task, reducer, feedback, gradient, optimizer)
-        trainer = Trainer(settings, *parts, comm, side, clock, recorder, StageBoard(place, comm))
+        trainer = Trainer(settings, *parts, comm, side, clock, recorder, board, keeper)
+        if resumed:
+            trainer.restore(resumed)
+        if stop_at is not None and comm.rank == comm.world_size - 1:
+            trainer.guard.asked = lambda: Wish.STOP if trainer.position.step >= stop_at else Wish.NOTHING
+        yield trainer
+
+
+def train(
+    settings: RunSettings,
+    comm: LocalComm,
+    batch_per_worker: int = 4,
+    folder: Path | None = None,
+    task: Task | None = None,
+    dtype: torch.dtype = torch.float32,
+    **keeping: Any,
+) -> tuple[Trainer, dict[str, Any]]:
+    """Train the toy on one worker of comm; the trainer and its summary. keeping: trainer_of's."""
+    with trainer_of(settings, comm, batch_per_worker, folder, task, dtype, **keeping) as trainer:
         return trainer, trainer.run()
+
+
+def train_until(stop_at: int, settings: RunSettings, comm: LocalComm, folder: Path, **given: Any) -> None:
+    """Train the toy until it is stopped in that step, with a checkpoint."""
+    with pytest.raises(Stopped):
+        train(settings, comm, folder=folder, keeps=True, stop_at=stop_at, **given)
+
+
+def lines_of(folder: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl, without the seconds."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+
+def bits_of(value: Any) -> Any:
+    """Something that is equal where a state is the same bit for bit, NaN and the sign of zero included."""
+    if isinstance(value, Mapping):
+        return {key: bits_of(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [bits_of(part) for part in value]
+    if isinstance(value, Tensor):
+        return str(value.dtype), tuple(value.shape), value.detach().contiguous().numpy().tobytes()
+    return repr(value)
+
+
+def state_of(trainer: Trainer) -> dict[str, Any]:
+    """The bits of all by which training goes on, but for the meter's."""
+    return bits_of(
+        {
+            "weights": dict(trainer.task.model.named_parameters()),
+            "buffers": dict(trainer.task.model.named_buffers()),
+            "optimizer": trainer.optimizer.state_dict(),
+            "memory": trainer.feedback.memory,
+            "feedback": trainer.feedback.state_dict(),
+            "reducer": trainer.reducer.state_dict(),
+            "task": trainer.task.state_dict() if isinstance(trainer.task, Stateful) else None,
+        }
+    )
