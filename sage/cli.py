@@ -113,7 +113,8 @@ def _check(parser: argparse.ArgumentParser, parsed: dict[str, Any]) -> Arguments
             f"--resume {resume}: with --sweep and no --index expected no path: each point has its own"
         )
     if resume and not Path(resume).is_dir():
-        parser.error(f"--resume {resume}: expected a run's folder, or one of its checkpoints")
+        hint = "; CONFIG and key.path=value go before it" if "=" in resume or resume.endswith(".yaml") else ""
+        parser.error(f"--resume {resume}: expected a run's folder, or one of its checkpoints{hint}")
     if resume and not sweeps and (not words or "=" in words[0]):
         words.insert(0, str(manifest.run_of(Path(resume).resolve()) / "config.yaml"))
     if not sweeps and not words:

@@ -217,16 +217,8 @@ def _named(members: list[list[Run]]) -> list[Group]:
 
 def label(members: Sequence[list[Run]]) -> list[str]:
     """A name a group, no two alike: the reducer, then the first keys that tell apart those still alike."""
-    ranks = {
-        "reducer": 0,
-        "state": 2,
-        "seed": 3,
-        "log": 4,
-        "checkpoint": 4,
-        "resume": 4,
-        "run": 5,
-        "at": 6,
-    }  # the other keys: 1
+    # The other keys: 1.
+    ranks = {"reducer": 0, "state": 2, "seed": 3, "log": 4, "checkpoint": 4, "resume": 4, "run": 5, "at": 6}
     firsts = [runs[0] for runs in members]
     flats = [
         run.config | {"state": bool(run.summary), "run": run.folder.name, "at": run.folder} for run in firsts

@@ -150,7 +150,9 @@ def test_a_path_that_is_no_folder_is_refused(tmp_path: Path, capsys: Capture) ->
     with pytest.raises(SystemExit) as left:
         run.main(["--resume", "configs/digits.yaml", "--runs", str(tmp_path)])
     assert left.value.code == 2
-    assert "--resume configs/digits.yaml: expected a run's folder, or one of its checkpoints" in told(capsys)
+    line = told(capsys)
+    assert "--resume configs/digits.yaml: expected a run's folder, or one of its checkpoints" in line
+    assert "CONFIG and key.path=value go before it" in line
 
 
 def test_another_number_of_workers_is_refused_with_the_reason(runs: Path, capsys: Capture) -> None:
