@@ -6,24 +6,23 @@ then resumed, end like one that was left alone, bit for bit.
 
 import argparse
 import json
-import os
 import random
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import nullcontext
+from dataclasses import asdict, replace
 from pathlib import Path
-from signal import SIGKILL, SIGSTOP, SIGTERM, Signals, signal
+from signal import SIGTERM, signal
 from subprocess import SubprocessError
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from tests.disturb import DISTURB, VARIANTS, Fault, Trial
 from tests.victim import (
     FINAL,
-    FULL,
     GOES_ON,
     STEPS,
     TooLateError,
@@ -31,51 +30,11 @@ from tests.victim import (
     count_steps,
     difference,
     differing_bits,
-    is_torn,
     small_disk,
     steps_of,
     whole,
     why_no_disk,
 )
-
-VARIANTS = {
-    "kill": ("one worker", "the launcher", "all"),
-    "hang": ("one worker",),
-    "signal": (
-        *(f"{name} to {whom}" for name in ("SIGUSR1", "SIGTERM") for whom in ("the launcher", "one")),
-        *("SIGINT to the launcher", "SIGINT twice to the launcher"),
-    ),
-    "cut write": (
-        "at a temporary file",
-        "before the manifest",
-        "manifest gone",
-        "rank file cut",
-        "line torn",
-    ),
-    "full disk": ("required", "room again", "full to the end"),
-}
-
-
-# --- pure -----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Fault:
-    kind: str
-    variant: str
-    after: int
-    """Steps that the run does before, since its process began."""
-    rank: int = 0
-    share: float = 0.5
-    """In [0, 1): how much is left of a file that is cut; what part of 0.1 s is between two signals."""
-
-    @property
-    def required(self) -> str:
-        """Of the configuration: whether a checkpoint that cannot be written ends the run."""
-        return f"checkpoint.required={str(self.kind != 'full disk' or self.variant == 'required').lower()}"
-
-    def __str__(self) -> str:
-        return f"{self.kind} ({self.variant}, rank {self.rank}) after {self.after} steps"
 
 
 def draw(seed: int, number: int, kinds: Sequence[str], most: int) -> Fault:
@@ -83,30 +42,6 @@ def draw(seed: int, number: int, kinds: Sequence[str], most: int) -> Fault:
     rng, kind = random.Random(f"{seed}/{number}"), kinds[number % len(kinds)]
     variant = VARIANTS[kind][number // len(kinds) % len(VARIANTS[kind])]
     return Fault(kind, variant, rng.randint(1, most), rng.randrange(2), rng.random())
-
-
-@dataclass
-class Trial:
-    """What became of a run that suffered faults; lost and since have a number for each."""
-
-    faults: Sequence[Fault]
-    troubles: list[str] = field(default_factory=list)
-    """What broke the law; empty: the run survived."""
-    lost: list[int] = field(default_factory=list)
-    """Steps done at the fault less those of the checkpoint that the run went on from."""
-    since: list[int] = field(default_factory=list)
-    """Steps done at the fault less those of the last whole checkpoint."""
-    begun_again: int = 0
-    """How often there was no checkpoint yet to go on from."""
-    torn: int = 0
-    """How many deaths left a checkpoint half written."""
-    bits: int = 0
-    """Of the final weights that differ from the undisturbed run's."""
-    seconds: float = 0.0
-
-    def expect(self, holds: bool, told: str) -> None:
-        if not holds:
-            self.troubles.append(told)
 
 
 def table(trials: Sequence[Trial]) -> str:
@@ -129,100 +64,6 @@ def table(trials: Sequence[Trial]) -> str:
         rows.append([kind, *map(str, counts), *steps, f"{sum(t.bits for t in mine)}", seconds])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in rows)
-
-
-# --- faults ---------------------------------------------------------------------------------------
-
-
-def kill(victim: Victim, fault: Fault, trial: Trial) -> None:
-    workers = victim.workers()
-    chosen = {"one worker": [workers[fault.rank]], "the launcher": [], "all": [*workers.values()]}
-    launcher = [victim.pid] if fault.variant != "one worker" else []
-    victim.send(SIGKILL, *chosen[fault.variant], *launcher)
-    code = victim.end()
-    trial.expect(code == (-SIGKILL if launcher else 1), f"exit code {code} after a kill")
-    told = f"worker {fault.rank} was the first to fail (signal 9)"
-    trial.expect(bool(launcher) or told in victim.said(), f"the killed worker is not named: {victim.said()}")
-
-
-def hang(victim: Victim, fault: Fault, trial: Trial) -> None:
-    """The launcher would kill the stopped worker 30 s after the others gave up."""
-    stopped = victim.workers()[fault.rank]
-    victim.send(SIGSTOP, stopped)
-    told = f"rank {fault.rank} fell behind: it no longer answers"
-    trial.expect(victim.wait_for(lambda: told in victim.said(), told), f"{told}: not said: {victim.said()}")
-    victim.send(SIGKILL, stopped)
-    code = victim.end()
-    trial.expect(code == 1, f"exit code {code} after a hang")
-
-
-def tell(victim: Victim, fault: Fault, trial: Trial) -> None:
-    """A signal is a graceful end; a second Ctrl-C is not."""
-    name, *words = fault.variant.split()
-    whom = victim.workers()[fault.rank] if words[-1] == "one" else victim.pid
-    victim.send(Signals[name], whom)
-    if "twice" in words:
-        time.sleep(0.1 * fault.share)
-        victim.send(Signals[name], whom)
-    code, by_hand, run = victim.end(), name == "SIGINT", victim.folder
-    trial.expect(code == (130 if by_hand else 0), f"exit code {code} after {fault.variant}: {victim.said()}")
-    marked = (run / "requeue").exists()
-    trial.expect(marked is not by_hand, f"after {fault.variant} requeue is {'' if marked else 'not '}there")
-    if "twice" not in words:
-        saved, reached = whole(run), count_steps(run)
-        trial.expect(saved == reached, f"stopped after step {reached}, with a checkpoint after step {saved}")
-
-
-def cut(victim: Victim, fault: Fault, trial: Trial) -> None:
-    """All die while they write a checkpoint, or leave what they could have left then."""
-
-    def writes() -> bool:
-        if fault.variant == "at a temporary file":
-            return any(victim.folder.glob("checkpoints/step-*/.*.tmp"))
-        return fault.variant != "before the manifest" or is_torn(victim.folder)
-
-    if not victim.wait_for(writes, "a checkpoint half written", pause_seconds=0.0005):
-        raise TooLateError("a checkpoint half written")
-    victim.kill_all()
-    code = victim.end()
-    trial.expect(code == -SIGKILL, f"exit code {code} after a kill")
-    trial.torn += is_torn(victim.folder)
-    newest = victim.folder / "checkpoints" / f"step-{whole(victim.folder):08d}"
-    if fault.variant == "manifest gone":
-        (newest / "manifest.json").unlink(missing_ok=True)
-    elif fault.variant == "rank file cut" and newest.exists():
-        path = newest / f"rank{fault.rank}.pt"
-        os.truncate(path, int(fault.share * path.stat().st_size))
-    elif fault.variant == "line torn":
-        metrics = victim.folder / "metrics.jsonl"
-        last = metrics.read_bytes().splitlines()[-1]
-        with metrics.open("ab") as file:  # the beginning of the next step's, which no checkpoint has
-            file.write(last[: 1 + int(fault.share * (len(last) - 1))])
-
-
-def starve(victim: Victim, fault: Fault, trial: Trial) -> None:
-    """The disk is full until the run ends or, where there is to be room again, has said that it waits."""
-    filler = victim.runs / "filler"
-
-    def complained() -> bool:
-        with suppress(OSError), filler.open("ab", buffering=0) as file:
-            while file.write(bytes(65536)):  # what became free since too
-                pass
-        said = victim.said()
-        waits = "what comes waits for room" in said and "no checkpoint after step" in said
-        return waits and fault.variant == "room again"
-
-    if not victim.wait_for(complained, FULL):
-        code = victim.end()
-        trial.expect(code == 1, f"exit code {code} on a full disk: {victim.said()}")
-    told = [line for line in victim.said().splitlines() if FULL in line]
-    alone = len(told) == 1 or fault.variant != "required"
-    trial.expect(bool(told) and alone, f"expected a line about a full disk, got {told}")
-    filler.unlink()
-
-
-DISTURB = {"kill": kill, "hang": hang, "signal": tell, "cut write": cut, "full disk": starve}
-"""Each lets a fault come and checks what is promised; the processes have ended then, but with room again."""
 
 
 # --- trials ---------------------------------------------------------------------------------------
@@ -251,7 +92,7 @@ def endure(victim: Victim, trial: Trial) -> None:
 def resume(victim: Victim, newest: int, following: Fault | None, trial: Trial) -> int:
     """Go on with the run, or begin it again where it has no checkpoint; the steps it goes on from."""
     required, run = [following.required] if following else [], victim.folder
-    victim.start("--resume", *required)
+    victim.start(*required, "--resume")
     if victim.wait_for(lambda: GOES_ON.search(victim.said()) is not None, "to go on"):
         found = GOES_ON.search(victim.said())
         assert found is not None

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.faults import VARIANTS, Fault, Trial, campaign, draw, table
+from tests.disturb import VARIANTS, Fault, Trial
+from tests.faults import campaign, draw, table
 from tests.victim import count_steps, difference, differing_bits, lines_of, steps_of, whole, why_no_disk
 
 CHAIN = (
