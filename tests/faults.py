@@ -81,6 +81,8 @@ def endure(victim: Victim, trial: Trial) -> None:
         reached, newest = count_steps(run), whole(run)
         trial.expect(damaged or newest >= before, f"the checkpoint after step {before} is gone")
         trial.expect("Traceback" not in victim.said(), victim.said())
+        steps = steps_of(run)
+        trial.expect(steps == list(range(len(steps))), "metrics.jsonl has not each step once")
         trial.since.append(reached - newest)
         trial.lost.append(reached - resume(victim, newest, following, trial) if victim.has_ended() else 0)
         trial.expect(trial.lost[-1] <= trial.since[-1], f"lost {trial.lost[-1]} of {trial.since[-1]} steps")
@@ -96,8 +98,6 @@ def resume(victim: Victim, newest: int, following: Fault | None, trial: Trial) -
     if victim.wait_for(lambda: GOES_ON.search(victim.said()) is not None, "to go on"):
         found = GOES_ON.search(victim.said())
         assert found is not None
-        steps = steps_of(run)
-        trial.expect(steps == list(range(len(steps))), "metrics.jsonl has not each step once")
         return int(found[1])
     code, said = victim.end(), victim.said()
     if newest or code != 2 or "run.py: --resume: expected a run" not in said or "Traceback" in said:
@@ -145,6 +145,7 @@ def undisturbed(place: Path) -> Path:
     try:
         code = victim.end()
         assert code == 0, victim.said()
+        assert steps_of(victim.folder) == list(range(STEPS)), "the undisturbed run has not each step once"
         return victim.folder
     finally:
         victim.close()
