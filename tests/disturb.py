@@ -38,9 +38,13 @@ class Fault:
     """In [0, 1): how much is left of a file that is cut; what part of 0.1 s is between two signals."""
 
     @property
-    def required(self) -> str:
-        """Of the configuration: whether a checkpoint that cannot be written ends the run."""
-        return f"checkpoint.required={str(self.kind != 'full disk' or self.variant == 'required').lower()}"
+    def overrides(self) -> list[str]:
+        """Of the launch that it comes to: a short timeout where one is to pass; whether a checkpoint that
+        cannot be written ends the run."""
+        if self.kind == "hang":
+            return ["timeout_seconds=10"]
+        required = self.kind != "full disk" or self.variant == "required"
+        return [f"checkpoint.required={str(required).lower()}"]
 
     def __str__(self) -> str:
         return f"{self.kind} ({self.variant}, rank {self.rank}) after {self.after} steps"

@@ -71,7 +71,7 @@ def table(trials: Sequence[Trial]) -> str:
 
 def endure(victim: Victim, trial: Trial) -> None:
     """Begin a run, let it suffer its faults, resume it after each, until it ends."""
-    victim.start(trial.faults[0].required)
+    victim.start(*trial.faults[0].overrides)
     for fault, following in zip(trial.faults, [*trial.faults[1:], None], strict=True):
         victim.wait_for_steps(count_steps(victim.folder) + fault.after)
         run, before = victim.folder, whole(victim.folder)
@@ -93,8 +93,8 @@ def endure(victim: Victim, trial: Trial) -> None:
 
 def resume(victim: Victim, newest: int, following: Fault | None, trial: Trial) -> int:
     """Go on with the run, or begin it again where it has no checkpoint; the steps it goes on from."""
-    required, run = [following.required] if following else [], victim.folder
-    victim.start(*required, "--resume")
+    overrides, run = following.overrides if following else [], victim.folder
+    victim.start(*overrides, "--resume")
     if victim.wait_for(lambda: GOES_ON.search(victim.said()) is not None, "to go on"):
         found = GOES_ON.search(victim.said())
         assert found is not None
@@ -103,7 +103,7 @@ def resume(victim: Victim, newest: int, following: Fault | None, trial: Trial) -
     if newest or code != 2 or "run.py: --resume: expected a run" not in said or "Traceback" in said:
         raise RuntimeError(f"--resume with a checkpoint after step {newest} ended with {code}: {said}")
     trial.begun_again += 1
-    victim.start(*required)
+    victim.start(*overrides)
     victim.wait_for(lambda: victim.folder != run, "to begin again")
     return 0
 

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 EPOCHS, BATCH = 3, 4
 STEPS = EPOCHS * (1437 // (2 * BATCH))
 RUN = [
-    *("configs/digits.yaml", f"epochs={EPOCHS}", f"task.batch_per_worker={BATCH}", "timeout_seconds=4"),
+    *("configs/digits.yaml", f"epochs={EPOCHS}", f"task.batch_per_worker={BATCH}", "timeout_seconds=60"),
     *("checkpoint.every_minutes=0.01", "log.every=1", "log.tensorboard=false", "--workers", "2"),
     *("--threads", "1"),
 ]
