@@ -1,0 +1,228 @@
+"""Runs that are to be disturbed: their processes, what they leave, and a disk that can be filled."""
+
+import errno
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from signal import SIGKILL, Signals
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+EPOCHS, BATCH = 3, 4
+STEPS = EPOCHS * (1437 // (2 * BATCH))
+RUN = [
+    *("configs/digits.yaml", f"epochs={EPOCHS}", f"task.batch_per_worker={BATCH}", "timeout_seconds=60"),
+    *("checkpoint.every_minutes=0.01", "log.every=1", "log.tensorboard=false", "--workers", "2"),
+    *("--threads", "1"),
+]
+DISK = "16m"
+"""Three checkpoints of 2.4 MB and the lines find room in it."""
+FULL = os.strerror(errno.ENOSPC)
+PATIENCE_SECONDS = 240.0
+FINAL = "checkpoints/final.pt"
+GOES_ON = re.compile(r"goes on after epoch \d+, step (\d+)")
+
+
+# --- what a run leaves ------------------------------------------------------------------------------
+
+
+def whole(run: Path) -> int:
+    """Steps of the newest checkpoint of which every file is what its manifest says; 0: there is none."""
+    for folder in sorted(run.glob("checkpoints/step-*"), reverse=True):
+        with suppress(OSError, ValueError):
+            manifest = json.loads((folder / "manifest.json").read_bytes())
+            told = {name: facts["sha256"] for name, facts in manifest["files"].items()}
+            sums = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in told}
+            if told == sums and set(sums) == {"shared.pt", "rank0.pt", "rank1.pt"}:
+                return int(manifest["step"])
+    return 0
+
+
+def is_torn(run: Path) -> bool:
+    """Whether a checkpoint is half written."""
+    return any(not (folder / "manifest.json").exists() for folder in run.glob("checkpoints/step-*"))
+
+
+def lines_of(run: Path) -> list[dict[str, Any]]:
+    """The whole lines of metrics.jsonl, without their seconds."""
+    path = run / "metrics.jsonl"
+    *texts, _ = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    return [{k: v for k, v in json.loads(text).items() if k != "seconds"} for text in texts]
+
+
+def steps_of(run: Path) -> list[int]:
+    return [line["step"] for line in lines_of(run) if line["kind"] == "step"]
+
+
+def count_steps(run: Path) -> int:
+    """Those with a whole line; cheap, since it is asked for again and again while the run goes on."""
+    path = run / "metrics.jsonl"
+    texts = path.read_bytes().rpartition(b"\n")[0] if path.exists() else b""
+    return texts.count(b'{"kind": "step"')
+
+
+def differing_bits(one: Path, other: Path) -> int:
+    """Of two files of weights."""
+    mine, theirs = (torch.load(path, weights_only=True) for path in (one, other))
+    pairs = [(value.reshape(-1).view(torch.uint8), theirs[name]) for name, value in mine.items()]
+    changed = [a ^ b.reshape(-1).view(torch.uint8) for a, b in pairs]
+    return sum(int(x.bitwise_and(1 << bit).count_nonzero()) for x in changed for bit in range(8))
+
+
+def difference(run: Path, reference: Path) -> str:
+    """In what two runs that are done do not end alike; empty: in nothing."""
+    same = _read(run, FINAL) == _read(reference, FINAL)
+    told = [] if same else [f"{FINAL}: {differing_bits(run / FINAL, reference / FINAL)} bits differ"]
+    mine, theirs = lines_of(run), lines_of(reference)
+    differ = [n for n, pair in enumerate(zip(mine, theirs, strict=False), 1) if pair[0] != pair[1]]
+    if differ or len(mine) != len(theirs):
+        told.append(f"metrics.jsonl: {len(mine)} lines for {len(theirs)}, other lines: {differ[:3]}")
+    sums = [json.loads(_read(folder, "summary.json")) for folder in (run, reference)]
+    for summary in sums:
+        del summary["totals"]["seconds"]
+    if sums[0] != sums[1]:
+        told.append("summary.json differs")
+    names = [
+        sorted(str(path.relative_to(folder)) for path in folder.rglob("*")) for folder in (run, reference)
+    ]
+    if names[0] != names[1]:
+        told.append(f"files: {names[0]} for {names[1]}")
+    return "; ".join(told)
+
+
+def _read(run: Path, name: str) -> bytes:
+    return (run / name).read_bytes()
+
+
+# --- processes ------------------------------------------------------------------------------------
+
+
+class TooLateError(Exception):
+    """The run ended before its fault came."""
+
+
+class Victim:
+    """A run's processes, one launch after the other."""
+
+    def __init__(self, runs: Path, outputs: Path) -> None:
+        """outputs: a folder for what they say."""
+        self.runs, self._outputs = runs, outputs
+        self.launcher: subprocess.Popen[bytes] | None = None
+        self._output = Path()
+        self._workers: dict[int, int] = {}
+        self._num_starts = 0
+
+    @property
+    def folder(self) -> Path:
+        """Of the run that was begun last."""
+        return max(self.runs.glob("digits/*/"), default=self.runs / "none")
+
+    def start(self, *arguments: str) -> None:
+        self._num_starts += 1
+        self._output = self._outputs / f"{self._num_starts}.txt"
+        command = [sys.executable, "run.py", *RUN, "--runs", str(self.runs), *arguments]
+        with self._output.open("wb") as output:
+            self.launcher = subprocess.Popen(
+                command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        self._workers = {}
+
+    @property
+    def pid(self) -> int:
+        """The launcher's."""
+        assert self.launcher is not None
+        return self.launcher.pid
+
+    def has_ended(self) -> bool:
+        return self.launcher is None or self.launcher.poll() is not None
+
+    def said(self) -> str:
+        """By the processes of the last launch."""
+        return self._output.read_text()
+
+    def workers(self) -> dict[int, int]:
+        """Process ids by rank, of those that were found once too."""
+        listed = subprocess.run(["pgrep", "-P", str(self.pid), "-f", "run.py"], capture_output=True)
+        for pid in map(int, listed.stdout.split()):
+            with suppress(OSError):  # it has ended
+                if told := re.search(rb"(?:^|\0)RANK=(\d+)", Path(f"/proc/{pid}/environ").read_bytes()):
+                    self._workers[int(told[1])] = pid
+        return self._workers
+
+    def send(self, number: Signals, *whom: int) -> None:
+        for pid in whom:
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    def kill_all(self) -> None:
+        """As a host that is lost takes all along."""
+        self.send(SIGKILL, *self.workers().values(), self.pid)
+
+    def wait_for(self, holds: Callable[[], bool], what: str, pause_seconds: float = 0.02) -> bool:
+        """Whether it came to hold before the launcher ended."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not holds():
+            if self.has_ended():
+                return holds()
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{what}: not within {PATIENCE_SECONDS:g} s; {self.said()[-500:]}")
+            time.sleep(pause_seconds)
+        return True
+
+    def wait_for_steps(self, count: int) -> None:
+        """Raises TooLateError where the run ends before."""
+        if not self.wait_for(lambda: count_steps(self.folder) >= count, f"step {count}"):
+            raise TooLateError(f"step {count}")
+
+    def end(self) -> int:
+        """Wait for the launcher and its workers; the launcher's exit code."""
+        assert self.launcher is not None
+        code = self.launcher.wait(PATIENCE_SECONDS)
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while alive := [pid for pid in self._workers.values() if Path(f"/proc/{pid}").exists()]:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"workers {alive} live on after their launcher")
+            time.sleep(0.05)
+        self._workers = {}  # their numbers are free for other processes
+        return code
+
+    def close(self) -> None:
+        """Whatever still runs is killed."""
+        if self.launcher is not None:
+            if self.has_ended():
+                self.send(SIGKILL, *self._workers.values())
+            else:
+                self.kill_all()
+            self.end()
+
+
+@contextmanager
+def small_disk(folder: Path) -> Iterator[Path]:
+    """Raises OSError, with the reason, where no file system can be mounted."""
+    folder.mkdir(parents=True, exist_ok=True)
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", str(folder)]
+    told = subprocess.run(mount, capture_output=True, text=True)
+    if told.returncode:
+        raise OSError(told.stderr.strip() or "mount failed")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def why_no_disk(folder: Path) -> str:
+    """Why no small disk can be mounted; empty where one can."""
+    try:
+        with small_disk(folder):
+            return ""
+    except OSError as error:
+        return str(error)
