@@ -128,7 +128,9 @@ class Accordion(Reducer):
             self.inner.set_levels(levels)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._set(state["levels"])  # the sizes of the inner reducer's state follow from the levels
+        self._set(
+            state["levels"].to(self.levels.device)
+        )  # the sizes of the inner reducer's state follow from the levels
         super().load_state_dict(state)
 
     def expected_payload_bytes(self, world_size: int) -> int:

@@ -106,4 +106,4 @@ def _asking() -> Iterator[None]:
 
 def first_line(error: Exception) -> str:
     """What torch's errors say before their stack."""
-    return str(error).strip().splitlines()[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -3,10 +3,11 @@
 import hashlib
 import io
 import json
-import pickle
+import re
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO
 
@@ -14,7 +15,7 @@ import torch
 from pydantic import Field
 
 from sage import files, manifest
-from sage.board import PATIENCE_SECONDS, Board
+from sage.board import PATIENCE_SECONDS, Board, first_line
 from sage.config import Settings
 from sage.interfaces import TrainingError
 from sage.manifest import SHARED, Checkpoint, FileFacts, Manifest, own
@@ -137,8 +138,9 @@ class Keeper:
 
 
 def remove(folder: Path) -> None:
-    """A checkpoint, its manifest first."""
-    (folder / manifest.NAME).unlink(missing_ok=True)
+    """A checkpoint, its manifest first; what cannot be removed stays."""
+    with suppress(OSError):
+        (folder / manifest.NAME).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -151,7 +153,8 @@ def remove_all(run: Path) -> None:
 def remove_after(checkpoint: Checkpoint) -> None:
     """All that a run left of checkpoints behind the one that it goes on from, and of torn ones."""
     for folder in checkpoint.folder.parent.glob("step-*"):
-        if folder.name > checkpoint.folder.name or not (folder / manifest.NAME).exists():
+        later = folder.name > manifest.folder_of(checkpoint.run, checkpoint.manifest.step).name
+        if later or not (folder / manifest.NAME).exists():
             remove(folder)
 
 
@@ -218,14 +221,26 @@ def write_weights(path: Path, model: torch.nn.Module) -> None:
 def read_state(checkpoint: Checkpoint, name: str) -> State:
     """A file's state, on the CPU. Raises ValueError where it is not what the manifest says, or holds more
     than data: torch runs no code of it."""
-    path = checkpoint.folder / name
-    if name not in checkpoint.manifest.files:
-        raise ValueError(f"{checkpoint.folder / manifest.NAME}: files: expected {name} among them")
+    return _load(checkpoint.folder / name, io.BytesIO(checkpoint.read(name)))
+
+
+def check_readable(checkpoint: Checkpoint) -> None:
+    """Raise ValueError where a file is not what the manifest says, or holds more than data."""
+    checkpoint.check_whole(contents=True)
+    for name in checkpoint.manifest.files:
+        _load(checkpoint.folder / name, checkpoint.folder / name, mmap=True)  # no tensor is read
+
+
+def _load(path: Path, source: io.BytesIO | Path, **options: bool) -> State:
+    """path: for what is said."""
     try:
-        state: State = torch.load(io.BytesIO(checkpoint.read(name)), map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ValueError(f"{path}: expected tensors and numbers alone, got another file ({first})") from None
+        state = torch.load(source, map_location="cpu", weights_only=True, **options)
+    except Exception as error:  # torch's reader raises of every kind where a file is none of its own
+        found = re.search(
+            r"WeightsUnpickler error: (.*?)(?:\. |$)", str(error), re.MULTILINE
+        )  # after torch's advice
+        told = f"expected tensors and numbers alone ({found[1] if found else first_line(error)})"
+        raise ValueError(f"{path}: {told}") from None
+    if not isinstance(state, dict):
+        raise ValueError(f"{path}: expected a mapping, got {type(state).__name__}")
     return state

@@ -31,7 +31,8 @@ checkpoints/ and summary.json; `python -m sage.report RUNS` turns run folders in
 A sweep's file has a base (a configuration), a grid (key.path: [values]) and seeds. Without --list and --index
 all its points run in turn; a point that is done is skipped. Its runs lie in RUNS/<sweep>/<point>/.
 A run can be stopped anywhere and gone on with (--resume), with the same bits as without the stop. Ctrl-C,
-SIGTERM and SIGUSR1 let it finish its step and write a checkpoint; a second Ctrl-C ends it at once.
+SIGTERM and SIGUSR1 let it finish its step and write a checkpoint; a second Ctrl-C ends it at once. A sweep
+that a signal ends has the exit code 128 + its number.
 Exit codes: 0 done, or ended by SIGTERM or SIGUSR1 with a checkpoint; 1 failed; 2 bad input (nothing was
 started); 130 Ctrl-C.
 """
@@ -188,9 +189,9 @@ def _run(command: list[str]) -> tuple[int, bool]:
         for child in children:
             child.send_signal(number)
 
-    with WATCH.handed_on(send) as catch_up:
-        children.append(subprocess.Popen([sys.executable, *command], start_new_session=True))
-        catch_up()
+    with WATCH.handed_on(send):
+        with WATCH.held():
+            children.append(subprocess.Popen([sys.executable, *command], start_new_session=True))
         code = children[0].wait()
     return (code, False) if WATCH.received is None else (128 + WATCH.received, True)
 

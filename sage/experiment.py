@@ -1,7 +1,10 @@
 """One run on one worker: its folder, its parts put together, training, the summary."""
 
+import fcntl
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,9 +21,8 @@ from sage.manifest import Asked, Checkpoint, Found
 from sage.metrics import say
 from sage.record import Recorder, cut_back
 from sage.settings import RunSettings
-from sage.signals import WATCH
 from sage.simulate import Stage, alone, simulate
-from sage.train import Parts, Trainer
+from sage.train import Parts
 from sage.worker import Worker
 
 Build = Callable[[RunSettings, Worker], Parts]
@@ -66,7 +68,7 @@ def _find(settings: RunSettings, place: Path, resume: str, worker: Worker) -> Fo
     asked = Asked(settings.model_dump(mode="json"), settings.FREE, worker.place.world_size, reshards)
     found = manifest.choose(resume, place, asked)
     if found is not None and found.checkpoint is not None and worker.place.rank == 0:
-        found.checkpoint.check_whole(contents=True)
+        checkpoint.check_readable(found.checkpoint)
     return found
 
 
@@ -95,28 +97,28 @@ def carry_out(order: Order, build: Build, worker: Worker, board: Board, stage: S
     resumed = _agree(order, board)
     new = order.place / provenance.run_id(settings.reducer.name, settings.seed)
     folder = resumed.run if resumed else Path(board.agree("run", str(new)))
-    workers, steps = board.collect("where", worker.where()), settings.epochs * task.steps_per_epoch
-    step = resumed.manifest.step if resumed else 0
-    if speaks:
-        say(f"{folder}: {worker.describe(workers)}")
-        environment = provenance.environment(**worker.facts(), workers=workers)
-        begin(folder, config.to_yaml(settings), environment, resumed)
-        if order.job:
-            _link(order.job, folder)
+    step, steps = resumed.manifest.step if resumed else 0, settings.epochs * task.steps_per_epoch
     keeper = Keeper(folder, settings.model_dump(mode="json"), settings.checkpoint, board, step)
     waits = not settings.checkpoint.required
-    with WATCH.deferred(), Recorder(folder if speaks else None, steps, settings.log, step, waits) as recorder:
-        trainer = stage.trainer(settings, *parts, comm, side, clock, recorder, board, keeper)
-        if resumed:
-            _restore(trainer, resumed, board)
-        try:
-            summary = trainer.run()
-        except Stopped as stopped:
-            if speaks:
-                leave(folder, trainer.position.step, stopped)
-            raise
+    recorder = Recorder(folder if speaks else None, steps, settings.log, step, waits)
+    trainer = stage.trainer(settings, *parts, comm, side, clock, recorder, board, keeper)
+    if resumed:  # before anything in the run's folder is changed
+        _share_trouble("restored", _trouble(lambda: trainer.restore(resumed)), board)
+    workers = board.collect("where", worker.where())
+    with claimed(folder if speaks else None) as claim:
         if speaks:
-            finish(folder, summary, task.model)
+            say(f"{folder}: {worker.describe(workers)}")
+        environment = provenance.environment(**worker.facts(), workers=workers) if speaks else {}
+        _share_trouble("begun", claim or _trouble(lambda: _open(order, folder, environment, resumed)), board)
+        with recorder:
+            try:
+                summary = trainer.run()
+            except Stopped as stopped:
+                if speaks:
+                    leave(folder, trainer.position.step, stopped, keeper.saved())
+                raise
+            if speaks:
+                finish(folder, summary, task.model)
 
 
 def _is_done(place: Path, settings: RunSettings, again: sweep.Resolve, worker: Worker, board: Board) -> bool:
@@ -148,41 +150,87 @@ def _share_trouble(name: str, trouble: str, board: Board) -> None:
             raise TrainingError(f"rank {rank}: {told}")
 
 
-def _restore(trainer: Trainer, resumed: Checkpoint, board: Board) -> None:
-    """Raises TrainingError, on all workers, where one cannot read its part."""
-    trouble = ""
+def _trouble(call: Callable[[], object]) -> str:
+    """What went wrong in a call, or nothing."""
     try:
-        trainer.restore(resumed)
-    except ValueError as error:
-        trouble = str(error)
-    _share_trouble("restored", trouble, board)
-    old, new = resumed.manifest.world_size, board.place.world_size
-    if board.place.rank == 0:
-        say(f"goes on after epoch {resumed.manifest.epoch}, step {resumed.manifest.step}")
-        if old != new:
-            say(f"from {old} workers to {new}: each has the mean of their residuals, and new generators")
+        call()
+    except (ValueError, OSError) as error:
+        return str(error)
+    return ""
+
+
+def _open(order: Order, folder: Path, environment: dict[str, Any], resumed: Checkpoint | None) -> None:
+    """Begin or go on in a run's folder; nothing on a worker that does not speak (without an environment)."""
+    if environment:
+        begin(folder, config.to_yaml(order.settings), environment, resumed)
+        if order.job:
+            _link(order.job, folder)
 
 
 # --- a run's folder -------------------------------------------------------------------------------
 
 
+@contextmanager
+def claimed(folder: Path | None) -> Iterator[str]:
+    """Make a run's folder, or hold the one that is there, against a second process that would go on with it;
+    yields what keeps one from it. Where the file system knows no locks nothing is held."""
+    if folder is None:
+        yield ""
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        opened = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        yield str(error)
+        return
+    trouble = ""
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        trouble = f"{folder}: expected a run that no process trains, got one that does"
+    except OSError:
+        pass
+    try:
+        yield trouble
+    finally:
+        os.close(opened)
+
+
 def begin(folder: Path, text: str, environment: dict[str, Any], resumed: Checkpoint | None = None) -> None:
-    """Make a run's folder, a new one, with its resolved configuration and where it runs; or cut what is in it
-    back to a checkpoint. Raises TrainingError where a file of it is none of ours."""
-    if resumed is None:
-        folder.mkdir(parents=True)
-    else:
-        (folder / REQUEUE).unlink(missing_ok=True)
-        checkpoint.remove_after(resumed)
-        try:
-            cut_back(folder / "metrics.jsonl", resumed.manifest.epoch, resumed.manifest.step)
-            old = json.loads((folder / "environment.json").read_bytes())
-        except ValueError as error:
-            raise TrainingError(str(error)) from None
+    """Write into a run's folder its resolved configuration and where it runs; or cut what is in it back to a
+    checkpoint. Raises ValueError, and changes nothing, where a file of it is none of ours."""
+    if resumed is not None:
         again = {"at": environment["started"], "step": resumed.manifest.step, "commit": environment["commit"]}
+        old = _read_environment(folder)
         environment |= {"started": old["started"], "resumed": [*old.get("resumed", []), again]}
+        cut_back(folder / "metrics.jsonl", resumed.manifest.epoch, resumed.manifest.step)
+        checkpoint.remove_after(resumed)
+        (folder / REQUEUE).unlink(missing_ok=True)
+        _say_changes(resumed, old, environment)
     files.write_text(folder / "config.yaml", text)
     files.write_json(folder / "environment.json", environment)
+
+
+def _read_environment(folder: Path) -> dict[str, Any]:
+    path = folder / "environment.json"
+    try:
+        old = json.loads(path.read_bytes())
+    except ValueError:
+        old = None
+    if not isinstance(old, dict) or "started" not in old:
+        raise ValueError(f"{path}: expected a JSON object with started")
+    return old
+
+
+def _say_changes(resumed: Checkpoint, old: dict[str, Any], new: dict[str, Any]) -> None:
+    """Where a run goes on, and what may keep its bits from being those of a run that was not stopped."""
+    say(f"goes on after epoch {resumed.manifest.epoch}, step {resumed.manifest.step}")
+    before, now = resumed.manifest.world_size, new.get("world_size")
+    if before != now:
+        say(f"from {before} workers to {now}: each has the mean of their residuals, and new generators")
+    for name in ("threads_per_worker", "backend", "simulated", "versions"):
+        if before == now and old.get(name) != new.get(name):
+            say(f"{name} was {old.get(name)}, is {new.get(name)}: numbers may round otherwise from here on")
 
 
 def finish(folder: Path, summary: dict[str, Any], model: torch.nn.Module) -> None:
@@ -193,11 +241,14 @@ def finish(folder: Path, summary: dict[str, Any], model: torch.nn.Module) -> Non
     checkpoint.remove_all(folder)
 
 
-def leave(folder: Path, step: int, stopped: Stopped) -> None:
-    """Say how to go on with a run that was ended early, and mark it where that is not the user's to do."""
+def leave(folder: Path, step: int, stopped: Stopped, saved: Path | None) -> None:
+    """Say how to go on with a run that was ended early, and mark it where that is not the user's to do.
+    saved: its newest checkpoint."""
     if not stopped.by_hand:
-        files.write_text(folder / REQUEUE, "")
-    say(f"stopped by a signal after step {step}; to go on: --resume {folder}")
+        with suppress(OSError):  # on a full disk nobody takes it up again
+            files.write_text(folder / REQUEUE, "")
+    told = f"to go on: --resume {folder}" if saved else "there is no checkpoint to go on from"
+    say(f"stopped by a signal after step {step}; {told}")
 
 
 def _link(job: Path, folder: Path) -> None:

@@ -10,7 +10,9 @@ from typing import Any, BinaryIO
 
 def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     """Write a file so that at any moment the old one, the new one or none is there, on the disk too."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.parent.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _sync_names(path.parent.parent)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:

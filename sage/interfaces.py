@@ -129,7 +129,8 @@ class CommunicationError(RuntimeError):
 
 
 class TrainingError(RuntimeError):
-    """The run cannot go on: the loss is not finite, or the replicas differ. What was written stays."""
+    """The run cannot go on: a number is not finite, replicas differ, a checkpoint cannot be written or read.
+    What was written stays."""
 
 
 class Stopped(Exception):  # noqa: N818  no error: what the user or the scheduler asked for

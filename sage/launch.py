@@ -97,22 +97,22 @@ def spawn(command: Sequence[str], num_workers: int, say: Callable[[str], None]) 
             with suppress(ProcessLookupError):
                 os.kill(pid, number)
 
-    with WATCH.handed_on(send) as catch_up:
-        workers = start_processes(
-            "worker",
-            sys.executable,
-            {rank: ("-u", *command) for rank in ranks},
-            {rank: _torchrun_environment(rank, num_workers, store.port) for rank in ranks},
-            DefaultLogsSpecs(log_dir=os.devnull),
-        )
-        pids += workers.pids().values()
-        catch_up()
+    with WATCH.handed_on(send):
+        with WATCH.held():
+            workers = start_processes(
+                "worker",
+                sys.executable,
+                {rank: ("-u", *command) for rank in ranks},
+                {rank: _torchrun_environment(rank, num_workers, store.port) for rank in ranks},
+                DefaultLogsSpecs(log_dir=os.devnull),
+            )
+            pids += workers.pids().values()
         result = workers.wait(period=POLL_SECONDS)
     assert result is not None  # without a timeout
     if not result.failures:
         return 0
     first = min(result.failures.values(), key=lambda failure: failure.timestamp)
-    if WATCH.received == signal.SIGINT:
+    if first.exitcode == 128 + signal.SIGINT:  # by Ctrl-C, which rank 0 has said
         return 128 + signal.SIGINT
     died = first.exitcode < 0
     how = f"to fail (signal {-first.exitcode})" if died else f"to give up (exit code {first.exitcode})"
@@ -222,7 +222,8 @@ def supervise(
     try:
         with connect(worker, timeout_seconds, deterministic=deterministic) as board:
             try:
-                train(board)
+                with WATCH.deferred():
+                    train(board)
             except Stopped as stopped:
                 code = 128 + signal.SIGINT if stopped.by_hand else 0
     except CommunicationError as error:

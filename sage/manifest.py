@@ -8,7 +8,7 @@ checkpoint.
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ FORMAT = 1
 """Of the files; a program reads its own alone."""
 NAME = "manifest.json"
 SHARED = "shared.pt"
+MORE = ("epochs", "stop_at_score")
+"""Free values by which a run may have to train longer."""
 NEWEST = ""
 """What --resume without a path asks for."""
 
@@ -77,7 +79,10 @@ class Checkpoint:
 
     def read(self, name: str) -> bytes:
         """A file's content. Raises ValueError where its checksum is not the manifest's."""
-        content = (self.folder / name).read_bytes()
+        try:
+            content = (self.folder / name).read_bytes()
+        except OSError as error:
+            raise ValueError(f"{self.folder / name}: cannot be read: {error.strerror}") from None
         if hashlib.sha256(content).hexdigest() != self.manifest.files[name].sha256:
             told = "expected the checksum in its manifest, got another: the file was altered"
             raise ValueError(f"{self.folder / name}: {told}")
@@ -121,10 +126,14 @@ def read(folder: Path) -> Checkpoint:
         told = "another version of this program made it"
         raise ValueError(f"{path}: format: expected {FORMAT}, got {one_line(version)}; {told}")
     try:
-        return Checkpoint(folder, Manifest.model_validate(raw))
+        made = Manifest.model_validate(raw)
     except ValidationError as error:
         first = error.errors()[0]
         raise ValueError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    for name in (SHARED, *map(own, range(made.world_size))):
+        if name not in made.files:
+            raise ValueError(f"{path}: files: expected {name} among them")
+    return Checkpoint(folder, made)
 
 
 def manifests(run: Path) -> list[Path]:
@@ -156,22 +165,21 @@ def run_of(path: Path) -> Path:
 
 def choose(path: str, place: Path, asked: Asked) -> Found | None:
     """What --resume PATH goes on with: a run's or a checkpoint's folder, or, where path is NEWEST, the newest
-    run of the configuration in place; None where no run there has come to a checkpoint.
+    run of the configuration in place; None where no run there has come to a checkpoint. Of a run the newest
+    whole checkpoint counts.
 
     Raises ValueError, in one line, where what is named cannot be used.
     """
     named = Path(path).resolve()
-    if path == NEWEST:
-        found = _newest_run(place, asked)
-        if found is None or found.checkpoint is None:
-            return found
-        checkpoint = found.checkpoint
-    elif (run_of(named) / "summary.json").exists():
-        return Found(run_of(named), None)
-    else:
-        checkpoint = read(named) if named.parent.name == "checkpoints" else newest_whole(named)
-        if differs := differences(checkpoint.manifest.config, asked):
-            raise ValueError(f"--resume {path}: expected this configuration's, got another: {differs}")
+    run = _newest_run(place, asked) if path == NEWEST else run_of(named)
+    if run is None:
+        return None
+    if is_done(run):
+        _check_done(run, asked)
+        return Found(run, None)
+    checkpoint = read(named) if named.parent.name == "checkpoints" else newest_whole(run)
+    if differs := differences(checkpoint.manifest.config, asked):
+        raise ValueError(f"--resume {path}: expected this configuration's, got another: {differs}")
     count = checkpoint.manifest.world_size
     if count != asked.world_size and not asked.may_reshard:
         told = (
@@ -184,28 +192,43 @@ def choose(path: str, place: Path, asked: Asked) -> Found | None:
     return Found(checkpoint.run, checkpoint)
 
 
-def _newest_run(place: Path, asked: Asked) -> Found | None:
-    """Raises ValueError where the runs in place all have other configurations, or no whole checkpoint."""
-    trouble: list[str] = []
+def is_done(run: Path) -> bool:
+    return (run / "summary.json").exists()
+
+
+def _check_done(run: Path, asked: Asked) -> None:
+    """Raise ValueError where a run that is done is not what is asked for: it keeps no checkpoint to go on
+    from."""
+    config = _config_of(run)
+    differs = differences(config, asked) or differences(config, asked, MORE)
+    if differs:
+        raise ValueError(f"--resume: {run} is done, and cannot be gone on with in another way: {differs}")
+
+
+def _config_of(run: Path) -> dict[str, Any]:
+    """A run's resolved configuration. Raises ValueError."""
+    path = run / "config.yaml"
+    try:
+        config = read_yaml(path.read_text(encoding="utf-8"), str(path))
+    except OSError as error:
+        raise ValueError(f"{path}: expected a run's configuration: {error.strerror}") from None
+    return config if isinstance(config, dict) else {}
+
+
+def _newest_run(place: Path, asked: Asked) -> Path | None:
+    """The newest run of the configuration in place that is done or has come to a checkpoint. Raises
+    ValueError where there are runs, but of other configurations alone."""
+    others: list[str] = []
     for run in sorted(place.glob("*/"), key=_last_written, reverse=True):
-        if not manifests(run) and not (run / "summary.json").exists():
+        if not manifests(run) and not is_done(run):
             continue  # it ended before its first checkpoint
-        try:
-            if (run / "summary.json").exists():
-                text = (run / "config.yaml").read_text(encoding="utf-8")
-                found, config = Found(run, None), read_yaml(text, str(run))
-            else:
-                checkpoint = newest_whole(run)
-                found, config = Found(run, checkpoint), checkpoint.manifest.config
-        except (ValueError, OSError) as error:
-            trouble.append(str(error))
-            continue
-        if not (differs := differences(config, asked)):
-            return found
-        trouble.append(f"{run} is another configuration's: {differs}")
-    if trouble:
+        differs = differences(_config_of(run), asked)
+        if not differs:
+            return run
+        others.append(f"{run} is another configuration's: {differs}")
+    if others:
         told = f"expected a run of this configuration with a whole checkpoint in {place}, found none"
-        raise ValueError(f"--resume: {told}; the newest: {trouble[0]}")
+        raise ValueError(f"--resume: {told}; the newest: {others[0]}")
     return None
 
 
@@ -214,13 +237,15 @@ def _last_written(run: Path) -> float:
     return max((file.stat().st_mtime for file in files), default=0.0)
 
 
-def differences(config: Mapping[str, Any], asked: Asked) -> str:
-    """What a checkpoint's configuration has otherwise, in one line; empty where it can be gone on with."""
+def differences(config: Mapping[str, Any], asked: Asked, among: Collection[str] = ()) -> str:
+    """What a run's configuration has otherwise, in one line; empty where it can be gone on with. among: only
+    these are looked at; else all but the free ones."""
     there, here = flatten(config), flatten(dict(asked.config))
     told = [
         f"{key} is {_told(there, key)} there and {_told(here, key)} here"
         for key in _union(here, there)
-        if key.split(".")[0] not in asked.free and _told(there, key) != _told(here, key)
+        if (key in among if among else key.split(".")[0] not in asked.free)
+        and _told(there, key) != _told(here, key)
     ]
     return "; ".join(told)
 

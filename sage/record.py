@@ -80,39 +80,47 @@ class Recorder:
         first_step: int = 0,
         keep_waiting: bool = False,
     ) -> None:
-        """folder: the run's, or None for a worker that does not speak. first_step: where a resumed run goes
-        on; keep_waiting: for room on a full disk, instead of an OSError."""
+        """folder: the run's, or None for a worker that does not speak; no file is opened before this is
+        entered. first_step: where a resumed run goes on; keep_waiting: for room on a full disk, instead of an
+        OSError."""
         self._file: LineFile | None = None
         self._progress: Progress | None = None
         self._sinks: list[_TensorBoard | _Wandb] = []
         self._told = time.monotonic()
-        self._total_steps = total_steps
-        if folder is None:
-            return
-        self._file = LineFile(folder / "metrics.jsonl", keep_waiting)
-        if log.tensorboard:
-            self._sinks.append(_TensorBoard(folder, first_step))
-        if log.wandb is not None:
-            self._sinks.append(_Wandb(folder, log.wandb))
+        self._folder, self._log, self._keep_waiting = folder, log, keep_waiting
+        self._total_steps, self._first_step = total_steps, first_step
+
+    def __enter__(self) -> Self:
+        if self._folder is None:
+            return self
+        self._file = LineFile(self._folder / "metrics.jsonl", self._keep_waiting)
+        if self._log.tensorboard:
+            self._sinks.append(_TensorBoard(self._folder, self._first_step))
+        if self._log.wandb is not None:
+            self._sinks.append(_Wandb(self._folder, self._log.wandb))
         if CONSOLE.is_terminal:
             description = TextColumn("{task.description}")
             columns = (BarColumn(20), MofNCompleteColumn(), description, TimeRemainingColumn())
             self._progress = Progress(*columns, console=CONSOLE, transient=True)
-            self._task = self._progress.add_task("", total=total_steps, completed=first_step)
-
-    def __enter__(self) -> Self:
-        if self._progress:
+            self._task = self._progress.add_task("", total=self._total_steps, completed=self._first_step)
             self._progress.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         if self._progress:
             self._progress.stop()
         for sink in self._sinks:
             with suppress(OSError):  # metrics.jsonl has the same numbers
                 sink.close()
-        if self._file:
-            self._file.close()
+        try:
+            if self._file:
+                self._file.close()
+        except OSError as error:
+            if kind is None:
+                raise
+            say(
+                f"{error.filename}: {error.strerror}; its last lines are lost"
+            )  # not in the place of what ends
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Append a line, handed to the system at once: a run that dies loses none."""

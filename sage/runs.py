@@ -161,7 +161,8 @@ def phases(run: Run) -> dict[str, float]:
     """Milliseconds per step; zeros before the first epoch is done."""
     times = {name: 1000 * per_step(run, f"seconds.{name}") for name in (*COMPUTE, "reduce", "communicate")}
     times["compression"] = times.pop("reduce") - times["communicate"]
-    waiting = 1000 * per_step(run, "seconds.agree")  # for the slowest worker, before the exchange
+    # For the slowest worker, before the exchange.
+    waiting = 1000 * per_step(run, "seconds.agree") if times["communicate"] else 0.0
     return times | {"communication": (times.pop("communicate") + waiting) * (not run.simulated)}
 
 

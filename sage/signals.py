@@ -9,7 +9,6 @@ from signal import Signals
 
 ENDING = (Signals.SIGTERM, Signals.SIGUSR1, Signals.SIGINT, Signals.SIGHUP, Signals.SIGQUIT)
 """SIGUSR1 is SLURM's warning before the time limit, as pararun asks for it."""
-AT_ONCE = (Signals.SIGQUIT,)
 
 Send = Callable[[Signals], object]
 
@@ -17,63 +16,73 @@ Send = Callable[[Signals], object]
 class SignalWatch:
     """What the process does with the signals that end a run.
 
-    Before a run trains, Ctrl-C (SIGINT) and SIGQUIT end the process at once; the others are noted, and end
-    the run after its first step. While it trains they are noted all, but a second Ctrl-C or a SIGQUIT ends
-    the process at once: from a thread, since Python's own handlers wait where a collective waits. A process
+    Until the workers have met, SIGUSR1 alone is noted, and ends the run after its first step; the others end
+    the process at once. From then on all are noted, but a second Ctrl-C (SIGINT) or a SIGQUIT ends the
+    process at once: from a thread, since Python's own handlers wait where a collective waits. A process
     whose work is done by others hands on to them all that comes.
     """
 
     def __init__(self) -> None:
         self.received: Signals | None = None
         """The first."""
-        self._num_deferring = 0
+        self._num_interrupts = 0
+        self._is_deferring = False
         self._send: Send | None = None
         self._pipe: tuple[int, int] | None = None
 
     def listen(self) -> None:
-        """Take the signals, from the main thread; what another part took since is taken back."""
+        """Take the signals, but those that this process was started to ignore (nohup). Main thread only."""
         if self._pipe is None:
             self._pipe = os.pipe()
             os.set_blocking(self._pipe[1], False)
             threading.Thread(target=self._watch, args=(self._pipe[0],), daemon=True).start()
         signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
         for number in ENDING:
-            signal.signal(number, lambda *_: None)  # not the default; _watch reads the number
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, lambda *_: None)  # not the default; _watch reads the number
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)  # what came while a parent held them comes now
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """What comes is noted in `received`; may nest, and be entered by several threads."""
-        self._num_deferring += 1
+        """What comes is noted in `received`."""
+        self._is_deferring = True
         try:
             yield
         finally:
-            self._num_deferring -= 1
+            self._is_deferring = False
 
     @contextmanager
-    def handed_on(self, send: Send) -> Iterator[Callable[[], None]]:
-        """What comes is handed to send. The function that this yields, to be called when there is somebody to
-        send to, hands on what came before. Listens."""
-
-        def catch_up() -> None:
-            if self.received is not None:
-                send(self.received)
-
+    def handed_on(self, send: Send) -> Iterator[None]:
+        """What comes is handed to send. Listens."""
         self.listen()
         self._send = send
         try:
-            yield catch_up
+            yield
         finally:
             self._send = None
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Processes that are started in here get what comes when they listen, not before."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+        try:
+            yield
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
 
     def _watch(self, pipe: int) -> None:
         while numbers := os.read(pipe, 1):
             self._take(Signals(numbers[0]))
 
     def _take(self, number: Signals) -> None:
-        again, self.received = self.received is not None, self.received or number
+        self.received = self.received or number
+        self._num_interrupts += number == Signals.SIGINT
+        at_once = number == Signals.SIGQUIT or self._num_interrupts > 1
+        if not self._is_deferring:
+            at_once = number != Signals.SIGUSR1
         if self._send is not None:
             self._send(number)
-        elif number in AT_ONCE or (number == Signals.SIGINT and (again or not self._num_deferring)):
+        elif at_once:
             os._exit(128 + number)
 
 

@@ -163,7 +163,8 @@ def simulate(train: TrainWorker, worker: Worker, timeout_seconds: float, board: 
     try:
         LocalComm.run(world_size, train_one, timeout_seconds * world_size)
     except Exception as error:
-        rank, failure = failures[0] if failures else (0, error)
+        # One may have more to tell than that it was stopped like the others.
+        rank, failure = min(failures or [(0, error)], key=lambda pair: isinstance(pair[1], Stopped))
         if isinstance(failure, Stopped):  # every worker has
             raise failure from None
         raise _told(rank, failure) from failure

@@ -156,31 +156,30 @@ class Undo:
 
 
 def mean_of(states: Iterable[State]) -> tuple[State, State]:
-    """The first state, and the mean of them all: of floating point tensors and numbers, summed in float64;
-    of anything else the first. Holds one state at a time, besides."""
+    """The first state, and the mean of them all: of floating point tensors and numbers, in float64, the very
+    value where all are alike; of anything else the first. Holds one state at a time, besides."""
     remaining = iter(states)
-    first = total = next(remaining)
-    count = 1
-    for state in remaining:
-        total, count = _add(total, state), count + 1
-    return first, _divide(total, first, count)
+    first = mean = next(remaining)
+    for count, state in enumerate(remaining, start=2):
+        mean = _step(mean, state, count)
+    return first, _cast(mean, first)
 
 
-def _add(total: Any, more: Any) -> Any:
-    if isinstance(more, dict):
-        return {key: _add(total[key], value) for key, value in more.items()}
-    if isinstance(more, list | tuple):
-        return [_add(one, other) for one, other in zip(total, more, strict=True)]
-    if isinstance(more, Tensor) and more.is_floating_point():
-        return total.double() + more.double()
-    return total + more if isinstance(more, float) else total
+def _step(mean: Any, value: Any, count: int) -> Any:
+    """The mean of count values, from that of all but the last."""
+    if isinstance(value, dict):
+        return {key: _step(mean[key], part, count) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_step(one, part, count) for one, part in zip(mean, value, strict=True)]
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return mean.double() + (value.double() - mean.double()) / count
+    return mean + (value - mean) / count if isinstance(value, float) else mean
 
 
-def _divide(total: Any, like: Any, count: int) -> Any:
+def _cast(mean: Any, like: Any) -> Any:
+    """In the types that it had."""
     if isinstance(like, dict):
-        return {key: _divide(total[key], value, count) for key, value in like.items()}
+        return {key: _cast(mean[key], part) for key, part in like.items()}
     if isinstance(like, list | tuple):
-        return [_divide(one, other, count) for one, other in zip(total, like, strict=True)]
-    if isinstance(like, Tensor) and like.is_floating_point():
-        return (total / count).to(like.dtype)
-    return total / count if isinstance(like, float) else total
+        return [_cast(one, part) for one, part in zip(mean, like, strict=True)]
+    return mean.to(like.dtype) if isinstance(like, Tensor) and like.is_floating_point() else mean

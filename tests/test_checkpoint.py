@@ -17,10 +17,11 @@ import run
 from sage import checkpoint, guard, manifest
 from sage.board import Board
 from sage.checkpoint import Checkpoints, Keeper, read_state, write_state
+from sage.experiment import claimed
 from sage.files import LineFile
 from sage.guard import Wish
-from sage.interfaces import Place, TrainingError
-from sage.record import cut_back
+from sage.interfaces import Place, Stopped, TrainingError
+from sage.record import Log, Recorder, cut_back
 
 CONFIG = ["configs/digits.yaml", "epochs=2", "task.batch_per_worker=128", "log.tensorboard=false"]
 Capture = pytest.CaptureFixture[str]
@@ -120,7 +121,48 @@ def test_what_changes_no_step_may_change_on_the_way(runs: Path) -> None:
     assert json.loads((only_run(runs) / "summary.json").read_text())["epochs"] == 3
 
 
+def test_a_run_that_a_process_trains_is_not_gone_on_with_by_another(runs: Path, capsys: Capture) -> None:
+    folder = only_run(runs)
+    before = contents(runs)
+    with claimed(folder) as trouble:
+        assert trouble == ""
+        assert resume(runs) == 1
+    assert told(capsys).endswith(f"{folder}: expected a run that no process trains, got one that does")
+    assert contents(runs) == before
+    assert resume(runs) == 0
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 # --- refused --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("change", ["epochs=3", "reducer.density=0.5", "stop_at_score=0.99"])
+def test_a_run_that_is_done_cannot_be_gone_on_with_in_another_way(
+    change: str, runs: Path, capsys: Capture
+) -> None:
+    assert resume(runs) == 0
+    assert resume(runs, "timeout_seconds=9", path=only_run(runs)) == 0  # that changes nothing
+    assert resume(runs, change, path=only_run(runs)) == 2
+    line = told(capsys)
+    assert f"--resume: {only_run(runs)} is done, and cannot be gone on with in another way: " in line
+    assert f"{change.split('=')[0]} is " in line
+    assert resume(runs, change) == 2
+
+
+def test_a_state_that_does_not_fit_is_refused_before_anything_is_changed(runs: Path, capsys: Capture) -> None:
+    """Found only when the parts are built: of another version of a reducer, say."""
+    folder = only_run(runs) / "checkpoints" / "step-00000011"
+    state = read_state(manifest.read(folder), manifest.own(0))
+    del state["parts"]["reducer"]["law"]
+    facts = write_state(folder / "rank0.pt", state)
+    change(folder, lambda content: {**content, "files": content["files"] | {"rank0.pt": facts.model_dump()}})
+    before = contents(runs)
+    assert resume(runs, path=folder) == 1
+    assert re.search(r"expected the state of this program's parts, got another \('law'\)$", told(capsys))
+    assert contents(runs) == before
 
 
 def test_another_configurations_checkpoint_is_refused_with_all_that_differs(
@@ -196,6 +238,10 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         lambda folder: (folder / manifest.NAME).write_text("{"),
         r"manifest\.json: expected a checkpoint's manifest, got what is no JSON",
     ),
+    "a file not in its list": (
+        lambda folder: change(folder, lambda content: {**content, "world_size": 2}),
+        r"manifest\.json: files: expected rank1\.pt among them",
+    ),
     "no manifest's content": (
         lambda folder: change(folder, lambda content: {**content, "step": -1}),
         r"manifest\.json: step: Input should be greater than or equal to 0",
@@ -210,10 +256,10 @@ def test_a_damaged_checkpoint_is_refused_in_one_line_and_nothing_is_changed(
     damage, expected = DAMAGES[name]
     folder = only_run(runs) / "checkpoints" / "step-00000014"
     damage(folder)
-    before = {path: path.read_bytes() for path in runs.rglob("*") if path.is_file()}
+    before = contents(runs)
     assert resume(runs, path=folder) == 2
     assert re.search(expected, told(capsys))
-    assert {path: path.read_bytes() for path in runs.rglob("*") if path.is_file()} == before
+    assert contents(runs) == before
 
 
 @pytest.mark.parametrize("name", sorted(DAMAGES.keys() - {"altered"}))
@@ -250,8 +296,10 @@ def test_a_pickle_with_code_is_refused_and_its_code_does_not_run(
     change(folder, lambda content: {**content, "files": content["files"] | {"shared.pt": facts.model_dump()}})
     with pytest.raises(ValueError, match=r"shared\.pt: expected tensors and numbers alone"):
         read_state(manifest.read(folder), manifest.SHARED)
-    assert resume(runs) == 1  # the checksum is right: found when it is read
-    assert "rank 0: " in told(capsys)
+    assert resume(runs) == 2  # though the checksum is right
+    assert re.search(
+        r"shared\.pt: expected tensors and numbers alone \(Unsupported global: [^.]*\)$", told(capsys)
+    )
     assert not mark.exists()
     torch.load(folder / "shared.pt", weights_only=False)
     assert mark.exists()  # it would have run
@@ -348,6 +396,16 @@ def test_lines_that_the_disk_does_not_take_wait_for_room(tmp_path: Path) -> None
     assert patient.trouble is None
     patient.close()
     assert (tmp_path / "lines").read_text() == "first\nsecond\nthird\n"
+
+
+def test_lines_that_are_lost_do_not_hide_how_a_run_ended(tmp_path: Path, capsys: Capture) -> None:
+    recorder = Recorder(tmp_path, 1, Log(tensorboard=False), keep_waiting=True)
+    with files_of_at_most(0), pytest.raises(Stopped), recorder:  # noqa: PT012  the line waits, then it ends
+        recorder.write({"kind": "step", "step": 0})
+        raise Stopped(by_hand=False)
+    assert "metrics.jsonl: File too large; its last lines are lost" in capsys.readouterr().out
+    with files_of_at_most(0), pytest.raises(OSError, match="File too large"), recorder:
+        recorder.write({"kind": "step", "step": 0})
 
 
 def test_lines_that_nobody_waits_for_are_an_error(tmp_path: Path) -> None:

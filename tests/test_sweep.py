@@ -298,6 +298,7 @@ def note(number, frame):
     time.sleep(1)
     sys.exit(5)
 signal.signal(signal.SIGINT, note)
+signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])  # as run.py does when it listens
 open({str(log)!r}, "a").write("started\\n")
 time.sleep(60)
 """
