@@ -282,15 +282,22 @@ def test_the_first_weights_are_the_published_ones() -> None:
         assert 0.9 / math.sqrt(40) < parameter.abs().max() <= 1 / math.sqrt(40)
 
 
-def test_dropout_is_after_the_embedding_between_the_layers_and_after_the_last() -> None:
+def test_layers_of_their_own_are_torchs_lstm_with_dropout_bit_for_bit() -> None:
+    """Weights and dropout masks too: dropout after the embedding, between the layers, after the last."""
+    torch.manual_seed(0)
     model = LanguageLSTM(5, 4, 3, 0.4)
-    assert (model.dropout.p, model.lstm.dropout) == (0.4, 0.4)
-    tokens, hidden = torch.zeros(2, 1, dtype=torch.int64), model.first_hidden(1)
-    calls: list[Tensor] = []
-    model.dropout.register_forward_hook(lambda _, inputs, output: calls.append(inputs[0]))
-    model(tokens, hidden)
-    assert torch.equal(calls[0], model.embedding(tokens))
-    assert len(calls) == 2
+    torch.manual_seed(0)
+    embedding, reference = torch.nn.Embedding(5, 4), torch.nn.LSTM(4, 4, 3, dropout=0.4)
+    embedding.weight = model.embedding.weight
+    tokens, hidden = torch.tensor([[0, 3], [1, 4], [2, 0]]), torch.randn(2, 3, 2, 4)
+    torch.manual_seed(1)
+    scores, after = model(tokens, hidden)
+    torch.manual_seed(1)
+    outputs, ends = reference(F.dropout(embedding(tokens), 0.4), (hidden[0], hidden[1]))
+    assert torch.equal(scores, model.decoder(F.dropout(outputs, 0.4)))
+    assert torch.equal(after, torch.stack(ends))
+    named = zip(model.lstm.parameters(), reference.parameters(), strict=True)
+    assert all(torch.equal(mine, theirs) for mine, theirs in named)
 
 
 # --- numbering ------------------------------------------------------------------------------------
