@@ -143,7 +143,7 @@ def manifests(run: Path) -> list[Path]:
 
 def newest_whole(run: Path) -> Checkpoint:
     """A run's newest checkpoint of which no file is missing or cut off. Raises ValueError, which says what
-    is wrong with the newest where there is none."""
+    is wrong with the newest, where there is none."""
     trouble: ValueError | None = None
     for path in manifests(run):
         try:
@@ -152,7 +152,8 @@ def newest_whole(run: Path) -> Checkpoint:
             return checkpoint
         except ValueError as error:
             trouble = trouble or error
-    raise trouble or ValueError(f"{run}: expected a run's folder with a whole checkpoint, found none in it")
+    told = f"--resume: expected a run's folder with a whole checkpoint, found none in {run}"
+    raise ValueError(f"{told}; the newest: {trouble}" if trouble else told)
 
 
 # --- choosing -------------------------------------------------------------------------------------

@@ -106,7 +106,7 @@ class Recorder:
             self._progress.start()
         return self
 
-    def __exit__(self, kind: object, *_: object) -> None:
+    def __exit__(self, kind: object, failure: BaseException | None, *_: object) -> None:
         if self._progress:
             self._progress.stop()
         for sink in self._sinks:
@@ -116,11 +116,10 @@ class Recorder:
             if self._file:
                 self._file.close()
         except OSError as error:
-            if kind is None:
+            if failure is None:
                 raise
-            say(
-                f"{error.filename}: {error.strerror}; its last lines are lost"
-            )  # not in the place of what ends
+            if not isinstance(failure, OSError):  # else it says so itself
+                say(f"{error.filename}: {error.strerror}; its last lines are lost")
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Append a line, handed to the system at once: a run that dies loses none."""

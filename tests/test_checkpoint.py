@@ -185,7 +185,7 @@ def test_without_a_checkpoint_there_is_nothing_to_go_on_with(tmp_path: Path, cap
     assert told(capsys) == f"run.py: --resume: expected a run with a whole checkpoint in {place}, found none"
     (tmp_path / "empty").mkdir()
     assert resume(tmp_path, path=tmp_path / "empty") == 2
-    assert "expected a run's folder with a whole checkpoint, found none in it" in told(capsys)
+    assert "expected a run's folder with a whole checkpoint, found none in " in told(capsys)
 
 
 def test_a_path_that_is_no_folder_is_refused(tmp_path: Path, capsys: Capture) -> None:
@@ -270,6 +270,15 @@ def test_the_newest_whole_one_is_taken_where_a_newer_one_is_torn(
     assert resume(runs) == 0
     assert "goes on after epoch 1, step 11" in capsys.readouterr().out
     assert steps_of(only_run(runs)) == sorted(set(steps_of(only_run(runs))))
+
+
+def test_where_all_are_torn_the_newest_says_why(runs: Path, capsys: Capture) -> None:
+    for path in manifest.manifests(only_run(runs)):
+        os.truncate(path.parent / "rank0.pt", 1000)
+    assert resume(runs) == 2
+    line = told(capsys)
+    assert "--resume: expected a run's folder with a whole checkpoint, found none in " in line
+    assert re.search(r"; the newest: .*step-00000014/rank0\.pt: expected \d+ bytes, .*, got 1000$", line)
 
 
 def test_one_without_its_manifest_is_none(runs: Path, capsys: Capture) -> None:
@@ -406,6 +415,10 @@ def test_lines_that_are_lost_do_not_hide_how_a_run_ended(tmp_path: Path, capsys:
     assert "metrics.jsonl: File too large; its last lines are lost" in capsys.readouterr().out
     with files_of_at_most(0), pytest.raises(OSError, match="File too large"), recorder:
         recorder.write({"kind": "step", "step": 0})
+    required = Recorder(tmp_path, 1, Log(tensorboard=False))
+    with files_of_at_most(0), pytest.raises(OSError, match=r"File too large: .*metrics\.jsonl"), required:
+        required.write({"kind": "step", "step": 0})
+    assert "its last lines are lost" not in capsys.readouterr().out  # an error speaks for itself
 
 
 def test_lines_that_nobody_waits_for_are_an_error(tmp_path: Path) -> None:
