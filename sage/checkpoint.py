@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO
@@ -87,7 +87,7 @@ class Keeper:
             return
         self._last_step = step
         if self._place.rank == 0:
-            self._prune(manifest.manifests(self.run)[: self.settings.keep])
+            prune(self.run, manifest.manifests(self.run)[: self.settings.keep])
 
     def saved(self) -> Path | None:
         """The newest checkpoint's folder."""
@@ -131,31 +131,21 @@ class Keeper:
         if self._place.rank == 0:
             say(told)
 
-    def _prune(self, kept: list[Path]) -> None:
-        for folder in (self.run / "checkpoints").glob("step-*"):
-            if folder / manifest.NAME not in kept:
-                remove(folder)
 
-
-def remove(folder: Path) -> None:
-    """A checkpoint, its manifest first; what cannot be removed stays."""
-    with suppress(OSError):
-        (folder / manifest.NAME).unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def remove_all(run: Path) -> None:
-    """All of a run."""
+def prune(run: Path, kept: Collection[Path]) -> None:
+    """Remove a run's checkpoints but those with the kept manifests, and what is left of torn ones; each one's
+    manifest first. What cannot be removed stays."""
     for folder in (run / "checkpoints").glob("step-*"):
-        remove(folder)
+        if folder / manifest.NAME not in kept:
+            with suppress(OSError):
+                (folder / manifest.NAME).unlink(missing_ok=True)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
-def remove_after(checkpoint: Checkpoint) -> None:
-    """All that a run left of checkpoints behind the one that it goes on from, and of torn ones."""
-    for folder in checkpoint.folder.parent.glob("step-*"):
-        later = folder.name > manifest.folder_of(checkpoint.run, checkpoint.manifest.step).name
-        if later or not (folder / manifest.NAME).exists():
-            remove(folder)
+def prune_after(checkpoint: Checkpoint) -> None:
+    """Remove all that a run left behind the checkpoint that it goes on from."""
+    last = manifest.folder_of(checkpoint.run, checkpoint.manifest.step).name
+    prune(checkpoint.run, [path for path in manifest.manifests(checkpoint.run) if path.parent.name <= last])
 
 
 def _wait_for(checkpoint: Checkpoint) -> None:
@@ -179,10 +169,9 @@ class _Summing:
     of its own instead."""
 
     def __init__(self, file: BinaryIO) -> None:
-        self.num_bytes, self.sum, self.error = 0, hashlib.sha256(), None
+        self.num_bytes, self.sum = 0, hashlib.sha256()
+        self.error: OSError | None = None
         self._file = file
-
-    error: OSError | None
 
     def write(self, data: bytes) -> int:
         if self.error is None:

@@ -204,7 +204,7 @@ def begin(folder: Path, text: str, environment: dict[str, Any], resumed: Checkpo
         old = _read_environment(folder)
         environment |= {"started": old["started"], "resumed": [*old.get("resumed", []), again]}
         cut_back(folder / "metrics.jsonl", resumed.manifest.epoch, resumed.manifest.step)
-        checkpoint.remove_after(resumed)
+        checkpoint.prune_after(resumed)
         (folder / REQUEUE).unlink(missing_ok=True)
         _say_changes(resumed, old, environment)
     files.write_text(folder / "config.yaml", text)
@@ -238,7 +238,7 @@ def finish(folder: Path, summary: dict[str, Any], model: torch.nn.Module) -> Non
     checkpoints are of no more use."""
     checkpoint.write_weights(folder / "checkpoints" / "final.pt", model)
     files.write_json(folder / "summary.json", summary)
-    checkpoint.remove_all(folder)
+    checkpoint.prune(folder, kept=[])
 
 
 def leave(folder: Path, step: int, stopped: Stopped, saved: Path | None) -> None:

@@ -137,16 +137,10 @@ def trainer_of(
 
 
 def train(
-    settings: RunSettings,
-    comm: LocalComm,
-    batch_per_worker: int = 4,
-    folder: Path | None = None,
-    task: Task | None = None,
-    dtype: torch.dtype = torch.float32,
-    **keeping: Any,
+    settings: RunSettings, comm: LocalComm, *given: Any, **named: Any
 ) -> tuple[Trainer, dict[str, Any]]:
-    """Train the toy on one worker of comm; the trainer and its summary. keeping: trainer_of's."""
-    with trainer_of(settings, comm, batch_per_worker, folder, task, dtype, **keeping) as trainer:
+    """Train the toy on one worker of comm; the trainer and its summary. given, named: trainer_of's."""
+    with trainer_of(settings, comm, *given, **named) as trainer:
         return trainer, trainer.run()
 
 
