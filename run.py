@@ -3,7 +3,7 @@
 import sys
 
 from sage import cli
-from sage.signals import WATCH
+from sage.workers.signals import WATCH
 
 if __name__ == "__main__":
     WATCH.listen()
@@ -15,17 +15,18 @@ from typing import Any
 import torch
 
 from reducers import REDUCERS
-from sage import config, files, launch
-from sage.experiment import plan, start
-from sage.feedback import FEEDBACKS
-from sage.gradient import GradientBuffer
+from sage import config, files
+from sage.exchange.feedback import FEEDBACKS
+from sage.exchange.gradient import GradientBuffer
 from sage.interfaces import Seeds
-from sage.metrics import say
-from sage.optim import OPTIMIZERS, build_optimizer
-from sage.preview import preview
-from sage.settings import RunSettings, check
-from sage.train import Parts
-from sage.worker import Worker
+from sage.training.dry_run import preview
+from sage.training.experiment import plan, start
+from sage.training.metrics import say
+from sage.training.optim import OPTIMIZERS, build_optimizer
+from sage.training.settings import RunSettings, check
+from sage.training.train import Parts
+from sage.workers import launch
+from sage.workers.worker import Worker
 from tasks import TASKS
 
 COMPONENTS: dict[str, Any] = {"task": TASKS, "reducer": REDUCERS, "feedback": FEEDBACKS}

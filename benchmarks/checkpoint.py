@@ -27,17 +27,17 @@ from torch import nn
 from benchmarks.group import add_hidden, hand_in, joined, run_group
 from benchmarks.machine import machine
 from reducers import REDUCERS
-from sage import manifest
-from sage.board import Board
-from sage.checkpoint import Checkpoints, Keeper, read_state
-from sage.comm import connect_comm
-from sage.feedback import Residual, ResidualSettings
+from sage.exchange.comm import connect_comm
+from sage.exchange.feedback import Residual, ResidualSettings
+from sage.exchange.gradient import GradientBuffer
 from sage.files import write_text
-from sage.gradient import GradientBuffer
-from sage.guard import Guard
 from sage.interfaces import Place, Seeds
-from sage.optim import SGD, Adam, build_optimizer
-from sage.state import Position, TrainingState
+from sage.runfolder import manifest
+from sage.runfolder.checkpoint import Checkpoints, Keeper, read_state
+from sage.training.agree import Guard
+from sage.training.optim import SGD, Adam, build_optimizer
+from sage.training.state import Position, TrainingState
+from sage.workers.store import Board
 from tasks.models.neumf import NeuMF
 from tasks.models.resnet import resnet18
 

@@ -3,7 +3,7 @@
 import os
 from typing import Any
 
-from sage import provenance
+from sage.runfolder import provenance
 
 
 def machine() -> dict[str, Any]:

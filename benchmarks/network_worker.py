@@ -18,7 +18,7 @@ from torch import Tensor
 
 from benchmarks.reduce import LAYOUTS, Gradients, fitting_start, fitting_threshold
 from reducers import REDUCERS
-from sage.comm import DistComm
+from sage.exchange.comm import DistComm
 from sage.files import write_text
 from sage.interfaces import Reducer, Seeds, Slot, lay_out
 

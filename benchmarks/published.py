@@ -29,9 +29,10 @@ from benchmarks.machine import load_average, machine
 from benchmarks.made import PLACES, find_or_make
 from reducers import REDUCERS
 from run import TABLES
-from sage import config, provenance
+from sage import config
 from sage.files import write_json
-from sage.settings import RunSettings
+from sage.runfolder import provenance
+from sage.training.settings import RunSettings
 
 CONFIGS = provenance.ROOT / "configs"
 NUM_WARM_UP = 1

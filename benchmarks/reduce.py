@@ -28,7 +28,7 @@ from torch import Tensor
 
 from benchmarks.group import add_hidden, hand_in, joined, run_group
 from reducers import REDUCERS
-from sage.comm import CountingComm, LocalComm, connect_comm
+from sage.exchange.comm import CountingComm, LocalComm, connect_comm
 from sage.files import write_text
 from sage.interfaces import Communicator, Reducer, Seeds, Slot, lay_out
 from tasks.models.resnet import resnet18

@@ -10,9 +10,9 @@ import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812  its usual name
 
 from reducers import build_reducer
-from sage.comm import connect_comm
-from sage.feedback import Residual, ResidualSettings
-from sage.gradient import GradientBuffer
+from sage.exchange.comm import connect_comm
+from sage.exchange.feedback import Residual, ResidualSettings
+from sage.exchange.gradient import GradientBuffer
 
 if dist.is_torchelastic_launched():
     dist.init_process_group("gloo")

@@ -10,8 +10,9 @@ from pathlib import Path
 from signal import Signals
 from typing import Any, NoReturn
 
-from sage import files, manifest, sweep
-from sage.signals import WATCH
+from sage import files, sweep
+from sage.runfolder import manifest
+from sage.workers.signals import WATCH
 
 HELP = """\
 Train a task with a gradient compressor, as a YAML file says.

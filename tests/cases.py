@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from reducers import REDUCERS
-from sage.comm import CountingComm
+from sage.exchange.comm import CountingComm
 from sage.interfaces import Progress, Reducer, Seeds, Slot, lay_out
 
 SHAPES = ((8, 3, 3, 3), (8,), (20, 11), (11,), (1,))

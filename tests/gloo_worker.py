@@ -10,7 +10,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from sage.comm import DistComm
+from sage.exchange.comm import DistComm
 from tests.cases import CASES, run_case
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from reducers.accordion import Accordion, AccordionSettings
-from sage.comm import LocalComm
+from sage.exchange.comm import LocalComm
 from sage.interfaces import Progress, Seeds
 from tests.cases import layout_of
 

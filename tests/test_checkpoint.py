@@ -14,14 +14,15 @@ import pytest
 import torch
 
 import run
-from sage import checkpoint, guard, manifest
-from sage.board import Board
-from sage.checkpoint import Checkpoints, Keeper, read_state, write_state
-from sage.experiment import claimed
 from sage.files import LineFile
-from sage.guard import Wish
 from sage.interfaces import Place, Stopped, TrainingError
-from sage.record import Log, Recorder, cut_back
+from sage.runfolder import checkpoint, manifest
+from sage.runfolder.checkpoint import Checkpoints, Keeper, read_state, write_state
+from sage.runfolder.record import Log, Recorder, cut_back
+from sage.training import agree as guard
+from sage.training.agree import Wish
+from sage.training.experiment import claimed
+from sage.workers.store import Board
 
 CONFIG = ["configs/digits.yaml", "epochs=2", "task.batch_per_worker=128", "log.tensorboard=false"]
 Capture = pytest.CaptureFixture[str]

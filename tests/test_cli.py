@@ -14,10 +14,11 @@ import torch
 import yaml
 
 import run
-from sage import config, launch
-from sage.comm import LocalComm
-from sage.preview import break_even_density
-from sage.settings import RunSettings
+from sage import config
+from sage.exchange.comm import LocalComm
+from sage.training.dry_run import break_even_density
+from sage.training.settings import RunSettings
+from sage.workers import launch
 
 ROOT = Path(__file__).parent.parent
 DIGITS = str(ROOT / "configs" / "digits.yaml")

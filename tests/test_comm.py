@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sage.comm import LocalComm
+from sage.exchange.comm import LocalComm
 from sage.interfaces import CommunicationError
 
 run = LocalComm.run

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from run import TABLES
 from sage import config
-from sage.settings import RunSettings
+from sage.training.settings import RunSettings
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))  # configs/sweeps: see test_sweep.py

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from reducers.exact import Exact, ExactSettings
-from sage.comm import LocalComm
+from sage.exchange.comm import LocalComm
 from sage.interfaces import Seeds
 from tests.cases import layout_of
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from reducers import REDUCERS
-from sage.comm import LocalComm
+from sage.exchange.comm import LocalComm
 from sage.interfaces import Place, Seeds, Task
 from tasks import TASKS
 from tests.toy import settings_of, train

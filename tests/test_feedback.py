@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from reducers import REDUCERS
-from sage.comm import LocalComm
-from sage.feedback import FEEDBACKS, Feedback
+from sage.exchange.comm import LocalComm
+from sage.exchange.feedback import FEEDBACKS, Feedback
 from sage.interfaces import Progress, Reducer, Seeds
 from tests.cases import LAYOUT, N, gradient, layout_of
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from reducers import REDUCERS
 from reducers.powersgd import PowerSGD
 from reducers.sage import Sage, SageLaw
-from sage.comm import LocalComm
+from sage.exchange.comm import LocalComm
 from sage.interfaces import Progress, Seeds
 from tests.cases import layout_of
 

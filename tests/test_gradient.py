@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sage.gradient import GradientBuffer
+from sage.exchange.gradient import GradientBuffer
 
 
 class Tied(nn.Module):

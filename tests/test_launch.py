@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from sage.interfaces import TrainingError
-from sage.worker import check_claims
+from sage.workers.worker import check_claims
 
 ROOT = Path(__file__).parent.parent
 ENDLESS = ["configs/digits.yaml", "epochs=100000"]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sage.comm import LocalComm
+from sage.exchange.comm import LocalComm
 from tests.cases import CASES, LAYOUT, Case, Law, N, Step, gradient, layout_of, run_case, run_steps
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)

@@ -6,9 +6,9 @@ from copy import deepcopy
 import pytest
 import torch
 
-from sage.clock import Clock
-from sage.comm import LocalComm
-from sage.metrics import Meter
+from sage.exchange.clock import Clock
+from sage.exchange.comm import LocalComm
+from sage.training.metrics import Meter
 
 CPU = torch.device("cpu")
 HANDED = [316, 120, 316, 120, 316]

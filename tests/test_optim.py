@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sage.optim import SGD, Adam, Schedule, build_optimizer, clip_norm, parameter_groups
+from sage.training.optim import SGD, Adam, Schedule, build_optimizer, clip_norm, parameter_groups
 
 # --- the schedule ---------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from reducers.lowrank import Matrices, matrix_shape, orthonormalize
 from reducers.powersgd import PowerSGD, PowerSGDSettings
-from sage.comm import LocalComm
+from sage.exchange.comm import LocalComm
 from sage.interfaces import Seeds, Slot
 from tests.cases import LAYOUT, N, gradient, layout_of, run_steps
 

@@ -8,7 +8,7 @@ from reducers import quantize
 from reducers.quantize import CHUNK, majority, num_bytes, pack, pack_by_numpy, pack_by_torch, unpack
 from reducers.sign_norm import SignNorm, SignNormSettings
 from reducers.signsgd import SignSGD, SignSGDSettings
-from sage.comm import LocalComm
+from sage.exchange.comm import LocalComm
 from sage.interfaces import Seeds
 from tests.cases import layout_of
 

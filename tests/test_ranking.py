@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sage.interfaces import Place, Seeds
-from sage.optim import Adam, build_optimizer
+from sage.training.optim import Adam, build_optimizer
 from tasks.data import synthetic_ratings
 from tasks.recommendation import Interactions, popularity, sum_ranks
 from tasks.synthetic_ratings import SyntheticRatings, SyntheticRatingsSettings

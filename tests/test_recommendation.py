@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sage.interfaces import Place
-from sage.optim import Adam, build_optimizer
+from sage.training.optim import Adam, build_optimizer
 from tasks.models.neumf import NeuMF
 from tasks.movielens import MovieLens20M
 from tasks.recommendation import Shuffle

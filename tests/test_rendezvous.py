@@ -5,7 +5,7 @@ import re
 import pytest
 
 from sage.interfaces import Place
-from sage.rendezvous import Rendezvous, find_rendezvous, first_host, speaks_here, tasks_per_node
+from sage.workers.rendezvous import Rendezvous, find_rendezvous, first_host, speaks_here, tasks_per_node
 
 HAND = {"hostip": "10.0.0.7", "port": "23456", "rank": "1"}
 TORCHRUN = {

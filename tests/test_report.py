@@ -17,8 +17,9 @@ from matplotlib.image import imread
 from matplotlib.lines import Line2D
 from rich.console import Console
 
-from sage import figures, report, runs, tables
-from sage.runs import Run, Section
+from sage.report import __main__ as report
+from sage.report import figures, runs, tables
+from sage.report.runs import Run, Section
 from sage.sweep import read
 
 ROOT = Path(__file__).parent.parent

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from sage import manifest
-from sage.checkpoint import read_state
-from sage.comm import LocalComm
-from sage.manifest import SHARED, own
-from sage.train import Trainer
+from sage.exchange.comm import LocalComm
+from sage.runfolder import manifest
+from sage.runfolder.checkpoint import read_state
+from sage.runfolder.manifest import SHARED, own
+from sage.training.train import Trainer
 from tests.test_resume import RUNS, TURNING, quick, settings_in, weights_in
 from tests.toy import bits_of, state_of, train_until, trainer_of
 

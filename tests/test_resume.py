@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from reducers import REDUCERS
-from sage import checkpoint, manifest
-from sage.checkpoint import Checkpoints, Keeper, read_state
-from sage.comm import LocalComm
+from sage.exchange.comm import LocalComm
 from sage.interfaces import Place, Stopped
-from sage.manifest import SHARED, own
-from sage.optim import OPTIMIZERS
-from sage.settings import RunSettings
-from sage.simulate import StageBoard
-from sage.train import Trainer
+from sage.runfolder import checkpoint, manifest
+from sage.runfolder.checkpoint import Checkpoints, Keeper, read_state
+from sage.runfolder.manifest import SHARED, own
+from sage.training.optim import OPTIMIZERS
+from sage.training.settings import RunSettings
+from sage.training.simulate import StageBoard
+from sage.training.train import Trainer
 from tests.cases import CASES
 from tests.toy import (
     NormTask,

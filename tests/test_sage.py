@@ -9,7 +9,7 @@ from torch import Tensor
 
 from reducers import sparse
 from reducers.sage import Sage, SageLaw, SageSettings, Sampler
-from sage.comm import LocalComm
+from sage.exchange.comm import LocalComm
 from sage.interfaces import Seeds
 from tests.cases import CASES, LAYOUT, Case, N, gradient, layout_of, run_case, run_steps
 

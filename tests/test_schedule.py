@@ -7,7 +7,7 @@ import torch
 
 from reducers import REDUCERS
 from reducers.schedule import DensitySchedule
-from sage.comm import LocalComm
+from sage.exchange.comm import LocalComm
 from sage.interfaces import Progress, Reducer, Seeds
 from tests.cases import LAYOUT, N, gradient
 

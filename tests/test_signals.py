@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 WAIT = """
 import sys, time
-from sage.signals import WATCH
+from sage.workers.signals import WATCH
 WATCH.listen()
 def wait(seconds=60):
     for _ in range(10 * seconds):

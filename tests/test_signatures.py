@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from reducers import REDUCERS
-from sage.comm import LocalComm
+from sage.exchange.comm import LocalComm
 from sage.interfaces import Seeds, Slot
 from tests.cases import LAYOUT, N, gradient, run_steps
 

@@ -16,12 +16,14 @@ from torch import Tensor
 
 import run
 from reducers.exact import Exact
-from sage import cli, config, launch, report
-from sage.comm import LocalComm
+from sage import cli, config
+from sage.exchange.comm import LocalComm
+from sage.exchange.threads import Room
 from sage.interfaces import Communicator
-from sage.preview import bytes_of
-from sage.room import Room
-from sage.simulate import SimulatedStage, Turn, _same_bits
+from sage.report import __main__ as report
+from sage.training.dry_run import bytes_of
+from sage.training.simulate import SimulatedStage, Turn, _same_bits
+from sage.workers import launch
 from tasks.models.small_cnn import small_cnn
 
 ROOT = Path(__file__).parent.parent

@@ -11,12 +11,13 @@ from torch import Tensor
 
 import run
 from reducers import REDUCERS
-from sage import guard, manifest
-from sage.comm import LocalComm
-from sage.gradient import GradientBuffer
+from sage.exchange.comm import LocalComm
+from sage.exchange.gradient import GradientBuffer
 from sage.interfaces import Place, Task, TrainingError
-from sage.settings import RunSettings
-from sage.train import Trainer
+from sage.runfolder import manifest
+from sage.training import agree as guard
+from sage.training.settings import RunSettings
+from sage.training.train import Trainer
 from tasks.digits import Digits
 from tests.cases import CASES
 from tests.test_families import make_task

@@ -16,7 +16,7 @@ from reducers.sparse import (
     target_count,
     unpack,
 )
-from sage.comm import LocalComm
+from sage.exchange.comm import LocalComm
 from sage.interfaces import Seeds, Slot
 from tests.cases import LAYOUT, N, gradient
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from reducers.atomo import Atomo, AtomoSettings, probabilities
 from reducers.svd import SVD, SVDSettings
-from sage.comm import LocalComm
+from sage.exchange.comm import LocalComm
 from sage.interfaces import Seeds
 from tests.cases import layout_of
 

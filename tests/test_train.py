@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from sage.comm import LocalComm
-from sage.experiment import finish
+from sage.exchange.comm import LocalComm
+from sage.exchange.gradient import GradientBuffer
 from sage.files import write_whole
-from sage.gradient import GradientBuffer
 from sage.interfaces import Place, TrainingError
-from sage.optim import Schedule
+from sage.training.experiment import finish
+from sage.training.optim import Schedule
 from tests.toy import NUM_TRAIN, ToyTask, settings_of, train
 
 STEP_KEYS = {

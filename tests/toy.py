@@ -13,21 +13,21 @@ from torch import Tensor, nn
 
 from reducers import REDUCERS
 from run import TABLES
-from sage.checkpoint import Keeper
-from sage.clock import Clock
-from sage.comm import LocalComm
 from sage.config import Named, to_yaml, validate
-from sage.experiment import begin
-from sage.feedback import FEEDBACKS
-from sage.gradient import GradientBuffer
-from sage.guard import Wish
+from sage.exchange.clock import Clock
+from sage.exchange.comm import LocalComm
+from sage.exchange.feedback import FEEDBACKS
+from sage.exchange.gradient import GradientBuffer
 from sage.interfaces import Place, Seeds, Stateful, Stopped, Task
-from sage.manifest import Checkpoint
-from sage.optim import build_optimizer
-from sage.record import Recorder
-from sage.settings import RunSettings
-from sage.simulate import StageBoard
-from sage.train import Trainer
+from sage.runfolder.checkpoint import Keeper
+from sage.runfolder.manifest import Checkpoint
+from sage.runfolder.record import Recorder
+from sage.training.agree import Wish
+from sage.training.experiment import begin
+from sage.training.optim import build_optimizer
+from sage.training.settings import RunSettings
+from sage.training.simulate import StageBoard
+from sage.training.train import Trainer
 
 NUM_TRAIN, NUM_TEST = 64, 30
 

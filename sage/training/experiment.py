@@ -12,18 +12,20 @@ from typing import Any
 
 import torch
 
-from sage import checkpoint, config, files, launch, manifest, provenance, sweep
-from sage.board import Board
-from sage.checkpoint import Keeper
-from sage.clock import Clock
+from sage import config, files, sweep
+from sage.exchange.clock import Clock
 from sage.interfaces import Stopped, TrainingError
-from sage.manifest import Asked, Checkpoint, Found
-from sage.metrics import say
-from sage.record import Recorder, cut_back
-from sage.settings import RunSettings
-from sage.simulate import Stage, alone, simulate
-from sage.train import Parts
-from sage.worker import Worker
+from sage.runfolder import checkpoint, manifest, provenance
+from sage.runfolder.checkpoint import Keeper
+from sage.runfolder.manifest import Asked, Checkpoint, Found
+from sage.runfolder.record import Recorder, cut_back
+from sage.training.metrics import say
+from sage.training.settings import RunSettings
+from sage.training.simulate import Stage, alone, simulate
+from sage.training.train import Parts
+from sage.workers import launch
+from sage.workers.store import Board
+from sage.workers.worker import Worker
 
 Build = Callable[[RunSettings, Worker], Parts]
 REQUEUE = "requeue"

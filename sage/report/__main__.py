@@ -13,10 +13,10 @@ from rich.console import Console
 
 from sage import cli
 from sage.config import ConfigError
-from sage.figures import draw, to_png
-from sage.runs import ReportError, Run, Section, find_runs, gather, read_run
+from sage.report.figures import draw, to_png
+from sage.report.runs import ReportError, Run, Section, find_runs, gather, read_run
+from sage.report.tables import Sheet, build_sheets, to_csv, to_markdown, to_terminal
 from sage.sweep import Point, read
-from sage.tables import Sheet, build_sheets, to_csv, to_markdown, to_terminal
 
 HELP = """\
 Compare runs, from nothing but the files in their folders: a row a configuration, with mean and standard

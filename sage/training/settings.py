@@ -6,12 +6,12 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, SerializeAsAny
 
-from sage.checkpoint import Checkpoints
 from sage.config import Named, Settings
-from sage.feedback import FEEDBACKS
+from sage.exchange.feedback import FEEDBACKS
 from sage.interfaces import Reducer, Task
-from sage.optim import Clip, Schedule
-from sage.record import Log
+from sage.runfolder.checkpoint import Checkpoints
+from sage.runfolder.record import Log
+from sage.training.optim import Clip, Schedule
 
 
 class Resume(Settings):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from sage.interfaces import Place, TrainingError
-from sage.rendezvous import Rendezvous
+from sage.workers.rendezvous import Rendezvous
 
 
 @dataclass(frozen=True)

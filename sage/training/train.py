@@ -7,20 +7,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sage.board import Board
-from sage.checkpoint import Keeper
-from sage.clock import Clock
-from sage.comm import CountingComm
-from sage.feedback import Feedback
-from sage.gradient import GradientBuffer
-from sage.guard import Guard, Wish, find_bad, find_difference
+from sage.exchange.clock import Clock
+from sage.exchange.comm import CountingComm
+from sage.exchange.feedback import Feedback
+from sage.exchange.gradient import GradientBuffer
 from sage.interfaces import Communicator, Place, Progress, Reducer, Stopped, Task, TrainingError
-from sage.manifest import Checkpoint
-from sage.metrics import Meter, say
-from sage.optim import clip_norm
-from sage.record import Recorder
-from sage.settings import RunSettings
-from sage.state import Position, TrainingState, Undo
+from sage.runfolder.checkpoint import Keeper
+from sage.runfolder.manifest import Checkpoint
+from sage.runfolder.record import Recorder
+from sage.training.agree import Guard, Wish, find_bad, find_difference
+from sage.training.metrics import Meter, say
+from sage.training.optim import clip_norm
+from sage.training.settings import RunSettings
+from sage.training.state import Position, TrainingState, Undo
+from sage.workers.store import Board
 
 Parts = tuple[Task, Reducer, Feedback, GradientBuffer, torch.optim.Optimizer]
 """What a trainer is built from, in its order."""

@@ -21,12 +21,12 @@ import torch.distributed as dist
 from torch.distributed import Store
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
 
-from sage import rendezvous
-from sage.board import PATIENCE_SECONDS, STORE_SECONDS, Board, first_line
 from sage.interfaces import CommunicationError, Stopped, TrainingError
-from sage.rendezvous import Rendezvous
-from sage.signals import WATCH
-from sage.worker import Worker, check_claims
+from sage.workers import rendezvous
+from sage.workers.rendezvous import Rendezvous
+from sage.workers.signals import WATCH
+from sage.workers.store import PATIENCE_SECONDS, STORE_SECONDS, Board, first_line
+from sage.workers.worker import Worker, check_claims
 
 POLL_SECONDS = 0.2
 

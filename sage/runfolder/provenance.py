@@ -10,7 +10,7 @@ from typing import Any
 import numpy
 import torch
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 
 
 def run_id(reducer: str, seed: int) -> str:

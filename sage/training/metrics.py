@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from sage.clock import Clock
+from sage.exchange.clock import Clock
 from sage.interfaces import Communicator, Stateful, TrainingError
 
 CONSOLE = Console(stderr=False, highlight=False, soft_wrap=True)

@@ -18,9 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sage.clock import Clock
+from sage.exchange.clock import Clock
+from sage.exchange.threads import Room
 from sage.interfaces import CommunicationError, Communicator
-from sage.room import Room
 
 Result = TypeVar("Result")
 Away = Callable[[], AbstractContextManager[None]]

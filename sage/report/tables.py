@@ -10,7 +10,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from sage.runs import (
+from sage.report.runs import (
     COMPUTE,
     Group,
     Run,

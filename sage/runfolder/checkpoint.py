@@ -14,12 +14,13 @@ from typing import Annotated, Any, BinaryIO
 import torch
 from pydantic import Field
 
-from sage import files, manifest
-from sage.board import PATIENCE_SECONDS, Board, first_line
+from sage import files
 from sage.config import Settings
 from sage.interfaces import TrainingError
-from sage.manifest import SHARED, Checkpoint, FileFacts, Manifest, own
-from sage.metrics import say
+from sage.runfolder import manifest
+from sage.runfolder.manifest import SHARED, Checkpoint, FileFacts, Manifest, own
+from sage.training.metrics import say
+from sage.workers.store import PATIENCE_SECONDS, Board, first_line
 
 State = dict[str, Any]
 """Tensors, numbers, texts, None, and lists and mappings of them: what torch reads with weights_only."""

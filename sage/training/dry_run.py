@@ -7,16 +7,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sage.board import Board
-from sage.clock import Clock
-from sage.comm import LocalComm
-from sage.gradient import GradientBuffer
+from sage.exchange.clock import Clock
+from sage.exchange.comm import LocalComm
+from sage.exchange.gradient import GradientBuffer
 from sage.interfaces import Place, Progress, Reducer, Task
-from sage.metrics import readable_bytes
-from sage.record import Recorder
-from sage.settings import RunSettings
-from sage.train import Parts, Trainer
-from sage.worker import Worker
+from sage.runfolder.record import Recorder
+from sage.training.metrics import readable_bytes
+from sage.training.settings import RunSettings
+from sage.training.train import Parts, Trainer
+from sage.workers.store import Board
+from sage.workers.worker import Worker
 
 TIMED_STEPS = 3
 """Gradients timed, after one that is not; their median is told."""

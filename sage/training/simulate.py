@@ -14,12 +14,12 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from sage.board import Board
-from sage.clock import Clock
-from sage.comm import CountingComm, LocalComm, connect_comm
+from sage.exchange.clock import Clock
+from sage.exchange.comm import CountingComm, LocalComm, connect_comm
 from sage.interfaces import CommunicationError, Place, Stateful, Stopped, Task, TrainingError
-from sage.train import Trainer
-from sage.worker import Worker
+from sage.training.train import Trainer
+from sage.workers.store import Board
+from sage.workers.worker import Worker
 
 
 class Stage:

@@ -8,9 +8,9 @@ from signal import Signals
 import torch
 from torch import Tensor
 
-from sage.gradient import GradientBuffer
+from sage.exchange.gradient import GradientBuffer
 from sage.interfaces import Communicator
-from sage.signals import WATCH
+from sage.workers.signals import WATCH
 
 
 class Wish(IntEnum):

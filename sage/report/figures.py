@@ -11,8 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, NullFormatter
 
-from sage.runs import Flat, Group, Run, Section, training_seconds
-from sage.tables import milliseconds, number
+from sage.report.runs import Flat, Group, Run, Section, training_seconds
+from sage.report.tables import milliseconds, number
 
 PAGE = 8
 """Configurations in a picture: more lines in a panel cannot be told apart."""

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from sage.config import Settings
 from sage.files import LineFile, write_whole
-from sage.metrics import CONSOLE, readable_bytes, say, scalars
+from sage.training.metrics import CONSOLE, readable_bytes, say, scalars
 
 PLAIN_SECONDS = 10.0
 """In a log file, a line about a step at most this often."""

@@ -1,0 +1,1 @@
+"""Compare runs from what they left on disk: python -m sage.report."""

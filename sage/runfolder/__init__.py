@@ -1,0 +1,1 @@
+"""Everything that a run leaves on disk, and how it is read again."""
