@@ -16,12 +16,12 @@ import torch
 
 from reducers import REDUCERS
 from sage import config, files
+from sage.console import complain, show
 from sage.exchange.feedback import FEEDBACKS
 from sage.exchange.gradient import GradientBuffer
 from sage.interfaces import Seeds
 from sage.training.dry_run import preview
 from sage.training.experiment import plan, start
-from sage.training.metrics import say
 from sage.training.optim import OPTIMIZERS, build_optimizer
 from sage.training.settings import RunSettings, check
 from sage.training.train import Parts
@@ -43,18 +43,18 @@ def main(arguments: list[str]) -> int:
         point = cli.choose_point(options)
         settings = SETTLE(point.config, point.overrides)
         if options.print_config:
-            return cli.show(config.to_yaml(settings), launch.speaks_here())
+            return show(config.to_yaml(settings), launch.speaks_here())
         worker = find_worker(options, settings)
         if options.dry_run:
-            return cli.show(preview(settings, build(settings, worker), worker), launch.speaks_here())
+            return show(preview(settings, build(settings, worker), worker), launch.speaks_here())
         files.check_writable(options.runs)
         place, again = options.runs / point.place, SETTLE if options.sweep else None
         order = plan(settings, place, again, options.resume, options.job, worker)
     except ValueError as error:
-        return cli.complain(str(error)) if launch.speaks_here() else launch.give_way()
+        return complain(str(error)) if launch.speaks_here() else launch.give_way()
     if worker.is_to_spawn():
-        return launch.spawn([__file__, *arguments], worker.place.world_size, say)
-    return start(order, build, worker, cli.complain)
+        return launch.spawn([__file__, *arguments], worker.place.world_size)
+    return start(order, build, worker)
 
 
 def find_worker(options: cli.Arguments, settings: RunSettings) -> Worker:

@@ -1,7 +1,6 @@
 """The command line of run.py."""
 
 import argparse
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -11,6 +10,7 @@ from signal import Signals
 from typing import Any, NoReturn
 
 from sage import files, sweep
+from sage.console import complain, show
 from sage.runfolder import manifest
 from sage.workers.signals import WATCH
 
@@ -160,7 +160,7 @@ def run_sweep(
         for point, settings in zip(points, resolved, strict=True)
     ]
     if options.list_points:
-        return show(sweep.listing(points, done), speaks=True)
+        return show(sweep.listing(points, done))
     files.check_writable(options.runs)
     for settings, is_done in zip(resolved, done, strict=True):
         if not is_done:
@@ -195,26 +195,6 @@ def _run(command: list[str]) -> tuple[int, bool]:
             children.append(subprocess.Popen([sys.executable, *command], start_new_session=True))
         code = children[0].wait()
     return (code, False) if WATCH.received is None else (128 + WATCH.received, True)
-
-
-# --- answers --------------------------------------------------------------------------------------
-
-
-def show(text: str, speaks: bool) -> int:
-    """An answer on stdout, from the one process that speaks, as far as somebody reads it; the exit code."""
-    try:
-        if speaks:
-            print(text.rstrip("\n"), flush=True)
-    except BrokenPipeError:  # `| head`: what is still buffered is not to fail once more at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
-
-
-def complain(message: str) -> int:
-    """Bad input: the message's lines on stderr, and the exit code."""
-    for line in message.splitlines():
-        print(f"run.py: {line}", file=sys.stderr)
-    return 2
 
 
 class _Parser(argparse.ArgumentParser):

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from sage import cli
 from sage.config import ConfigError
+from sage.console import complain, show
 from sage.report.figures import draw, to_png
 from sage.report.runs import ReportError, Run, Section, find_runs, gather, read_run
 from sage.report.tables import Sheet, build_sheets, to_csv, to_markdown, to_terminal
@@ -139,10 +139,9 @@ def main(arguments: list[str] | None = None) -> int:
         sections, target = gather(runs), target_of(runs) if options.target is None else options.target
         sheets = [sheet for section in sections for sheet in build_sheets(section, target)]
         paths = write_report(options.output or default_output(options.runs), sections, sheets, notes, target)
-        return cli.show(as_text(sheets) + "\n".join([*notes, *map(str, paths)]), speaks=True)
+        return show(as_text(sheets) + "\n".join([*notes, *map(str, paths)]))
     except (ReportError, ConfigError, OSError) as error:
-        print(f"report: {error}", file=sys.stderr)
-        return 2
+        return complain(str(error), program="report")
 
 
 if __name__ == "__main__":

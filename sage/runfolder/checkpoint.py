@@ -16,12 +16,14 @@ from pydantic import Field
 
 from sage import files
 from sage.config import Settings
+from sage.console import first_line, say
 from sage.interfaces import TrainingError
 from sage.runfolder import manifest
 from sage.runfolder.manifest import SHARED, Checkpoint, FileFacts, Manifest, own
-from sage.training.metrics import say
-from sage.workers.store import PATIENCE_SECONDS, Board, first_line
+from sage.workers.store import Board
 
+VISIBLE_SECONDS = 10.0
+"""How long a network file system may take to show rank 0 what other hosts wrote."""
 State = dict[str, Any]
 """Tensors, numbers, texts, None, and lists and mappings of them: what torch reads with weights_only."""
 
@@ -151,7 +153,7 @@ def prune_after(checkpoint: Checkpoint) -> None:
 
 def _wait_for(checkpoint: Checkpoint) -> None:
     """Until rank 0's host sees what the others wrote, which a network file system may show it later."""
-    deadline = time.monotonic() + PATIENCE_SECONDS
+    deadline = time.monotonic() + VISIBLE_SECONDS
     while True:
         try:
             return checkpoint.check_whole(contents=False)

@@ -13,8 +13,8 @@ from pydantic import Field, model_validator
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sage.config import Settings
+from sage.console import console, readable_bytes, say
 from sage.files import LineFile, write_whole
-from sage.training.metrics import CONSOLE, readable_bytes, say, scalars
 
 PLAIN_SECONDS = 10.0
 """In a log file, a line about a step at most this often."""
@@ -98,10 +98,10 @@ class Recorder:
             self._sinks.append(_TensorBoard(self._folder, self._first_step))
         if self._log.wandb is not None:
             self._sinks.append(_Wandb(self._folder, self._log.wandb))
-        if CONSOLE.is_terminal:
+        if console().is_terminal:
             description = TextColumn("{task.description}")
             columns = (BarColumn(20), MofNCompleteColumn(), description, TimeRemainingColumn())
-            self._progress = Progress(*columns, console=CONSOLE, transient=True)
+            self._progress = Progress(*columns, console=console(), transient=True)
             self._task = self._progress.add_task("", total=self._total_steps, completed=self._first_step)
             self._progress.start()
         return self
@@ -166,6 +166,17 @@ class Recorder:
             f"{line['score']['name']} {line['score']['value']:.4f}  density {line['density']['mean']:.3g}  "
             f"{readable_bytes(line['bytes']['payload'])}  {line['seconds']['wall']:.1f} s"
         )
+
+
+def scalars(line: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """The numbers of a line under names joined by slashes: {"test": {"loss": 1}} -> {"test/loss": 1}."""
+    found: dict[str, float] = {}
+    for name, value in line.items():
+        if isinstance(value, Mapping):
+            found |= scalars(value, f"{prefix}{name}/")
+        elif isinstance(value, int | float):
+            found[prefix + name] = value
+    return found
 
 
 def cut_back(path: Path, epochs: int, steps: int) -> None:

@@ -7,12 +7,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sage.console import readable_bytes
 from sage.exchange.clock import Clock
 from sage.exchange.comm import LocalComm
 from sage.exchange.gradient import GradientBuffer
 from sage.interfaces import Place, Progress, Reducer, Task
 from sage.runfolder.record import Recorder
-from sage.training.metrics import readable_bytes
 from sage.training.settings import RunSettings
 from sage.training.train import Parts, Trainer
 from sage.workers.store import Board

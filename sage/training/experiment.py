@@ -13,13 +13,13 @@ from typing import Any
 import torch
 
 from sage import config, files, sweep
+from sage.console import say
 from sage.exchange.clock import Clock
 from sage.interfaces import Stopped, TrainingError
 from sage.runfolder import checkpoint, manifest, provenance
 from sage.runfolder.checkpoint import Keeper
 from sage.runfolder.manifest import Asked, Checkpoint, Found
 from sage.runfolder.record import Recorder, cut_back
-from sage.training.metrics import say
 from sage.training.settings import RunSettings
 from sage.training.simulate import Stage, alone, simulate
 from sage.training.train import Parts
@@ -74,7 +74,7 @@ def _find(settings: RunSettings, place: Path, resume: str, worker: Worker) -> Fo
     return found
 
 
-def start(order: Order, build: Build, worker: Worker, complain: Callable[[str], object]) -> int:
+def start(order: Order, build: Build, worker: Worker) -> int:
     """Carry a run out on this worker, or on all that it simulates; returns the exit code."""
     settings, timeout = order.settings, order.settings.timeout_seconds
     if order.found is not None and order.found.checkpoint is None:
@@ -83,7 +83,7 @@ def start(order: Order, build: Build, worker: Worker, complain: Callable[[str], 
         return 0
     train = partial(carry_out, order, build)
     run = partial(simulate if worker.simulated else alone, train, worker, timeout)
-    return launch.supervise(worker, timeout, settings.deterministic, run, complain)
+    return launch.supervise(worker, timeout, settings.deterministic, run)
 
 
 def carry_out(order: Order, build: Build, worker: Worker, board: Board, stage: Stage) -> None:

@@ -1,25 +1,14 @@
-"""What a run measures: means over workers, totals, the lines of metrics.jsonl; and how it speaks.
-
-A library part that has something to tell a person calls say; only rank 0 speaks.
-"""
+"""What a run measures: means over workers, totals, the lines of metrics.jsonl."""
 
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from sage.exchange.clock import Clock
 from sage.interfaces import Communicator, Stateful, TrainingError
-
-CONSOLE = Console(stderr=False, highlight=False, soft_wrap=True)
-
-
-def say(text: str) -> None:
-    """Tell the user something, in a line of its own that a running progress bar does not tear."""
-    CONSOLE.print(text, markup=False)
 
 
 def mean_over_workers(
@@ -154,23 +143,3 @@ class Meter(Stateful):
     @staticmethod
     def _seconds_of(values: Mapping[str, float]) -> list[str]:
         return [name.removeprefix("seconds.") for name in values if name.startswith("seconds.")]
-
-
-def scalars(line: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """The numbers of a line under names joined by slashes: {"test": {"loss": 1}} -> {"test/loss": 1}."""
-    found: dict[str, float] = {}
-    for name, value in line.items():
-        if isinstance(value, Mapping):
-            found |= scalars(value, f"{prefix}{name}/")
-        elif isinstance(value, int | float):
-            found[prefix + name] = value
-    return found
-
-
-def readable_bytes(count: float) -> str:
-    """1234567 -> '1.23 MB'; decimal units."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"

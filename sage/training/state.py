@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sage.console import first_line
 from sage.interfaces import Place, Stateful, Task, seed_of
 from sage.runfolder.checkpoint import State, read_state
 from sage.runfolder.manifest import SHARED, Checkpoint, own
-from sage.workers.store import first_line
 
 
 class Position(Stateful):

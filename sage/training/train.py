@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sage.console import say
 from sage.exchange.clock import Clock
 from sage.exchange.comm import CountingComm
 from sage.exchange.feedback import Feedback
@@ -16,7 +17,7 @@ from sage.runfolder.checkpoint import Keeper
 from sage.runfolder.manifest import Checkpoint
 from sage.runfolder.record import Recorder
 from sage.training.agree import Guard, Wish, find_bad, find_difference
-from sage.training.metrics import Meter, say
+from sage.training.metrics import Meter
 from sage.training.optim import clip_norm
 from sage.training.settings import RunSettings
 from sage.training.state import Position, TrainingState, Undo

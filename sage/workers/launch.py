@@ -21,11 +21,12 @@ import torch.distributed as dist
 from torch.distributed import Store
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
 
+from sage.console import complain, first_line, say
 from sage.interfaces import CommunicationError, Stopped, TrainingError
 from sage.workers import rendezvous
 from sage.workers.rendezvous import Rendezvous
 from sage.workers.signals import WATCH
-from sage.workers.store import PATIENCE_SECONDS, STORE_SECONDS, Board, first_line
+from sage.workers.store import PATIENCE_SECONDS, STORE_SECONDS, Board
 from sage.workers.worker import Worker, check_claims
 
 POLL_SECONDS = 0.2
@@ -75,7 +76,7 @@ def find_worker(
     )
 
 
-def spawn(command: Sequence[str], num_workers: int, say: Callable[[str], None]) -> int:
+def spawn(command: Sequence[str], num_workers: int) -> int:
     """Run `python COMMAND` in num_workers processes, and return the exit code.
 
     A command, not a function: each child is a process of its own session, so that Ctrl-C reaches it once,
@@ -211,7 +212,6 @@ def supervise(
     timeout_seconds: float,
     deterministic: bool,
     train: Callable[[Board], None],
-    complain: Callable[[str], object],
 ) -> int:
     """Connect, run train(board) and return the exit code; what ends a run early gets one line.
 

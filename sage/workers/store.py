@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
+from sage.console import first_line
 from sage.interfaces import CommunicationError, Place
 
 PATIENCE_SECONDS = 10.0
@@ -102,8 +103,3 @@ def _asking() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise CommunicationError(f"the rendezvous store failed: {first_line(error)}") from error
-
-
-def first_line(error: Exception) -> str:
-    """What torch's errors say before their stack."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
