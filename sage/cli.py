@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from sage import files, sweep
 from sage.console import complain, show
-from sage.runfolder import manifest
+from sage.runfolder.resume import NEWEST, run_of
 from sage.workers.signals import WATCH
 
 HELP = """\
@@ -53,7 +53,7 @@ class Arguments:
     data: Path | None
     runs: Path
     resume: str | None
-    """A run's or a checkpoint's folder, or manifest.NEWEST; None: begin."""
+    """A run's or a checkpoint's folder, or resume.NEWEST; None: begin."""
     job: Path | None
     print_config: bool
     dry_run: bool
@@ -95,7 +95,7 @@ def parse(arguments: list[str]) -> Arguments:
     add(
         "--resume",
         nargs="?",
-        const=manifest.NEWEST,
+        const=NEWEST,
         metavar="PATH",
         help="go on with the newest run of CONFIG, or with PATH: a run's folder, or one of its checkpoints; "
         "then CONFIG may be left out",
@@ -118,7 +118,7 @@ def _check(parser: argparse.ArgumentParser, parsed: dict[str, Any]) -> Arguments
         hint = "; CONFIG and key.path=value go before it" if "=" in resume or resume.endswith(".yaml") else ""
         parser.error(f"--resume {resume}: expected a run's folder, or one of its checkpoints{hint}")
     if resume and not sweeps and (not words or "=" in words[0]):
-        words.insert(0, str(manifest.run_of(Path(resume).resolve()) / "config.yaml"))
+        words.insert(0, str(run_of(Path(resume).resolve()) / "config.yaml"))
     if not sweeps and not words:
         parser.error("CONFIG is missing: expected a YAML file")
     if not sweeps:

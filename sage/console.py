@@ -1,7 +1,7 @@
 """Everything that speaks to a person: lines on stdout and stderr.
 
-Imports no torch, and rich only when something is printed. Of a run only one process speaks (rank 0; before the
-workers have met, the first of its host): the caller decides.
+Imports no torch, and rich only when something is printed. Of a run only one process speaks (rank 0; before
+the workers have met, the first of its host): the caller decides.
 """
 
 import os

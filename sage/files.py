@@ -34,8 +34,12 @@ def _sync_names(folder: Path) -> None:
         os.close(opened)
 
 
+def write_bytes(path: Path, content: bytes) -> None:
+    write_whole(path, lambda file: file.write(content))
+
+
 def write_text(path: Path, text: str) -> None:
-    write_whole(path, lambda file: file.write(text.encode()))
+    write_bytes(path, text.encode())
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -18,10 +18,11 @@ from sage.files import LineFile
 from sage.interfaces import Place, Stopped, TrainingError
 from sage.runfolder import checkpoint, manifest
 from sage.runfolder.checkpoint import Checkpoints, Keeper, read_state, write_state
+from sage.runfolder.folder import claimed
 from sage.runfolder.record import Log, Recorder, cut_back
+from sage.runfolder.resume import NEWEST
 from sage.training import agree as guard
 from sage.training.agree import Wish
-from sage.training.experiment import claimed
 from sage.workers.store import Board
 
 CONFIG = ["configs/digits.yaml", "epochs=2", "task.batch_per_worker=128", "log.tensorboard=false"]
@@ -58,7 +59,7 @@ def only_run(runs: Path) -> Path:
     return folder
 
 
-def resume(runs: Path, *words: str, path: str | Path = manifest.NEWEST) -> int:
+def resume(runs: Path, *words: str, path: str | Path = NEWEST) -> int:
     return run.main([*CONFIG, *words, "--runs", str(runs), "--resume", *([str(path)] if path else [])])
 
 

@@ -13,10 +13,10 @@ import torch
 import run
 from sage.runfolder import manifest
 from sage.runfolder.checkpoint import read_state
+from sage.runfolder.folder import REQUEUE
 from sage.runfolder.manifest import SHARED, own
 from sage.training import agree as guard
 from sage.training.agree import Wish
-from sage.training.experiment import REQUEUE
 from sage.workers.signals import WATCH
 from tests.test_launch import command, start, wait_for_steps
 from tests.test_simulate import DIGITS, DOCS, ROOT, assert_same_run, numbers, restored, simulate, weights

@@ -13,7 +13,7 @@ from sage.exchange.comm import LocalComm
 from sage.exchange.gradient import GradientBuffer
 from sage.files import write_whole
 from sage.interfaces import Place, TrainingError
-from sage.training.experiment import finish
+from sage.runfolder.folder import finish
 from sage.training.optim import Schedule
 from tests.toy import NUM_TRAIN, ToyTask, settings_of, train
 

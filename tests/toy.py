@@ -20,10 +20,10 @@ from sage.exchange.feedback import FEEDBACKS
 from sage.exchange.gradient import GradientBuffer
 from sage.interfaces import Place, Seeds, Stateful, Stopped, Task
 from sage.runfolder.checkpoint import Keeper
+from sage.runfolder.folder import begin
 from sage.runfolder.manifest import Checkpoint
 from sage.runfolder.record import Recorder
 from sage.training.agree import Wish
-from sage.training.experiment import begin
 from sage.training.optim import build_optimizer
 from sage.training.settings import RunSettings
 from sage.training.simulate import StageBoard

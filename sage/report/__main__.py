@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from sage import files
 from sage.config import ConfigError
 from sage.console import complain, show
 from sage.report.figures import draw, to_png
@@ -55,13 +56,6 @@ def target_of(runs: Sequence[Run]) -> float | None:
     return targets.pop() if len(targets) == 1 else None
 
 
-def write(path: Path, content: bytes) -> None:
-    """Whole or not at all: written under another name, then renamed."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_bytes(content)
-    part.replace(path)
-
-
 def write_report(
     output: Path,
     sections: Sequence[Section],
@@ -73,14 +67,14 @@ def write_report(
     figures = [figure for section in sections for figure in draw(section)]
     pictures = [output, *(output.with_stem(f"{output.stem}-{i}") for i in range(2, len(figures) + 1))]
     for path, figure in zip(pictures, figures, strict=True):
-        write(path, to_png(figure))
+        files.write_bytes(path, to_png(figure))
     text = [
         *map(to_markdown, sheets),
         *(f"- {note}" for note in notes),
         *(f"![]({path.name})" for path in pictures),
     ]
-    write(output.with_suffix(".md"), "\n".join(text).encode() + b"\n")
-    write(output.with_suffix(".csv"), to_csv(sections, target).encode())
+    files.write_text(output.with_suffix(".md"), "\n".join(text) + "\n")
+    files.write_text(output.with_suffix(".csv"), to_csv(sections, target))
     return [output.with_suffix(".md"), output.with_suffix(".csv"), *reversed(pictures)]
 
 
