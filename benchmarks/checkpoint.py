@@ -33,11 +33,11 @@ from sage.exchange.gradient import GradientBuffer
 from sage.files import write_text
 from sage.interfaces import Place, Seeds
 from sage.runfolder import manifest
-from sage.runfolder.checkpoint import Checkpoints, Keeper, read_state
-from sage.training.agree import Guard
+from sage.runfolder.checkpoint import Checkpoints, CheckpointWriter, read_state
+from sage.training.agree import Agreement
 from sage.training.optim import SGD, Adam, build_optimizer
 from sage.training.state import Position, TrainingState
-from sage.workers.store import Board
+from sage.workers.store import RendezvousStore
 from tasks.models.neumf import NeuMF
 from tasks.models.resnet import resnet18
 
@@ -80,13 +80,15 @@ def measure(size: str, folder: Path, rank: int, world_size: int, store: dist.Sto
     feedback.memory.normal_()
     optimizer.step()  # fills its state
     state = TrainingState(model, optimizer, Position(1), {"feedback": feedback, "reducer": reducer}, device)
-    keeper = Keeper(folder, {}, Checkpoints(keep=1), Board(Place(rank, world_size), store))
+    writer = CheckpointWriter(
+        folder, {}, Checkpoints(keep=1), RendezvousStore(Place(rank, world_size), store)
+    )
     steps = iter(range(1, NUM_SAVES + 1))
     side = connect_comm(world_size)
 
     def save() -> None:
         shared = state.shared() if rank == 0 else None
-        keeper.save(next(steps), 0, shared, state.own(), sync=lambda: None)
+        writer.save(next(steps), 0, shared, state.own(), sync=lambda: None)
 
     def wait() -> None:
         side.all_reduce(torch.zeros(1))
@@ -99,8 +101,8 @@ def measure(size: str, folder: Path, rank: int, world_size: int, store: dist.Sto
         state.load_own(read_state(checkpoint, manifest.own(rank)))
 
     loaded = seconds_of(load, 3, wait)
-    guard, loss = Guard(side, device, lambda: False), torch.zeros(())
-    checked = seconds_of(lambda: guard.agree(loss + gradient.flat.sum()), NUM_CHECKS, wait)
+    agreement, loss = Agreement(side, device, lambda: False), torch.zeros(())
+    checked = seconds_of(lambda: agreement.agree(loss + gradient.flat.sum()), NUM_CHECKS, wait)
     floor = seconds_of(lambda: feedback.memory.add_(gradient.flat), NUM_CHECKS, wait)
     files = checkpoint.manifest.files
     return Row(
@@ -133,11 +135,11 @@ def worker(arguments: argparse.Namespace) -> None:
     rows = []
     with joined(arguments):
         world_size = arguments.world_size
-        store = dist.FileStore(f"{arguments.out}.store", world_size) if world_size > 1 else None
+        files = dist.FileStore(f"{arguments.out}.store", world_size) if world_size > 1 else None
         for size in SIZES:
             folder = arguments.folder / f"{size}-{world_size}"
-            board = dist.PrefixStore(size, store) if store else None
-            rows.append(asdict(measure(size, folder, arguments.rank, world_size, board)))
+            store = dist.PrefixStore(size, files) if files else None
+            rows.append(asdict(measure(size, folder, arguments.rank, world_size, store)))
     hand_in(arguments, rows)
 
 

@@ -17,13 +17,13 @@ import run
 from sage.files import LineFile
 from sage.interfaces import Place, Stopped, TrainingError
 from sage.runfolder import checkpoint, manifest
-from sage.runfolder.checkpoint import Checkpoints, Keeper, read_state, write_state
+from sage.runfolder.checkpoint import Checkpoints, CheckpointWriter, read_state, write_state
 from sage.runfolder.folder import claimed
 from sage.runfolder.record import Log, Recorder, cut_back
 from sage.runfolder.resume import NEWEST
-from sage.training import agree as guard
-from sage.training.agree import Wish
-from sage.workers.store import Board
+from sage.training import agree
+from sage.training.agree import Request
+from sage.workers.store import RendezvousStore
 
 CONFIG = ["configs/digits.yaml", "epochs=2", "task.batch_per_worker=128", "log.tensorboard=false"]
 Capture = pytest.CaptureFixture[str]
@@ -35,12 +35,12 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of runs with one run of digits, stopped in its second epoch; two checkpoints."""
     runs, calls = tmp_path_factory.mktemp("stopped"), []
 
-    def ask() -> Wish:
+    def ask() -> Request:
         calls.append(None)
-        return Wish.STOP if len(calls) >= 15 else Wish.NOTHING  # 11 steps an epoch, and its end
+        return Request.STOP if len(calls) >= 15 else Request.NOTHING  # 11 steps an epoch, and its end
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(guard, "asked_by_signal", ask)
+        patch.setattr(agree, "asked_by_signal", ask)
         assert run.main([*CONFIG, "--runs", str(runs)]) == 0
     steps = [path.parent.name for path in manifest.manifests(only_run(runs))]
     assert steps == ["step-00000014", "step-00000011"]
@@ -331,14 +331,14 @@ def nothing() -> None:
     """Has nothing to write before."""
 
 
-def keep(run: Path, **settings: Any) -> Keeper:
+def keep(run: Path, **settings: Any) -> CheckpointWriter:
     run.mkdir(exist_ok=True)
-    return Keeper(run, {}, Checkpoints(**settings), Board(Place(0, 1), None))
+    return CheckpointWriter(run, {}, Checkpoints(**settings), RendezvousStore(Place(0, 1), None))
 
 
-def save(keeper: Keeper, step: int) -> None:
+def save(writer: CheckpointWriter, step: int) -> None:
     state = {"weights": torch.arange(100) + step}
-    keeper.save(step, 0, state, state, nothing)
+    writer.save(step, 0, state, state, nothing)
 
 
 def full_disk(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
@@ -357,15 +357,15 @@ def full_disk(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
 def test_on_a_full_disk_the_last_whole_one_stays_and_the_run_ends_or_goes_on(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    keeper, patient = keep(tmp_path / "a"), keep(tmp_path / "b", required=False)
-    save(keeper, 3)
+    writer, patient = keep(tmp_path / "a"), keep(tmp_path / "b", required=False)
+    save(writer, 3)
     save(patient, 3)
     with monkeypatch.context() as patch:
         full_disk(patch, name)
         with pytest.raises(
             TrainingError, match=r"no checkpoint after step 5: rank 0: No space left on device; "
         ):
-            save(keeper, 5)
+            save(writer, 5)
         save(patient, 5)
     line = capsys.readouterr().out
     assert line.startswith("no checkpoint after step 5: rank 0: No space left on device; the last one is ")

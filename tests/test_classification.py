@@ -358,8 +358,8 @@ def test_resnet18_has_its_published_size_and_keeps_the_images_resolution_in_its_
     assert sum(p.numel() for p in model.parameters()) == 11_173_962
     assert len(list(model.parameters())) == 62
     sizes = []
-    for stage in (model.layer1, model.layer2, model.layer3, model.layer4):
-        stage.register_forward_hook(lambda *found: sizes.append(tuple(found[2].shape)))
+    for context in (model.layer1, model.layer2, model.layer3, model.layer4):
+        context.register_forward_hook(lambda *found: sizes.append(tuple(found[2].shape)))
     with torch.no_grad():
         outputs = model(torch.zeros(2, 3, 32, 32))
     assert outputs.shape == (2, 10)

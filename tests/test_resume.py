@@ -14,11 +14,11 @@ from reducers import REDUCERS
 from sage.exchange.comm import LocalComm
 from sage.interfaces import Place, Stopped
 from sage.runfolder import checkpoint, manifest
-from sage.runfolder.checkpoint import Checkpoints, Keeper, read_state
+from sage.runfolder.checkpoint import Checkpoints, CheckpointWriter, read_state
 from sage.runfolder.manifest import SHARED, own
 from sage.training.optim import OPTIMIZERS
 from sage.training.settings import RunSettings
-from sage.training.simulate import StageBoard
+from sage.training.simulate import SimulatedStore
 from sage.training.train import Trainer
 from tests.cases import CASES
 from tests.toy import (
@@ -230,20 +230,22 @@ def written(folder: Path) -> dict[str, int]:
 
 
 def test_a_step_that_is_saved_twice_is_written_once(tmp_path: Path) -> None:
-    board = StageBoard(Place(0, 1), LocalComm.alone())
+    store = SimulatedStore(Place(0, 1), LocalComm.alone())
     synced: list[int] = []
 
-    def save(keeper: Keeper, step: int) -> None:
-        keeper.save(step, 1, {"a": torch.ones(3)}, {"b": 1}, lambda: synced.append(step))
+    def save(writer: CheckpointWriter, step: int) -> None:
+        writer.save(step, 1, {"a": torch.ones(3)}, {"b": 1}, lambda: synced.append(step))
 
-    keeper = Keeper(tmp_path, {}, Checkpoints(), board)
-    save(keeper, 5)
+    writer = CheckpointWriter(tmp_path, {}, Checkpoints(), store)
+    save(writer, 5)
     first = written(tmp_path)
     assert {Path(path).name for path in first} >= {SHARED, own(0), manifest.NAME}
-    save(keeper, 5)
-    save(Keeper(tmp_path, {}, Checkpoints(), board, last_step=5), 5)  # of a run that goes on from it
+    save(writer, 5)
+    save(
+        CheckpointWriter(tmp_path, {}, Checkpoints(), store, last_step=5), 5
+    )  # of a run that goes on from it
     assert written(tmp_path) == first
-    save(keeper, 6)
+    save(writer, 6)
     assert steps_kept(tmp_path) == synced == [5, 6]
 
 

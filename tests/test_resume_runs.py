@@ -15,8 +15,8 @@ from sage.runfolder import manifest
 from sage.runfolder.checkpoint import read_state
 from sage.runfolder.folder import REQUEUE
 from sage.runfolder.manifest import SHARED, own
-from sage.training import agree as guard
-from sage.training.agree import Wish
+from sage.training import agree
+from sage.training.agree import Request
 from sage.workers.signals import WATCH
 from tests.test_launch import command, start, wait_for_steps
 from tests.test_simulate import DIGITS, DOCS, ROOT, assert_same_run, numbers, restored, simulate, weights
@@ -49,12 +49,12 @@ def stop_at(monkeypatch: pytest.MonkeyPatch) -> Stop:
     def stop_at(step: int, world_size: int) -> None:
         num_asked = 0
 
-        def asked() -> Wish:
+        def asked() -> Request:
             nonlocal num_asked
             num_asked += 1
-            return Wish.STOP if num_asked > step * world_size >= 0 else Wish.NOTHING
+            return Request.STOP if num_asked > step * world_size >= 0 else Request.NOTHING
 
-        monkeypatch.setattr(guard, "asked_by_signal", asked)
+        monkeypatch.setattr(agree, "asked_by_signal", asked)
 
     return stop_at
 

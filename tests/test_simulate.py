@@ -18,11 +18,11 @@ import run
 from reducers.exact import Exact
 from sage import cli, config
 from sage.exchange.comm import LocalComm
-from sage.exchange.threads import Room
+from sage.exchange.threads import ThreadRoom
 from sage.interfaces import Communicator
 from sage.report import __main__ as report
 from sage.training.dry_run import bytes_of
-from sage.training.simulate import SimulatedStage, Turn, _same_bits
+from sage.training.simulate import SimulatedContext, TurnLock, _same_bits
 from sage.workers import launch
 from tasks.models.small_cnn import small_cnn
 
@@ -241,9 +241,9 @@ def built(words: list[str], world_size: int, tmp_path: Path) -> list[Any]:
     settings = config.load(options.config, options.overrides, run.RunSettings, run.TABLES)
     worker, shared, tasks = launch.find_worker(1, tmp_path, None, None, world_size), [], []
     for rank in (*range(1, world_size), 0):
-        comm = LocalComm(rank, Room(world_size, 1))
+        comm = LocalComm(rank, ThreadRoom(world_size, 1))
         task, *_ = run.build(settings, worker.standing_at(rank))
-        SimulatedStage(comm, Turn(threading.Lock(), worker.device), shared).share(task)
+        SimulatedContext(comm, TurnLock(threading.Lock(), worker.device), shared).share(task)
         tasks.append(task)
     return tasks
 
@@ -274,7 +274,7 @@ def test_a_tasks_state_is_never_shared(tmp_path: Path) -> None:
 
 def test_each_turn_finds_the_global_generator_as_its_worker_left_it() -> None:
     lock = threading.Lock()
-    turns = [Turn(lock, torch.device("cpu")) for _ in range(2)]
+    turns = [TurnLock(lock, torch.device("cpu")) for _ in range(2)]
     for seed, turn in enumerate(turns):
         with turn:
             torch.manual_seed(seed)

@@ -15,7 +15,7 @@ from sage.exchange.comm import LocalComm
 from sage.exchange.gradient import GradientBuffer
 from sage.interfaces import Place, Task, TrainingError
 from sage.runfolder import manifest
-from sage.training import agree as guard
+from sage.training import agree
 from sage.training.settings import RunSettings
 from sage.training.train import Trainer
 from tasks.digits import Digits
@@ -90,10 +90,10 @@ def states_between_steps(trainer: Trainer) -> list[dict[str, Any]]:
     """Those before the first step and after each, while the trainer runs."""
     states, train_step = [state_of(trainer)], trainer._train_step
 
-    def watched(batches: Iterator[Any]) -> guard.Wish:
-        wish = train_step(batches)
+    def watched(batches: Iterator[Any]) -> agree.Request:
+        request = train_step(batches)
         states.append(state_of(trainer))
-        return wish
+        return request
 
     trainer._train_step = watched  # type: ignore[method-assign]
     trainer.run()
@@ -297,13 +297,13 @@ def test_a_finite_gradient_is_used_though_its_sum_may_be_too_large(
     def worker(comm: LocalComm) -> tuple[list[dict[str, Any]], Trainer]:
         task = HugeTask(4, Place(comm.rank, 2), dtype)
         with trainer_of(settings, comm, folder=tmp_path, task=task) as trainer:
-            agree = trainer.guard.agree
+            agree = trainer.agreement.agree
 
-            def noted(total: Tensor | None = None) -> guard.Wish:
+            def noted(total: Tensor | None = None) -> agree.Request:
                 sums.append(math.inf if total is None else total.item())
                 return agree(total)
 
-            trainer.guard.agree = noted  # type: ignore[method-assign]
+            trainer.agreement.agree = noted  # type: ignore[method-assign]
             return states_between_steps(trainer), trainer
 
     told = LocalComm.run(2, worker)
@@ -324,10 +324,10 @@ def test_nothing_bad_is_found_where_only_the_sum_is() -> None:
     gradient = GradientBuffer(task.model)
     gradient.flat.fill_(1e38)
     assert not gradient.flat.sum().isfinite()
-    assert guard.find_bad(torch.tensor(1.0), gradient) == ""
+    assert agree.find_bad(torch.tensor(1.0), gradient) == ""
     gradient.flat[100] = math.nan
-    assert guard.find_bad(torch.tensor(1.0), gradient) == "the gradient of 0.bias became nan"
-    assert guard.find_bad(torch.tensor(-math.inf), gradient) == "the loss became -inf"
+    assert agree.find_bad(torch.tensor(1.0), gradient) == "the gradient of 0.bias became nan"
+    assert agree.find_bad(torch.tensor(-math.inf), gradient) == "the loss became -inf"
 
 
 # --- and a stop -----------------------------------------------------------------------------------

@@ -19,14 +19,14 @@ from sage.exchange.comm import LocalComm
 from sage.exchange.feedback import FEEDBACKS
 from sage.exchange.gradient import GradientBuffer
 from sage.interfaces import Place, Seeds, Stateful, Stopped, Task
-from sage.runfolder.checkpoint import Keeper
+from sage.runfolder.checkpoint import CheckpointWriter
 from sage.runfolder.folder import begin
 from sage.runfolder.manifest import Checkpoint
 from sage.runfolder.record import Recorder
-from sage.training.agree import Wish
+from sage.training.agree import Request
 from sage.training.optim import build_optimizer
 from sage.training.settings import RunSettings
-from sage.training.simulate import StageBoard
+from sage.training.simulate import SimulatedStore
 from sage.training.train import Trainer
 
 NUM_TRAIN, NUM_TEST = 64, 30
@@ -107,7 +107,7 @@ def trainer_of(
     """A trainer of the toy for one worker of comm; rank 0 writes metrics.jsonl into folder.
 
     keeps: write checkpoints there, too; unless one is resumed, folder is made. stop_at: the step from which
-    on the last worker wishes to stop. resumed: what the trainer goes on from.
+    on the last worker requests to stop. resumed: what the trainer goes on from.
     """
     place = Place(comm.rank, comm.world_size)
     task = task or ToyTask(batch_per_worker, place, dtype)
@@ -118,21 +118,23 @@ def trainer_of(
     optimizer = build_optimizer(settings.optimizer, task.model)
     clock = Clock(device)
     comm, side = LocalComm(comm.rank, comm._room, clock), LocalComm(comm.rank, comm._room)
-    board, keeper = StageBoard(place, comm), None
+    store, writer = SimulatedStore(place, comm), None
     if keeps:
         assert folder is not None
         if comm.rank == 0:
             begin(folder, to_yaml(settings), {"started": "now", "commit": None}, resumed)
         config, step = settings.model_dump(mode="json"), resumed.manifest.step if resumed else 0
-        keeper = Keeper(folder, config, settings.checkpoint, board, step)
+        writer = CheckpointWriter(folder, config, settings.checkpoint, store, step)
     steps = settings.epochs * task.steps_per_epoch
     with Recorder(folder if comm.rank == 0 else None, steps, settings.log) as recorder:
         parts = (task, reducer, feedback, gradient, optimizer)
-        trainer = Trainer(settings, *parts, comm, side, clock, recorder, board, keeper)
+        trainer = Trainer(settings, *parts, comm, side, clock, recorder, store, writer)
         if resumed:
             trainer.restore(resumed)
         if stop_at is not None and comm.rank == comm.world_size - 1:
-            trainer.guard.asked = lambda: Wish.STOP if trainer.position.step >= stop_at else Wish.NOTHING
+            trainer.agreement.asked = lambda: (
+                Request.STOP if trainer.position.step >= stop_at else Request.NOTHING
+            )
         yield trainer
 
 

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sage.exchange.clock import Clock
-from sage.exchange.threads import Room
+from sage.exchange.threads import ThreadRoom
 from sage.interfaces import CommunicationError, Communicator
 
 Result = TypeVar("Result")
@@ -141,14 +141,16 @@ class LocalComm(CountingComm):
     ended.
     """
 
-    def __init__(self, rank: int, room: Room, clock: Clock | None = None, away: Away = nullcontext) -> None:
+    def __init__(
+        self, rank: int, room: ThreadRoom, clock: Clock | None = None, away: Away = nullcontext
+    ) -> None:
         super().__init__(rank, room.world_size, clock)
         self._room, self._away = room, away
 
     @classmethod
     def alone(cls, clock: Clock | None = None) -> "LocalComm":
         """The communicator of a single worker."""
-        return cls(0, Room(1, timeout_seconds=0), clock)
+        return cls(0, ThreadRoom(1, timeout_seconds=0), clock)
 
     def beside(self, clock: Clock | None = None, away: Away = nullcontext) -> "LocalComm":
         """The same worker's once more, with a ledger of its own."""
@@ -166,7 +168,7 @@ class LocalComm(CountingComm):
 
         Raises what the first worker to fail raised.
         """
-        room = Room(world_size, timeout_seconds)
+        room = ThreadRoom(world_size, timeout_seconds)
         results: list[Any] = [None] * world_size
         errors: list[BaseException] = []
 

@@ -9,7 +9,7 @@ from sage.interfaces import CommunicationError
 Result = TypeVar("Result")
 
 
-class Room:
+class ThreadRoom:
     """A meeting of world_size threads: the last to come combines what all have brought."""
 
     def __init__(self, world_size: int, timeout_seconds: float) -> None:

@@ -20,7 +20,7 @@ from sage.console import first_line, say
 from sage.interfaces import TrainingError
 from sage.runfolder import manifest
 from sage.runfolder.manifest import SHARED, Checkpoint, FileFacts, Manifest, own
-from sage.workers.store import Board
+from sage.workers.store import RendezvousStore
 
 VISIBLE_SECONDS = 10.0
 """How long a network file system may take to show rank 0 what other hosts wrote."""
@@ -42,15 +42,20 @@ class Checkpoints(Settings):
     the next is due. What the disk does not take of metrics.jsonl then waits for room."""
 
 
-class Keeper:
+class CheckpointWriter:
     """Writes the checkpoints of a run; every worker calls the same methods at the same steps."""
 
     def __init__(
-        self, run: Path, config: Mapping[str, Any], settings: Checkpoints, board: Board, last_step: int = 0
+        self,
+        run: Path,
+        config: Mapping[str, Any],
+        settings: Checkpoints,
+        store: RendezvousStore,
+        last_step: int = 0,
     ) -> None:
         """last_step: of the checkpoint that the run goes on from."""
         self.run, self.settings = run, settings
-        self._config, self._board, self._place = config, board, board.place
+        self._config, self._board, self._place = config, store, store.place
         self._last_step, self._num_tries = last_step, 0
         self._tried = time.monotonic()
 
@@ -167,7 +172,7 @@ def _wait_for(checkpoint: Checkpoint) -> None:
 # --- one file -------------------------------------------------------------------------------------
 
 
-class _Summing:
+class _HashingFile:
     """A file that torch.save writes to: counts, sums, and keeps an error for later, since torch would tell
     of its own instead."""
 
@@ -195,7 +200,7 @@ def write_state(path: Path, state: State) -> FileFacts:
     facts: list[FileFacts] = []
 
     def write(file: BinaryIO) -> None:
-        summing = _Summing(file)
+        summing = _HashingFile(file)
         torch.save(state, summing)  # type: ignore[arg-type]  # all that it uses of a file
         if summing.error is not None:
             raise summing.error

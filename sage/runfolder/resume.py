@@ -15,7 +15,7 @@ NEWEST = ""
 
 
 @dataclass(frozen=True)
-class Asked:
+class ResumeRequest:
     """What --resume is to go on with."""
 
     config: Mapping[str, Any]
@@ -27,7 +27,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Found:
+class ResumePoint:
     """A run to go on with; without a checkpoint: it is done."""
 
     run: Path
@@ -39,7 +39,7 @@ def run_of(path: Path) -> Path:
     return path.parent.parent if path.parent.name == "checkpoints" else path
 
 
-def choose(path: str, place: Path, asked: Asked) -> Found | None:
+def choose(path: str, place: Path, asked: ResumeRequest) -> ResumePoint | None:
     """What --resume PATH goes on with: a run's or a checkpoint's folder, or, where path is NEWEST, the newest
     run of the configuration in place; None where no run there has come to a checkpoint. Of a run the newest
     whole checkpoint counts.
@@ -52,7 +52,7 @@ def choose(path: str, place: Path, asked: Asked) -> Found | None:
         return None
     if is_done(run):
         _check_done(run, asked)
-        return Found(run, None)
+        return ResumePoint(run, None)
     checkpoint = read(named) if named.parent.name == "checkpoints" else newest_whole(run)
     if differs := differences(checkpoint.manifest.config, asked):
         raise ValueError(f"--resume {path}: expected this configuration's, got another: {differs}")
@@ -65,14 +65,14 @@ def choose(path: str, place: Path, asked: Asked) -> Found | None:
             f"--resume {checkpoint.folder}: expected as many workers as made it, {count}, "
             f"got {asked.world_size}: {told}"
         )
-    return Found(checkpoint.run, checkpoint)
+    return ResumePoint(checkpoint.run, checkpoint)
 
 
 def is_done(run: Path) -> bool:
     return (run / "summary.json").exists()
 
 
-def _check_done(run: Path, asked: Asked) -> None:
+def _check_done(run: Path, asked: ResumeRequest) -> None:
     """Raise ValueError where a run that is done is not what is asked for: it keeps no checkpoint to go on
     from."""
     config = _config_of(run)
@@ -91,7 +91,7 @@ def _config_of(run: Path) -> dict[str, Any]:
     return config if isinstance(config, dict) else {}
 
 
-def _newest_run(place: Path, asked: Asked) -> Path | None:
+def _newest_run(place: Path, asked: ResumeRequest) -> Path | None:
     """The newest run of the configuration in place that is done or has come to a checkpoint. Raises
     ValueError where there are runs, but of other configurations alone."""
     others: list[str] = []
@@ -113,7 +113,7 @@ def _last_written(run: Path) -> float:
     return max((file.stat().st_mtime for file in files), default=0.0)
 
 
-def differences(config: Mapping[str, Any], asked: Asked, among: Collection[str] = ()) -> str:
+def differences(config: Mapping[str, Any], asked: ResumeRequest, among: Collection[str] = ()) -> str:
     """What a run's configuration has otherwise, in one line; empty where it can be gone on with. among: only
     these are looked at; else all but the free ones."""
     there, here = flatten(config), flatten(dict(asked.config))

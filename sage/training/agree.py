@@ -13,8 +13,8 @@ from sage.interfaces import Communicator
 from sage.workers.signals import WATCH
 
 
-class Wish(IntEnum):
-    """What a worker asks for; all do the largest that any of them asks for. A wish lasts until it is done."""
+class Request(IntEnum):
+    """What a worker asks for. All do the largest that any asks for; it lasts until it is done."""
 
     NOTHING = 0
     SAVE = 1
@@ -27,14 +27,14 @@ class Wish(IntEnum):
     """Not to use this step's gradient."""
 
 
-def asked_by_signal() -> Wish:
-    """This process's wish."""
+def asked_by_signal() -> Request:
+    """This process's request."""
     if WATCH.received is None:
-        return Wish.NOTHING
-    return Wish.QUIT if WATCH.received == Signals.SIGINT else Wish.STOP
+        return Request.NOTHING
+    return Request.QUIT if WATCH.received == Signals.SIGINT else Request.STOP
 
 
-class Guard:
+class Agreement:
     """One all-reduce of 4 bytes a step; on a GPU one host synchronisation."""
 
     def __init__(self, side: Communicator, device: torch.device, is_due: Callable[[], bool]) -> None:
@@ -42,14 +42,14 @@ class Guard:
         self.asked = asked_by_signal
         self._side, self._device, self._is_due = side, device, is_due
 
-    def agree(self, total: Tensor | None = None) -> Wish:
+    def agree(self, total: Tensor | None = None) -> Request:
         """What all workers do. total: a scalar; where a worker's is not finite, all drop the step."""
-        wish = self.asked() or (Wish.SAVE if self._is_due() else Wish.NOTHING)
-        flag = torch.full((), wish, dtype=torch.int32, device=self._device)
+        request = self.asked() or (Request.SAVE if self._is_due() else Request.NOTHING)
+        flag = torch.full((), request, dtype=torch.int32, device=self._device)
         if total is not None:
-            flag = torch.where(total.isfinite(), flag, flag.new_full((), Wish.DROP))
+            flag = torch.where(total.isfinite(), flag, flag.new_full((), Request.DROP))
         self._side.all_reduce(flag, "max")
-        return Wish(int(flag.item()))  # host synchronisation
+        return Request(int(flag.item()))  # host synchronisation
 
 
 def find_bad(loss: Tensor, gradient: GradientBuffer) -> str:

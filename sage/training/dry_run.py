@@ -15,7 +15,7 @@ from sage.interfaces import Place, Progress, Reducer, Task
 from sage.runfolder.record import Recorder
 from sage.training.settings import RunSettings
 from sage.training.train import Parts, Trainer
-from sage.workers.store import Board
+from sage.workers.store import RendezvousStore
 from sage.workers.worker import Worker
 
 TIMED_STEPS = 3
@@ -72,8 +72,12 @@ def describe(task: Task, reducer: Reducer, gradient: GradientBuffer, epochs: int
 
 def _lone_trainer(settings: RunSettings, parts: Parts) -> Trainer:
     device = parts[3].flat.device
-    clock, recorder, board = Clock(device), Recorder(None, 0, settings.log), Board(Place(0, 1), None)
-    return Trainer(settings, *parts, LocalComm.alone(clock), LocalComm.alone(), clock, recorder, board)
+    clock, recorder, store = (
+        Clock(device),
+        Recorder(None, 0, settings.log),
+        RendezvousStore(Place(0, 1), None),
+    )
+    return Trainer(settings, *parts, LocalComm.alone(clock), LocalComm.alone(), clock, recorder, store)
 
 
 def _make_step(trainer: Trainer) -> None:

@@ -18,11 +18,11 @@ from sage.exchange.clock import Clock
 from sage.exchange.comm import CountingComm, LocalComm, connect_comm
 from sage.interfaces import CommunicationError, Place, Stateful, Stopped, Task, TrainingError
 from sage.training.train import Trainer
-from sage.workers.store import Board
+from sage.workers.store import RendezvousStore
 from sage.workers.worker import Worker
 
 
-class Stage:
+class WorkerContext:
     """How a worker stands to the others: by itself in its process."""
 
     trainer: type[Trainer] = Trainer
@@ -35,10 +35,10 @@ class Stage:
         """Hold once what the workers of this process hold alike."""
 
 
-TrainWorker = Callable[[Worker, Board, Stage], None]
+TrainWorker = Callable[[Worker, RendezvousStore, WorkerContext], None]
 
 
-class Turn:
+class TurnLock:
     """A worker's turn: while it lasts no other worker computes, and torch's global generators are in the
     state in which this worker left them (dropout draws from them)."""
 
@@ -90,12 +90,12 @@ class SimulatedTrainer(Trainer):
         return [(f"the mean gradient of {name}", p.grad) for name, p in named if p.grad is not None]
 
 
-class SimulatedStage(Stage):
-    """One worker's thread; the others are on the same stage."""
+class SimulatedContext(WorkerContext):
+    """One worker's thread; the others are on the same context."""
 
     trainer = SimulatedTrainer
 
-    def __init__(self, comm: LocalComm, turn: Turn, shared: list[Task]) -> None:
+    def __init__(self, comm: LocalComm, turn: TurnLock, shared: list[Task]) -> None:
         """shared: of all workers, empty until the first has built its task."""
         self.comm, self.turn, self._shared = comm, turn, shared
 
@@ -120,7 +120,7 @@ class SimulatedStage(Stage):
                 setattr(task, name, getattr(first, name))
 
 
-class StageBoard(Board):
+class SimulatedStore(RendezvousStore):
     """What the workers of a simulation tell one another; every one of them calls each method."""
 
     def __init__(self, place: Place, comm: LocalComm) -> None:
@@ -134,13 +134,13 @@ class StageBoard(Board):
         return self._comm.collect(name, value)
 
 
-def alone(train: TrainWorker, worker: Worker, timeout_seconds: float, board: Board) -> None:
-    """Call train(worker, board, stage) for a worker that has its process to itself."""
-    train(worker, board, Stage())
+def alone(train: TrainWorker, worker: Worker, timeout_seconds: float, store: RendezvousStore) -> None:
+    """Call train(worker, store, context) for a worker that has its process to itself."""
+    train(worker, store, WorkerContext())
 
 
-def simulate(train: TrainWorker, worker: Worker, timeout_seconds: float, board: Board) -> None:
-    """Call train(worker, board, stage) for every worker of worker.place.world_size, in a thread each.
+def simulate(train: TrainWorker, worker: Worker, timeout_seconds: float, store: RendezvousStore) -> None:
+    """Call train(worker, store, context) for every worker of worker.place.world_size, in a thread each.
 
     A collective waits as long as the other workers may take in turn, timeout_seconds each. Raises
     Stopped, or TrainingError, which names the first worker to fail; the traceback of what nobody foresaw is
@@ -151,11 +151,11 @@ def simulate(train: TrainWorker, worker: Worker, timeout_seconds: float, board: 
 
     def train_one(comm: LocalComm) -> None:
         torch.set_num_threads(worker.num_threads)  # OpenMP's number is a thread's own
-        place, turn = Place(comm.rank, world_size), Turn(lock, worker.device)
+        place, turn = Place(comm.rank, world_size), TurnLock(lock, worker.device)
         try:
             with turn:
-                stage = SimulatedStage(comm.beside(away=turn.away), turn, shared)
-                train(worker.standing_at(comm.rank), StageBoard(place, stage.comm), stage)
+                context = SimulatedContext(comm.beside(away=turn.away), turn, shared)
+                train(worker.standing_at(comm.rank), SimulatedStore(place, context.comm), context)
         except Exception as error:
             failures.append((comm.rank, error))
             raise

@@ -134,7 +134,7 @@ class TrainingState:
             buffer.copy_(state["buffers"][name])
 
 
-class Undo:
+class TaskSnapshot:
     """A task's state and buffers as they were before a step's forward pass."""
 
     def __init__(self, task: Task) -> None:
@@ -142,13 +142,13 @@ class Undo:
         self._buffers = [(buffer, torch.empty_like(buffer)) for buffer in task.model.buffers()]
         self._state: State = {}
 
-    def remember(self) -> None:
+    def take(self) -> None:
         for buffer, kept in self._buffers:
             kept.copy_(buffer)
         if isinstance(self._task, Stateful):
             self._state = self._task.state_dict()
 
-    def go_back(self) -> None:
+    def put_back(self) -> None:
         for buffer, kept in self._buffers:
             buffer.copy_(kept)
         if isinstance(self._task, Stateful):

@@ -13,15 +13,15 @@ from sage.exchange.comm import CountingComm
 from sage.exchange.feedback import Feedback
 from sage.exchange.gradient import GradientBuffer
 from sage.interfaces import Communicator, Place, Progress, Reducer, Stopped, Task, TrainingError
-from sage.runfolder.checkpoint import Keeper
+from sage.runfolder.checkpoint import CheckpointWriter
 from sage.runfolder.manifest import Checkpoint
 from sage.runfolder.record import Recorder
-from sage.training.agree import Guard, Wish, find_bad, find_difference
+from sage.training.agree import Agreement, Request, find_bad, find_difference
 from sage.training.metrics import Meter
 from sage.training.optim import clip_norm
 from sage.training.settings import RunSettings
-from sage.training.state import Position, TrainingState, Undo
-from sage.workers.store import Board
+from sage.training.state import Position, TaskSnapshot, TrainingState
+from sage.workers.store import RendezvousStore
 
 Parts = tuple[Task, Reducer, Feedback, GradientBuffer, torch.optim.Optimizer]
 """What a trainer is built from, in its order."""
@@ -48,23 +48,23 @@ class Trainer:
         side: Communicator,
         clock: Clock,
         recorder: Recorder,
-        board: Board,
-        keeper: Keeper | None = None,
+        store: RendezvousStore,
+        writer: CheckpointWriter | None = None,
     ) -> None:
-        """keeper: writes the run's checkpoints; None: there are none."""
+        """writer: writes the run's checkpoints; None: there are none."""
         self.settings, self.task, self.reducer, self.feedback = settings, task, reducer, feedback
         self.gradient, self.optimizer = gradient, optimizer
         self.comm, self.side, self.clock = comm, side, clock
-        self.recorder, self.board, self.keeper = recorder, board, keeper
+        self.recorder, self.store, self.writer = recorder, store, writer
         self.base_lrs = [group["lr"] for group in optimizer.param_groups]
         self.global_batch = task.batch_per_worker * comm.world_size
         device = gradient.flat.device
         self.meter = Meter(comm.ledger.take, clock, side, device)
-        self.guard = Guard(side, device, keeper.is_due if keeper else lambda: False)
+        self.agreement = Agreement(side, device, writer.is_due if writer else lambda: False)
         self.position = Position(task.steps_per_epoch)
         own = {"feedback": feedback, "reducer": reducer, "meter": self.meter, "task": task}
         self.state = TrainingState(task.model, optimizer, self.position, own, device)
-        self._undo = Undo(task) if settings.on_nonfinite == "skip" else None
+        self._snapshot = TaskSnapshot(task) if settings.on_nonfinite == "skip" else None
 
     # --- one step ------------------------------------------------------------------------------------------
 
@@ -132,7 +132,9 @@ class Trainer:
             at.scores.append(values[self.task.score])
             self._log_epoch(values)
             at.epoch, at.index = at.epoch + 1, 0
-            self._heed(self.guard.agree(), self.keeper is not None and self.keeper.is_due_after(at.epoch))
+            self._act_on(
+                self.agreement.agree(), self.writer is not None and self.writer.is_due_after(at.epoch)
+            )
         return self._summary(self._evaluate(self.task.evaluate_at_end))
 
     def _reached(self, score: float) -> bool:
@@ -145,38 +147,38 @@ class Trainer:
         at = self.position
         batches = self.task.train_batches(at.epoch, at.index)
         while at.index < self.task.steps_per_epoch:
-            self.board.set_step(at.step)
-            wish = self._train_step(batches)
+            self.store.set_step(at.step)
+            request = self._train_step(batches)
             at.index, at.step = at.index + 1, at.step + 1
             self.recorder.step_done(at.step)
-            self._heed(wish)
+            self._act_on(request)
 
-    def _train_step(self, batches: Iterator[Any]) -> Wish:
-        """One batch, used or dropped; what the workers wish besides."""
+    def _train_step(self, batches: Iterator[Any]) -> Request:
+        """One batch, used or dropped; what the workers request besides."""
         at, steps = self.position, self.task.steps_per_epoch
         with self.clock.phase("data"):
             batch = next(batches)
-            if self._undo:
-                self._undo.remember()
+            if self._snapshot:
+                self._snapshot.take()
         epoch = at.epoch + at.index / steps
         factor = self.settings.schedule.factor(epoch, self.global_batch)
         progress = Progress(epoch, at.step, self.base_lrs[0] * factor, steps)
         logging = at.step % self.settings.log.every == 0 or at.index == steps - 1 or at.owed
         loss = self.compute_gradient(batch)
         with self.clock.phase("agree"):
-            wish = self.guard.agree(loss + self.gradient.flat.sum())
-        if wish is Wish.DROP:
-            told = self.board.collect(f"bad/{at.step}", find_bad(loss, self.gradient))
+            request = self.agreement.agree(loss + self.gradient.flat.sum())
+        if request is Request.DROP:
+            told = self.store.collect(f"bad/{at.step}", find_bad(loss, self.gradient))
             if bad := [f"{what} on rank {rank}" for rank, what in enumerate(told) if what]:
                 self._drop(bad[0], logging)
-                return wish  # else only the sum was too large
+                return request  # else only the sum was too large
         norms = self.exchange(progress, measure=logging)
         self.apply(factor)
         self.meter.add_step(loss, self.reducer.density)
         at.owed, at.skipped_in_a_row = False, 0
         if logging:
             self._log_step(progress, norms)
-        return wish
+        return request
 
     # --- dropped steps, checkpoints -------------------------------------------------------------------
 
@@ -184,9 +186,9 @@ class Trainer:
         """Undo what this step's forward pass changed. Raises TrainingError where steps are not dropped."""
         at = self.position
         told = f"{bad} at epoch {at.epoch}, step {at.step}"
-        if self._undo is None:
+        if self._snapshot is None:
             raise TrainingError(told)
-        self._undo.go_back()
+        self._snapshot.put_back()
         at.owed, at.skipped, at.skipped_in_a_row = logging, at.skipped + 1, at.skipped_in_a_row + 1
         told += f": step dropped, {at.skipped_in_a_row} in a row"
         if at.skipped_in_a_row >= self.settings.skip_limit:
@@ -204,17 +206,17 @@ class Trainer:
         """Whether this worker steps the optimizer, for itself or for others."""
         return True
 
-    def _heed(self, wish: Wish, due: bool = False) -> None:
+    def _act_on(self, request: Request, due: bool = False) -> None:
         """Write a checkpoint where one is due or wished; raise Stopped where the run is to end."""
-        ends = wish in (Wish.STOP, Wish.QUIT)
-        if self.keeper is not None and (ends or due or wish is Wish.SAVE):
+        ends = request in (Request.STOP, Request.QUIT)
+        if self.writer is not None and (ends or due or request is Request.SAVE):
             at = self.position
             shared = self.state.shared() if self.comm.rank == 0 else None
             with self.clock.phase("checkpoint"):
-                self.keeper.save(at.step, at.epoch, shared, self.state.own(), self.recorder.sync)
+                self.writer.save(at.step, at.epoch, shared, self.state.own(), self.recorder.sync)
         if ends:
-            self._wait()  # rank 0 may hold the board: no one leaves alone
-            raise Stopped(by_hand=wish is Wish.QUIT)
+            self._wait()  # rank 0 may hold the store: no one leaves alone
+            raise Stopped(by_hand=request is Request.QUIT)
 
     def _wait(self) -> None:
         """For all workers."""

@@ -26,7 +26,7 @@ from sage.interfaces import CommunicationError, Stopped, TrainingError
 from sage.workers import rendezvous
 from sage.workers.rendezvous import Rendezvous
 from sage.workers.signals import WATCH
-from sage.workers.store import PATIENCE_SECONDS, STORE_SECONDS, Board
+from sage.workers.store import PATIENCE_SECONDS, STORE_SECONDS, RendezvousStore
 from sage.workers.worker import Worker, check_claims
 
 POLL_SECONDS = 0.2
@@ -89,7 +89,7 @@ def spawn(command: Sequence[str], num_workers: int) -> int:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # no C++ stacks: errors come as exceptions
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ""  # torch's own handlers would end the workers
     # Held here, the store outlives every worker, so that survivors can tell who fell behind.
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    held = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     ranks = range(num_workers)
     pids: list[int] = []
 
@@ -104,7 +104,7 @@ def spawn(command: Sequence[str], num_workers: int) -> int:
                 "worker",
                 sys.executable,
                 {rank: ("-u", *command) for rank in ranks},
-                {rank: _torchrun_environment(rank, num_workers, store.port) for rank in ranks},
+                {rank: _torchrun_environment(rank, num_workers, held.port) for rank in ranks},
                 DefaultLogsSpecs(log_dir=os.devnull),
             )
             pids += workers.pids().values()
@@ -133,7 +133,7 @@ def _torchrun_environment(rank: int, num_workers: int, port: int) -> dict[str, s
 
 
 @contextmanager
-def connect(worker: Worker, timeout_seconds: float, *, deterministic: bool) -> Iterator[Board]:
+def connect(worker: Worker, timeout_seconds: float, *, deterministic: bool) -> Iterator[RendezvousStore]:
     """Set up this process (threads, device, determinism) and, with several workers, the process group."""
     torch.set_num_threads(worker.num_threads)
     if worker.device.type == "cuda":
@@ -144,13 +144,15 @@ def connect(worker: Worker, timeout_seconds: float, *, deterministic: bool) -> I
         # Filling new tensors with NaN costs a pass over each.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if worker.place.world_size == 1 or worker.simulated:
-        yield Board(worker.place, None)
+        yield RendezvousStore(worker.place, None)
         return
     try:
-        store = _open_store(worker.rendezvous, timeout_seconds)
-        board = Board(worker.place, dist.PrefixStore("board", store), min(timeout_seconds, PATIENCE_SECONDS))
-        check_claims(board.collect("claim", worker.claim()))
-        _join_group(worker, store, timedelta(seconds=timeout_seconds))
+        tcp_store = _open_store(worker.rendezvous, timeout_seconds)
+        store = RendezvousStore(
+            worker.place, dist.PrefixStore("run", tcp_store), min(timeout_seconds, PATIENCE_SECONDS)
+        )
+        check_claims(store.collect("claim", worker.claim()))
+        _join_group(worker, tcp_store, timedelta(seconds=timeout_seconds))
     except TrainingError:
         raise
     except RuntimeError as error:  # DistError and its kind
@@ -158,7 +160,7 @@ def connect(worker: Worker, timeout_seconds: float, *, deterministic: bool) -> I
         raise CommunicationError(
             f"could not meet the other workers at {where}: {first_line(error)}"
         ) from error
-    yield board
+    yield store
     dist.destroy_process_group()
 
 
@@ -194,13 +196,13 @@ def _open_store(meeting: Rendezvous, timeout_seconds: float) -> Store:
     return opened[0]
 
 
-def _join_group(worker: Worker, store: Store, timeout: timedelta) -> None:
+def _join_group(worker: Worker, tcp_store: Store, timeout: timedelta) -> None:
     """Set up the default process group."""
     if worker.backend == "nccl":  # a collective that times out is an error here, not the end of the process
         os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
     dist.init_process_group(
         worker.backend,
-        store=dist.PrefixStore("group", store),
+        store=dist.PrefixStore("group", tcp_store),
         rank=worker.place.rank,
         world_size=worker.place.world_size,
         timeout=timeout,
@@ -211,25 +213,25 @@ def supervise(
     worker: Worker,
     timeout_seconds: float,
     deterministic: bool,
-    train: Callable[[Board], None],
+    train: Callable[[RendezvousStore], None],
 ) -> int:
-    """Connect, run train(board) and return the exit code; what ends a run early gets one line.
+    """Connect, run train(store) and return the exit code; what ends a run early gets one line.
 
     A failed collective is told by every survivor, with who fell behind; another failure by rank 0, since the
     others know no more than it does.
     """
-    board, code = None, 0
+    store, code = None, 0
     try:
-        with connect(worker, timeout_seconds, deterministic=deterministic) as board:
+        with connect(worker, timeout_seconds, deterministic=deterministic) as store:
             try:
                 with WATCH.deferred():
-                    train(board)
+                    train(store)
             except Stopped as stopped:
                 code = 128 + signal.SIGINT if stopped.by_hand else 0
     except CommunicationError as error:
         # The launcher ends the survivors when it sees a worker dead; first they say what they know.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        complain(f"rank {worker.place.rank}: {error}{f'; {board.blame()}' if board else ''}")
+        complain(f"rank {worker.place.rank}: {error}{f'; {store.blame()}' if store else ''}")
         return 1
     except TrainingError as error:
         if worker.place.rank == 0:

@@ -16,7 +16,7 @@ STORE_SECONDS = 5.0
 """How long the store may take to answer."""
 
 
-class Store(Protocol):
+class KeyValueStore(Protocol):
     """What is used of torch.distributed's stores; their failures are RuntimeErrors."""
 
     def set(self, key: str, value: str, /) -> None: ...
@@ -26,10 +26,10 @@ class Store(Protocol):
     def check(self, keys: list[str], /) -> bool: ...
 
 
-class Board:
+class RendezvousStore:
     """Each worker's step, in the rendezvous store: there one can read who fell behind in a collective."""
 
-    def __init__(self, place: Place, store: Store | None, patience_seconds: float = 0.0) -> None:
+    def __init__(self, place: Place, store: KeyValueStore | None, patience_seconds: float = 0.0) -> None:
         """patience_seconds: how long the survivors of a failed collective wait for one another."""
         self.place = place
         self._store = store
