@@ -16,6 +16,7 @@ import torch
 
 from reducers import REDUCERS
 from sage import config, files
+from sage.components import SettingsTable
 from sage.console import complain, show
 from sage.exchange.feedback import FEEDBACKS
 from sage.exchange.gradient import GradientBuffer
@@ -30,8 +31,10 @@ from sage.workers.worker import Worker
 from tasks import TASKS
 
 COMPONENTS: dict[str, Any] = {"task": TASKS, "reducer": REDUCERS, "feedback": FEEDBACKS}
-TABLES = {section: {n: part.Settings for n, part in table.items()} for section, table in COMPONENTS.items()}
-TABLES["optimizer"] = OPTIMIZERS
+TABLES: config.Tables = {
+    **{section: SettingsTable(table) for section, table in COMPONENTS.items()},
+    "optimizer": OPTIMIZERS,
+}
 SETTLE = partial(config.load, schema=RunSettings, tables=TABLES)
 
 

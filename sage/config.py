@@ -7,7 +7,7 @@ only home. A bad value is a ConfigError whose every line names the path, the val
 import difflib
 import re
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -35,7 +35,7 @@ class Named(Settings):
     name: str
 
 
-Tables = dict[str, dict[str, type[Named]]]
+Tables = Mapping[str, Mapping[str, type[Named]]]
 """section -> name -> settings: which components a section's `name` may choose."""
 Schema = TypeVar("Schema", bound=Settings)
 
@@ -139,7 +139,7 @@ def one_line(value: Any) -> str:
     return text.strip().removesuffix("...").strip()
 
 
-def _component(section: str, raw: Any, table: dict[str, type[Named]], complaints: "_Complaints") -> Named:
+def _component(section: str, raw: Any, table: Mapping[str, type[Named]], complaints: "_Complaints") -> Named:
     """A section's settings; where they are wrong, a stand-in beside the complaint."""
     if not isinstance(raw, dict) or "name" not in raw:
         told = f"expected a mapping with a name, one of {_listed(table)}, got {_shown(raw)}"
@@ -148,14 +148,26 @@ def _component(section: str, raw: Any, table: dict[str, type[Named]], complaints
         told = f"expected one of {_listed(table)}, got {_shown(raw['name'])}{_hint(raw['name'], table)}"
         complaints.add(f"{section}.name", told)
     else:
-        try:
-            return table[raw["name"]].model_validate(raw)
-        except ValidationError as error:
-            complaints.add_all(error, table[raw["name"]], f"{section}.")
+        return _validated(section, raw, table, complaints) or Named(name="")
     return Named(name="")
 
 
-def _choose(raw: dict[str, Any], section: str, name: Any, table: dict[str, type[Named]]) -> None:
+def _validated(
+    section: str, raw: dict[str, Any], table: Mapping[str, type[Named]], complaints: "_Complaints"
+) -> Named | None:
+    try:
+        model = table[raw["name"]]
+    except ConfigError as error:  # a class of the user's own that cannot be used
+        complaints.add(f"{section}.name", f"{_shown(raw['name'])}: {error}")
+        return None
+    try:
+        return model.model_validate(raw)
+    except ValidationError as error:
+        complaints.add_all(error, model, f"{section}.")
+        return None
+
+
+def _choose(raw: dict[str, Any], section: str, name: Any, table: Mapping[str, type[Named]]) -> None:
     before = raw.get(section)
     if isinstance(before, dict) and isinstance(name, str) and name in table and before.get("name") != name:
         raw[section] = {key: value for key, value in before.items() if key in table[name].model_fields}

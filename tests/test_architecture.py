@@ -26,7 +26,7 @@ SHARED = {
 """What a family shares; also everything under tasks.models and tasks.data."""
 
 LEVELS = [
-    {"interfaces", "config", "files", "console", "sweep"},
+    {"interfaces", "config", "components", "files", "console", "sweep"},
     {"exchange", "workers"},
     {"runfolder"},
     {"training"},
@@ -37,6 +37,7 @@ REPORT = {"report"} | LEVELS[0]
 """The report reads what runs left on disk, so it needs the ground alone."""
 TORCHLESS = [
     "sage/config.py",
+    "sage/components.py",
     "sage/console.py",
     "sage/files.py",
     "sage/sweep.py",
