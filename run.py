@@ -10,6 +10,7 @@ if __name__ == "__main__":
     cli.parse(sys.argv[1:])  # --help and slips are answered before the imports, which take seconds
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,11 +22,11 @@ from sage.console import complain, show
 from sage.exchange.feedback import FEEDBACKS
 from sage.exchange.gradient import GradientBuffer
 from sage.interfaces import Seeds
-from sage.training.dry_run import preview
-from sage.training.experiment import plan, start
+from sage.training.dry_run import describe_run
+from sage.training.experiment import RunPlan, find_resume_point, start
 from sage.training.optim import OPTIMIZERS, build_optimizer
 from sage.training.settings import RunSettings, check
-from sage.training.train import Parts
+from sage.training.train import TrainingParts
 from sage.workers import launch
 from sage.workers.worker import Worker
 from tasks import TASKS
@@ -49,35 +50,50 @@ def main(arguments: list[str]) -> int:
             return show(config.to_yaml(settings), launch.speaks_here())
         worker = find_worker(options, settings)
         if options.dry_run:
-            return show(preview(settings, build(settings, worker), worker), launch.speaks_here())
+            return show(describe_run(settings, build(settings, worker), worker), launch.speaks_here())
         files.check_writable(options.runs)
-        place, again = options.runs / point.place, SETTLE if options.sweep else None
-        order = plan(settings, place, again, options.resume, options.job, worker)
+        plan = plan_run(options, settings, options.runs / point.place, worker)
     except ValueError as error:
         return complain(str(error)) if launch.speaks_here() else launch.give_way()
     if worker.is_to_spawn():
         return launch.spawn([__file__, *arguments], worker.place.world_size)
-    return start(order, build, worker)
+    return start(plan, build, worker)
 
 
 def find_worker(options: cli.Arguments, settings: RunSettings) -> Worker:
-    asked = (options.workers, settings.world_size, options.simulate)
-    worker = launch.find_worker(options.threads, options.data, *asked)
+    """This process's worker, on which the settings can run. Raises ValueError."""
+    requested = (options.workers, settings.world_size, options.simulate)
+    worker = launch.find_worker(options.threads, options.data, *requested)
     if options.many and worker.rendezvous.launched:
         raise ValueError("--sweep: expected an --index too under a launcher, one point a launch")
     check(settings, TASKS, REDUCERS, worker.data, worker.place.world_size)
     return worker
 
 
-def build(settings: RunSettings, worker: Worker) -> Parts:
+def plan_run(options: cli.Arguments, settings: RunSettings, parent: Path, worker: Worker) -> RunPlan:
+    """What is to be run; a point of a sweep that --resume finds no run of is begun. Raises ValueError."""
+    resume_point = None
+    if options.resume is not None:
+        resume_point = find_resume_point(settings, parent, options.resume, worker, required=not options.sweep)
+    return RunPlan(settings, parent, SETTLE if options.sweep else None, resume_point, options.job)
+
+
+def build(settings: RunSettings, worker: Worker) -> TrainingParts:
+    """What a worker trains."""
     seeds, device = Seeds.derive(settings.seed, worker.place.rank), worker.device
     torch.manual_seed(seeds.common)  # the first weights
     task = TASKS[settings.task.name](settings.task, worker.data, worker.place, seeds=seeds, device=device)
     torch.manual_seed(seeds.worker)  # dropout
     gradient = GradientBuffer(task.model)
-    reducer = REDUCERS[settings.reducer.name](settings.reducer, gradient.layout, seeds=seeds, device=device)
-    feedback = FEEDBACKS[settings.feedback.name](settings.feedback, gradient.flat)
-    return task, reducer, feedback, gradient, build_optimizer(settings.optimizer, task.model)
+    return TrainingParts(
+        task=task,
+        reducer=REDUCERS[settings.reducer.name](
+            settings.reducer, gradient.layout, seeds=seeds, device=device
+        ),
+        feedback=FEEDBACKS[settings.feedback.name](settings.feedback, gradient.flat),
+        gradient=gradient,
+        optimizer=build_optimizer(settings.optimizer, task.model),
+    )
 
 
 if __name__ == "__main__":

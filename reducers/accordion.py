@@ -52,6 +52,7 @@ class Accordion(Reducer):
 
     Settings: ClassVar[type[Named]] = AccordionSettings
     state_names = ("levels", "previous", "total", "epoch", "lr", "inner")
+    element_names = ("total",)
     inners: ClassVar[Mapping[str, type[Leveled]]]
     """What may be wrapped, by name; set where all reducers are known."""
 
@@ -68,6 +69,11 @@ class Accordion(Reducer):
         self._progress: Progress | None = None
         self._applied: list[float] = []
         self._set(torch.ones(len(layout), dtype=torch.uint8, device=device))
+
+    def slot_slices(self, name: str, layout: list[Slot]) -> list[slice] | None:
+        if name in ("levels", "previous"):
+            return [slice(index, index + 1) for index in range(len(layout))]
+        return super().slot_slices(name, layout)
 
     def begin_step(self, progress: Progress) -> None:
         self._progress = progress

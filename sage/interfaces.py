@@ -86,6 +86,15 @@ class Stateful:
     state_names: tuple[str, ...] = ()
     worker_generators: tuple[str, ...] = ()
     """Those of them that are generators of a worker's own; the other generators are alike on all workers."""
+    element_names: tuple[str, ...] = ()
+    """Those of them that hold a number for each element of the flat gradient: (n,)."""
+
+    def slot_slices(self, name: str, layout: list[Slot]) -> list[slice] | None:
+        """Where in the tensor `name` of state_names each parameter's part lies, so that a checkpoint holds it
+        by the parameter's name; None for what belongs to no single parameter."""
+        if name not in self.element_names:
+            return None
+        return [slice(slot.start, slot.stop) for slot in layout]
 
     def state_dict(self) -> dict[str, Any]:
         return {name: _saved(getattr(self, name)) for name in self.state_names}
@@ -107,7 +116,7 @@ class Stateful:
                 setattr(self, name, state[name])
 
     def reseed(self, seed: int) -> None:
-        """Begin a worker's own generators anew."""
+        """Start a worker's own generators anew."""
         for name in self.state_names:
             value = getattr(self, name)
             if isinstance(value, Stateful):
@@ -218,7 +227,7 @@ class Reducer(Stateful, ABC):
         return {}
 
 
-class Task(ABC):
+class Task(Stateful, ABC):
     """A model, its data and its score. backward, clipping and the optimizer belong to the loop.
 
     Tensors that are its attributes, and are not named in state_names, are never changed in place: workers
@@ -251,8 +260,8 @@ class Task(ABC):
         """This worker's batches of an epoch, from the start-th on."""
 
     @abstractmethod
-    def loss(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """The mean loss of a batch, a scalar, and scalars worth logging beside it."""
+    def loss(self, batch: Any) -> Tensor:
+        """The mean loss of a batch, a scalar."""
 
     @abstractmethod
     def evaluate(self) -> dict[str, tuple[float, float]]:

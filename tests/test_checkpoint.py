@@ -40,7 +40,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return Request.STOP if len(calls) >= 15 else Request.NOTHING  # 11 steps an epoch, and its end
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(agree, "asked_by_signal", ask)
+        patch.setattr(agree, "requested_by_signal", ask)
         assert run.main([*CONFIG, "--runs", str(runs)]) == 0
     steps = [path.parent.name for path in manifest.manifests(only_run(runs))]
     assert steps == ["step-00000014", "step-00000011"]

@@ -199,14 +199,14 @@ def errors_of(settings: RunSettings, steps: set[int], spoil: Spoil = loss_become
 
 def test_so_many_dropped_steps_in_a_row_end_the_run() -> None:
     settings = skipping("topk", skip_limit=3)
-    told = "the loss became nan on rank 1 at epoch 1, step 10: step dropped, 3 in a row, which is skip_limit"
+    told = "the loss became nan on rank 1 at epoch 1, step 10: step skipped, 3 in a row, which is skip_limit"
     assert errors_of(settings, {6, 7, 10, 8, 9}) == [told.replace("1, step 10", "1, step 8")] * WORLD_SIZE
     assert errors_of(settings, {1, 2, 4, 5, 8, 9, 10}) == [told] * WORLD_SIZE
     assert errors_of(settings, {0, 1, 3, 4, 6, 7, 9, 10, 12, 13}) == [""] * WORLD_SIZE
 
 
 def test_an_epoch_without_a_step_that_was_used_ends_the_run() -> None:
-    told = "every step of an epoch was dropped"
+    told = "every step of an epoch was skipped"
     assert errors_of(skipping("exact", skip_limit=100), set(range(STEPS, 2 * STEPS))) == [told] * WORLD_SIZE
 
 
@@ -234,7 +234,7 @@ def test_without_skipping_the_first_step_that_is_not_finite_ends_the_run(
         (
             ["on_nonfinite=skip", "skip_limit=2"],
             1,
-            "the gradient of {} became nan on rank 1 at epoch 0, step 3: step dropped, 2 in a row, "
+            "the gradient of {} became nan on rank 1 at epoch 0, step 3: step skipped, 2 in a row, "
             "which is skip_limit",
         ),
         (["on_nonfinite=skip"], 0, None),
@@ -324,10 +324,10 @@ def test_nothing_bad_is_found_where_only_the_sum_is() -> None:
     gradient = GradientBuffer(task.model)
     gradient.flat.fill_(1e38)
     assert not gradient.flat.sum().isfinite()
-    assert agree.find_bad(torch.tensor(1.0), gradient) == ""
+    assert agree.find_nonfinite(torch.tensor(1.0), gradient) == ""
     gradient.flat[100] = math.nan
-    assert agree.find_bad(torch.tensor(1.0), gradient) == "the gradient of 0.bias became nan"
-    assert agree.find_bad(torch.tensor(-math.inf), gradient) == "the loss became -inf"
+    assert agree.find_nonfinite(torch.tensor(1.0), gradient) == "the gradient of 0.bias became nan"
+    assert agree.find_nonfinite(torch.tensor(-math.inf), gradient) == "the loss became -inf"
 
 
 # --- and a stop -----------------------------------------------------------------------------------

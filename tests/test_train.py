@@ -195,11 +195,12 @@ def test_without_feedback_nothing_is_carried_over() -> None:
         settings = settings_of("topk", reducer={"density": 0.1}, feedback={"name": name}, epochs=1)
         trainer, _ = train(settings, LocalComm.alone(), 16)
         fresh, _ = train(settings, LocalComm.alone(), 16)
-        fresh.feedback.memory.fill_(7.0)
+        feedback = fresh.exchange.feedback
+        feedback.memory.fill_(7.0)
         grad = torch.full_like(fresh.gradient.flat, 0.5)
-        fresh.feedback.compensate(fresh.reducer, grad)
-        assert fresh.feedback.memory.unique().tolist() == [7.5 if kept else 0.5]
-        assert trainer.feedback.memory.count_nonzero() > 0
+        feedback.compensate(fresh.exchange.reducer, grad)
+        assert feedback.memory.unique().tolist() == [7.5 if kept else 0.5]
+        assert trainer.exchange.feedback.memory.count_nonzero() > 0
 
 
 def test_the_learning_rate_follows_the_schedule(tmp_path: Path) -> None:

@@ -1,11 +1,7 @@
-"""Error feedback: what was not sent is added to the next gradient.
+"""Error feedback: what was not sent is added to the next gradient. An Exchange calls it, in the right
+order."""
 
-feedback.begin_step(progress)
-feedback.compensate(reducer, grad)            # memory: this worker's compensated gradient
-reducer.reduce(feedback.memory, grad, comm)   # grad: the mean over workers; memory: what was not sent
-feedback.after_reduce(reducer)
-"""
-
+from abc import ABC, abstractmethod
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -39,7 +35,7 @@ class MomentumSettings(Named):
     push on in an old direction. false: momentum as at density 1."""
 
 
-class Feedback(Stateful):
+class Feedback(Stateful, ABC):
     """A memory (n,) of what this worker has not sent, and how the next gradient joins it."""
 
     Settings: ClassVar[type[Named]]
@@ -57,15 +53,15 @@ class Feedback(Stateful):
             raise ValueError(f"feedback.name: {told}")
 
     def begin_step(self, progress: Progress) -> None:
-        """Told before each step."""
+        """Called before each step."""
 
+    @abstractmethod
     def compensate(self, reducer: Reducer, grad: Tensor) -> None:
-        """Make memory what this worker wants to send; the last addition goes through the reducer, which may
-        scan the sum in the same pass. grad (n,) stays as it is."""
-        raise NotImplementedError
+        """Make memory what this worker wants to send. The last addition goes through the reducer, which may
+        scan the sum in the same pass. grad (n,) is not changed."""
 
     def after_reduce(self, reducer: Reducer) -> None:
-        """Told when memory holds what was not sent."""
+        """Called when memory holds what was not sent."""
 
 
 class NoFeedback(Feedback):
@@ -94,12 +90,13 @@ class Residual(Feedback):
 
     Settings = ResidualSettings
     state_names = ("memory", "previous_lr")
+    element_names = ("memory",)
 
     def __init__(self, config: ResidualSettings, like: Tensor) -> None:
         super().__init__(config, like)
         self.decay, self.lr_correction = config.decay, config.lr_correction
         self.previous_lr = 0.0  # the last positive one; 0: none yet
-        self._scale = config.decay  # without begin_step there is no other
+        self._scale = config.decay
 
     def begin_step(self, progress: Progress) -> None:
         self._scale = self.decay
@@ -124,6 +121,7 @@ class Momentum(Feedback):
 
     Settings = MomentumSettings
     state_names = ("memory", "velocity")
+    element_names = state_names
 
     def __init__(self, config: MomentumSettings, like: Tensor) -> None:
         super().__init__(config, like)

@@ -1,4 +1,4 @@
-"""Where the threads of one process meet, as the workers of LocalComm do."""
+"""The meeting point of threads of one process: LocalComm's collectives take place there."""
 
 import threading
 from collections.abc import Callable
@@ -10,7 +10,7 @@ Result = TypeVar("Result")
 
 
 class ThreadRoom:
-    """A meeting of world_size threads: the last to come combines what all have brought."""
+    """Lets world_size threads combine their values: the last thread to arrive does it for all."""
 
     def __init__(self, world_size: int, timeout_seconds: float) -> None:
         self.world_size = world_size
@@ -23,7 +23,8 @@ class ThreadRoom:
         self._trouble: str | None = None
 
     def meet(self, rank: int, call: str, x: Any, combine: Callable[[list[Any]], Result]) -> Result:
-        """The combination of what every worker brought, in rank order; all get the same object."""
+        """Combine every worker's x, in rank order; all workers get the same object. Raises
+        CommunicationError."""
         with self._condition:
             self.check(f"worker {rank} calls {call}")  # after a failure no call can tell who is where
             generation = self._generation
@@ -44,7 +45,7 @@ class ThreadRoom:
             raise CommunicationError(f"worker {rank} waits in {call}: {self._trouble}")
 
     def leave(self, rank: int) -> None:
-        """A worker that has ended cannot come again: whoever waits for it is told."""
+        """Mark a worker as ended: the others' next meeting fails."""
         with self._condition:
             self._ended.add(rank)
             if self._brought:
@@ -56,7 +57,7 @@ class ThreadRoom:
             raise CommunicationError(f"{where}: {self._trouble}")
 
     def fail(self, trouble: str) -> None:
-        """Whoever waits, or comes later, is told."""
+        """Raise an error in all threads that wait, or come later."""
         with self._condition:
             self._trouble = self._trouble or trouble
             self._brought = {}
@@ -65,8 +66,10 @@ class ThreadRoom:
     def _finish(self, combine: Callable[[list[Any]], Any]) -> None:
         calls = {call for call, _ in self._brought.values()}
         if len(calls) > 1:
-            told = ", ".join(f"worker {rank}: {call}" for rank, (call, _) in sorted(self._brought.items()))
-            self.fail(f"workers called different collectives ({told})")
+            described = ", ".join(
+                f"worker {rank}: {call}" for rank, (call, _) in sorted(self._brought.items())
+            )
+            self.fail(f"workers called different collectives ({described})")
             return
         self._result = combine([self._brought[rank][1] for rank in range(self.world_size)])
         self._brought = {}

@@ -16,7 +16,7 @@ from pydantic import Field, ValidationError
 
 from sage.config import Settings, one_line
 
-FORMAT = 1
+FORMAT = 2
 """Of the files; a program reads its own alone."""
 NAME = "manifest.json"
 SHARED = "shared.pt"

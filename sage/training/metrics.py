@@ -78,10 +78,10 @@ class Meter(Stateful):
 
     def epoch_line(self) -> dict[str, Any]:
         """The totals since the last epoch line. Raises TrainingError where no step was used."""
-        if self._losses:  # a step line was due at a step that was dropped
+        if self._losses:  # a step line was due at a step that was skipped
             self._mean_losses()
         if not self._epoch_losses:
-            raise TrainingError("every step of an epoch was dropped")
+            raise TrainingError("every step of an epoch was skipped")
         self._drain()
         self._line = {}
         wall, self._started = time.monotonic() - self._started, time.monotonic()

@@ -62,7 +62,8 @@ class PublishedNesterov(torch.optim.Optimizer):
             weights: list[Tensor] = [p for p in group["params"] if p.grad is not None]
             grads: list[Tensor] = [p.grad for p in weights if p.grad is not None]
             for weight in weights:
-                self.state[weight].setdefault("momentum_buffer", torch.zeros_like(weight))
+                if "momentum_buffer" not in self.state[weight]:
+                    self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
             buffers = [self.state[weight]["momentum_buffer"] for weight in weights]
             # g = grad + wd w;  m = mu m + g;  w -= lr (g + m)
             steps = list(torch._foreach_add(grads, weights, alpha=group["weight_decay"]))

@@ -44,10 +44,10 @@ class RunSettings(Settings):
     world_size: int | None = Field(default=None, ge=1)
     """How many workers there are, where no launcher says so: one ./run.sh a worker, by hand."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    """What a loss or gradient that is not finite does, on any worker: stop ends the run; skip drops the step
-    on all workers before the memory, the threshold or a generator of the exchange has moved."""
+    """What a loss or gradient that is not finite does, on any worker: stop ends the run; skip leaves the
+    step out on all workers before the memory, the threshold or a generator of the exchange has moved."""
     skip_limit: int = Field(default=10, ge=1)
-    """So many dropped steps in a row end the run all the same."""
+    """So many skipped steps in a row end the run all the same."""
     checkpoint: Checkpoints = Checkpoints()
     resume: Resume = Resume()
     log: Log = Log()
