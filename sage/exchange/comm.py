@@ -1,7 +1,7 @@
 """Collectives and their ledger: over processes (DistComm) and over threads of one process (LocalComm).
 
-The public methods count and time, then call the private ones; so bytes and communication time are known in
-one place, for all reducers alike, sizes and padding included.
+The public methods count and time, then call the private ones: bytes and communication time are known in one
+place for all reducers, sizes and padding included.
 """
 
 import math
@@ -29,7 +29,7 @@ WhileWaiting = Callable[[], AbstractContextManager[None]]
 
 @dataclass
 class Ledger:
-    """What one worker handed to collectives. Bytes are as in the design's table of metric names."""
+    """Counts what one worker hands to collectives."""
 
     num_collectives: int = 0
     payload_bytes: int = 0

@@ -111,7 +111,7 @@ class Exchange:
             owner.load_state_dict(_unite(bucket[prefix], parameters, f"{prefix}."))
 
     def reseed(self, seed: int) -> None:
-        """Start this worker's own generators anew."""
+        """Restart this worker's own generators from a seed."""
         for owner in self._owners().values():
             owner.reseed(seed)
 

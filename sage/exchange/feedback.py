@@ -49,8 +49,9 @@ class Feedback(Stateful, ABC):
         """Raise ValueError, in one line, where this feedback cannot work with these."""
         if not reducer.takes_feedback:
             name, own = reducer_config.name, cls.Settings.model_fields["name"].default
-            told = f"expected none, since {name} leaves no error to feed back, got {own}"
-            raise ValueError(f"feedback.name: {told}")
+            raise ValueError(
+                f"feedback.name: expected none, since {name} leaves no error to feed back, got {own}"
+            )
 
     def begin_step(self, progress: Progress) -> None:
         """Called before each step."""
@@ -65,13 +66,13 @@ class Feedback(Stateful, ABC):
 
 
 class NoFeedback(Feedback):
-    """What was not sent is forgotten."""
+    """Forgets what was not sent."""
 
     Settings = NoFeedbackSettings
 
     @classmethod
     def check(cls, reducer: type[Reducer], reducer_config: Named, optimizer: Named) -> None:
-        """Always possible."""
+        """Works with every reducer and optimizer."""
 
     def compensate(self, reducer: Reducer, grad: Tensor) -> None:
         self.memory.zero_()
@@ -133,13 +134,13 @@ class Momentum(Feedback):
         super().check(reducer, reducer_config, optimizer)
         name, own = reducer_config.name, getattr(optimizer, "momentum", None)
         if not reducer.is_sparsifier(reducer_config):
-            told = f"expected a reducer that sends selected elements, such as topk, got {name}"
-            raise ValueError(f"feedback.name: momentum: {told}")
+            expected = "expected a reducer that sends selected elements, such as topk"
+            raise ValueError(f"feedback.name: momentum: {expected}, got {name}")
         if own is None:
-            raise ValueError(f"optimizer.name: expected sgd beside feedback momentum, got {optimizer.name}")
+            raise ValueError(f"optimizer.name: expected sgd with feedback momentum, got {optimizer.name}")
         if own != 0:
-            told = "(and nesterov: false) beside feedback momentum, which brings its own"
-            raise ValueError(f"optimizer.momentum: expected 0 {told}, got {own:g}")
+            expected = "expected 0 (and nesterov: false) with feedback momentum, which has its own"
+            raise ValueError(f"optimizer.momentum: {expected}, got {own:g}")
 
     def compensate(self, reducer: Reducer, grad: Tensor) -> None:
         if self.config.nesterov:

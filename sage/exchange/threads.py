@@ -20,13 +20,13 @@ class ThreadRoom:
         self._generation = 0
         self._result: Any = None
         self._ended: set[int] = set()
-        self._trouble: str | None = None
+        self._error: str | None = None
 
     def meet(self, rank: int, call: str, x: Any, combine: Callable[[list[Any]], Result]) -> Result:
         """Combine every worker's x, in rank order; all workers get the same object. Raises
         CommunicationError."""
         with self._condition:
-            self.check(f"worker {rank} calls {call}")  # after a failure no call can tell who is where
+            self.check(f"worker {rank} calls {call}")  # after a failure the calls no longer match
             generation = self._generation
             self._brought[rank] = (call, x)
             if self._ended:
@@ -34,7 +34,7 @@ class ThreadRoom:
             elif len(self._brought) == self.world_size:
                 self._finish(combine)
             arrived = self._condition.wait_for(
-                lambda: self._generation != generation or self._trouble is not None, self.timeout_seconds
+                lambda: self._generation != generation or self._error is not None, self.timeout_seconds
             )
             if self._generation != generation:
                 result: Result = self._result
@@ -42,7 +42,7 @@ class ThreadRoom:
             if not arrived:
                 missing = sorted(set(range(self.world_size)) - set(self._brought))
                 self.fail(f"workers {missing} did not come within {self.timeout_seconds:g} s")
-            raise CommunicationError(f"worker {rank} waits in {call}: {self._trouble}")
+            raise CommunicationError(f"worker {rank} waits in {call}: {self._error}")
 
     def leave(self, rank: int) -> None:
         """Mark a worker as ended: the others' next meeting fails."""
@@ -53,13 +53,13 @@ class ThreadRoom:
 
     def check(self, where: str) -> None:
         """Raise CommunicationError where the room has failed."""
-        if self._trouble is not None:
-            raise CommunicationError(f"{where}: {self._trouble}")
+        if self._error is not None:
+            raise CommunicationError(f"{where}: {self._error}")
 
-    def fail(self, trouble: str) -> None:
+    def fail(self, error: str) -> None:
         """Raise an error in all threads that wait, or come later."""
         with self._condition:
-            self._trouble = self._trouble or trouble
+            self._error = self._error or error
             self._brought = {}
             self._condition.notify_all()
 

@@ -46,7 +46,7 @@ class Meter(Stateful):
         side: Communicator,
         device: torch.device,
     ) -> None:
-        """take_bytes: the ledger's take."""
+        """take_bytes: Ledger.take of the communicator that counts."""
         self._take_bytes, self._clock, self._side, self._device = take_bytes, clock, side, device
         self._losses: list[Tensor] = []  # of the steps since the last step line
         self._line: dict[str, float] = {}  # bytes and seconds since then

@@ -140,8 +140,8 @@ _BIAS = re.compile(r"(\w+_)?bias|bias_[ih]h_l\d+(_reverse)?|bias_[ih]h")
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Two groups: weights, decayed, and biases and normalisation layers, not.
 
-    Normalisation is told by the module's type; a bias by torch's own parameter names (bias, in_proj_bias,
-    bias_ih_l0), never by the model's names for its modules.
+    A normalisation layer is recognised by its type, a bias by torch's own parameter names (bias,
+    in_proj_bias, bias_ih_l0); the model's names for its modules do not matter.
     """
     decayed: list[nn.Parameter] = []
     undecayed: list[nn.Parameter] = []

@@ -56,7 +56,7 @@ class RunSettings(Settings):
         {"epochs", "stop_at_score", "timeout_seconds", "world_size", "on_nonfinite", "skip_limit"}
         | {"checkpoint", "resume", "log"}
     )
-    """What a run may have otherwise than the checkpoint it goes on from: no step's numbers change."""
+    """What may differ from the checkpoint that a run resumes: none of it changes the numbers of a step."""
 
 
 def check(

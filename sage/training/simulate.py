@@ -33,7 +33,7 @@ class WorkerContext:
         return connect_comm(world_size, clock)
 
     def share(self, task: Task) -> None:
-        """Hold once what the workers of this process hold alike."""
+        """Hold once what is the same for all workers of this process."""
 
 
 TrainWorker = Callable[[Worker, RendezvousStore, WorkerContext], None]
@@ -115,8 +115,8 @@ class SimulatedContext(WorkerContext):
                 ours.data.copy_(mine.data)
             mine.data = ours.data
         for name, value in vars(task).items():
-            alike = isinstance(value, Tensor) and _same_bits(value, getattr(first, name))
-            if alike and name not in task.state_names:
+            is_same = isinstance(value, Tensor) and _same_bits(value, getattr(first, name))
+            if is_same and name not in task.state_names:
                 setattr(task, name, getattr(first, name))
 
 

@@ -1,4 +1,4 @@
-"""Everything that the next step depends on: what all workers hold alike, and what is each one's own."""
+"""Everything that the next step depends on: what is the same on all workers, and what is each one's own."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -14,7 +14,7 @@ from sage.runfolder.manifest import SHARED, Checkpoint, own
 
 
 class Position(Stateful):
-    """Where training stands, alike on all workers."""
+    """How far training has come; the same on all workers."""
 
     state_names = (
         "epoch",
@@ -155,8 +155,8 @@ class TaskSnapshot:
 
 
 def mean_of(states: Iterable[State]) -> tuple[State, State]:
-    """The first state, and the mean of them all: of floating point tensors and numbers, in float64, the very
-    value where all are alike; of anything else the first. Holds one state at a time, besides."""
+    """The first state, and the mean of all: of floating point tensors and numbers, computed in float64 and
+    exact where all are equal; of anything else the first. Holds one more state at a time."""
     remaining = iter(states)
     first = mean = next(remaining)
     for count, state in enumerate(remaining, start=2):
@@ -165,7 +165,7 @@ def mean_of(states: Iterable[State]) -> tuple[State, State]:
 
 
 def _step(mean: Any, value: Any, count: int) -> Any:
-    """The mean of count values, from that of all but the last."""
+    """The mean of count values, from the mean of all but the last."""
     if isinstance(value, dict):
         return {key: _step(mean[key], part, count) for key, part in value.items()}
     if isinstance(value, list | tuple):
@@ -176,7 +176,7 @@ def _step(mean: Any, value: Any, count: int) -> Any:
 
 
 def _cast(mean: Any, like: Any) -> Any:
-    """In the types that it had."""
+    """A mean in the types of the first state."""
     if isinstance(like, dict):
         return {key: _cast(mean[key], part) for key, part in like.items()}
     if isinstance(like, list | tuple):

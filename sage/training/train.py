@@ -145,7 +145,7 @@ class Trainer:
             self._act_on(request)
 
     def _end_epoch(self) -> None:
-        """Evaluate, check that the replicas are alike, log, and move on to the next epoch."""
+        """Evaluate, check that the replicas are equal, log, and move on to the next epoch."""
         position, task = self.position, self.task
         values = self._evaluate(task.evaluate)
         for name, value in values.items():
@@ -160,7 +160,7 @@ class Trainer:
         position.epoch, position.index = position.epoch + 1, 0
 
     def _train_step(self, batches: Iterator[Any]) -> Request:
-        """Train on one batch, or skip it; returns what the workers request besides."""
+        """Train on one batch, or skip it; returns what the workers request."""
         with self.clock.phase("data"):
             batch = next(batches)
             if self._snapshot:
