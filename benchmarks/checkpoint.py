@@ -104,7 +104,8 @@ def measure(size: str, folder: Path, rank: int, world_size: int, store: dist.Sto
 
     loaded = seconds_of(load, 3, wait)
     agreement, loss = Agreement(side, device, lambda: False), torch.zeros(())
-    checked = seconds_of(lambda: agreement.agree(loss + gradient.flat.sum()), NUM_CHECKS, wait)
+    used = [True] * len(gradient.layout)
+    checked = seconds_of(lambda: agreement.agree(loss + gradient.flat.sum(), used), NUM_CHECKS, wait)
     floor = seconds_of(lambda: feedback.memory.add_(gradient.flat), NUM_CHECKS, wait)
     files = checkpoint.manifest.files
     return Row(

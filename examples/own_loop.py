@@ -36,13 +36,13 @@ exchange = Exchange(feedback, reducer, comm, gradient.layout)
 rng = torch.Generator().manual_seed(comm.rank)  # other data on every worker
 for step in range(100):
     x = torch.randn(64, 20, generator=rng)
-    gradient.zero()  # in the place of optimizer.zero_grad()
+    gradient.zero()  # or optimizer.zero_grad(), which costs a copy
     loss = F.cross_entropy(model(x), truth(x).argmax(1))
     loss.backward()
 
     # The gradient becomes the workers' mean. Schedules of density and learning rate follow the progress.
     lr = optimizer.param_groups[0]["lr"]
-    exchange.average(gradient.flat, Progress(step / STEPS_PER_EPOCH, step, lr, STEPS_PER_EPOCH))
+    exchange.step(gradient, Progress(step / STEPS_PER_EPOCH, step, lr, STEPS_PER_EPOCH))
     optimizer.step()
 
     if comm.rank == 0 and step % 20 == 19:

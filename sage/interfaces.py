@@ -174,6 +174,10 @@ class Communicator(ABC):
     def broadcast(self, x: Tensor, source: int = 0) -> None:
         """Replace x by the source worker's x, in place."""
 
+    @abstractmethod
+    def another(self) -> "Communicator":
+        """Another communicator of the same worker, which counts for itself."""
+
 
 class Reducer(Stateful, ABC):
     """Averages a flat gradient over workers, possibly lossily.

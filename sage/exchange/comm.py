@@ -114,6 +114,9 @@ class DistComm(CountingComm):
     def __init__(self, clock: Clock | None = None) -> None:
         super().__init__(dist.get_rank(), dist.get_world_size(), clock)
 
+    def another(self, clock: Clock | None = None) -> "DistComm":
+        return DistComm(clock)
+
     def _all_reduce(self, x: Tensor, op: str) -> None:
         self._call("all_reduce", lambda: dist.all_reduce(x, self._OPS[op]))
 

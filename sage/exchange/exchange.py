@@ -1,6 +1,7 @@
 """One step between backward and the optimizer: error feedback, reducer and communicator in one object."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from sage.exchange.clock import Clock
 from sage.exchange.feedback import Feedback
+from sage.exchange.gradient import GradientBuffer
 from sage.interfaces import Communicator, Progress, Reducer, Slot, Stateful
 
 State = dict[str, Any]
@@ -34,11 +36,28 @@ class ExchangeNorms:
         return {"residual_norm": left, "compression_error": 0.0 if send == 0 else (left / send) ** 2}
 
 
+def agree_on_step(
+    side: Communicator, total: Tensor, used: Sequence[bool], request: int = 0, request_to_skip: int = 1
+) -> tuple[int, list[bool]]:
+    """Agree over all workers before anything of a step is changed: one all-reduce of 4 (1 + slots) bytes.
+
+    total: a scalar on the device that is finite where this worker's gradient is. used: for each slot, whether
+    this worker has a gradient of it. Returns the largest request of all workers, where one whose total is not
+    finite requests request_to_skip, and for each slot whether any worker uses it. Waits for the device.
+    """
+    flags = torch.tensor([request, *used], dtype=torch.int32).to(total.device)  # (1 + slots,)
+    flags[0] = torch.where(total.isfinite(), flags[0], request_to_skip)
+    side.all_reduce(flags, "max")
+    agreed, *any_uses = flags.tolist()  # host synchronisation
+    return agreed, [bool(flag) for flag in any_uses]
+
+
 class Exchange:
     """Replaces this worker's gradient by the estimate of all workers' mean.
 
     The only place that knows the order of a step. Everybody who uses a reducer goes through it: the training
-    loop, the examples, the benchmarks.
+    loop, the examples, the benchmarks. A loop of your own calls step(), once between backward and the
+    optimizer.
     """
 
     def __init__(
@@ -51,15 +70,59 @@ class Exchange:
     ) -> None:
         """layout: the parameters in the flat gradient. clock: counts the step as its phase "reduce"."""
         self.feedback, self.reducer, self.comm, self.layout = feedback, reducer, comm, list(layout)
+        self._side = comm.another()
         self._clock = clock or Clock(torch.device("cpu"))
 
-    def average(self, grad: Tensor, progress: Progress, *, measure: bool = False) -> ExchangeNorms | None:
+    def step(
+        self, gradient: GradientBuffer, progress: Progress, *, scaler: torch.amp.GradScaler | None = None
+    ) -> bool:
+        """Replace a model's gradients by the estimate of their mean over the workers.
+
+        Call it after backward and before scaler.unscale_, clipping and the optimizer, on all workers. With a
+        scaler the memory is kept in unscaled units. A parameter that no worker used has no gradient
+        afterwards (None), as in torch, and what waits for it in the memory goes on waiting.
+
+        Returns whether the step can be used. If a gradient is not finite, on any worker, it returns False on
+        all: memory and reducer are as they were, and all workers' gradients are NaN, so that a GradScaler
+        skips the step on all of them; without a GradScaler skip optimizer.step() yourself.
+
+        Raises CommunicationError, and RuntimeError where the parameters have changed, or the scaler has
+        already unscaled the gradients.
+        """
+        scale = _scale_of(scaler)
+        used, grad = gradient.collect(), gradient.flat
+        # the largest magnitude: NaN where an element is, and no finite gradient gives infinity
+        is_bad, used = agree_on_step(self._side, torch.linalg.vector_norm(grad, torch.inf), used)
+        if is_bad:
+            grad.fill_(torch.nan)
+        else:
+            if scale != 1:
+                grad.div_(scale)
+            self.average(grad, progress, used=used)
+            if scale != 1:
+                grad.mul_(scale)
+        gradient.distribute(used)
+        return not is_bad
+
+    def average(
+        self,
+        grad: Tensor,
+        progress: Progress,
+        *,
+        used: Sequence[bool] | None = None,
+        measure: bool = False,
+    ) -> ExchangeNorms | None:
         """Replace grad by the estimate of its mean over the workers; the same bits on every worker.
 
-        grad (n,): this worker's gradient. progress: where training stands, for schedules of density, learning
-        rate and levels. What is not sent stays in the feedback's memory. measure: return the norms, too.
-        Raises CommunicationError.
+        grad (n,): this worker's gradient, which all workers have found to be finite. progress: where training
+        stands, for schedules of density, learning rate and levels. used: for each slot, whether any worker
+        has a gradient of it (None: all); the state of the others stays as it is. What is not sent stays in
+        the feedback's memory. measure: return the norms, too. Raises CommunicationError.
         """
+        with self._kept_for_later([] if used is None else list(used)):
+            return self._average(grad, progress, measure)
+
+    def _average(self, grad: Tensor, progress: Progress, measure: bool) -> ExchangeNorms | None:
         memory = self.feedback.memory
 
         # 1. schedules
@@ -78,6 +141,24 @@ class Exchange:
         if send_norm is None:
             return None
         return ExchangeNorms(send_norm, memory.norm(), self.reducer.takes_feedback)
+
+    @contextmanager
+    def _kept_for_later(self, used: list[bool]) -> Iterator[None]:
+        """Take what belongs to unused slots out of memory, velocity and momenta, and put it back at the
+        end."""
+        unused = [slot for slot, is_used in zip(self.layout, used, strict=False) if not is_used]
+        parts = [
+            getattr(owner, name)[slot.start : slot.stop]
+            for owner in self._owners().values()
+            for name in owner.element_names
+            for slot in unused
+        ]
+        kept = [part.clone() for part in parts]
+        for part in parts:
+            part.zero_()
+        yield
+        for part, values in zip(parts, kept, strict=True):
+            part.copy_(values)
 
     # --- state ----------------------------------------------------------------------------------------
 
@@ -123,6 +204,22 @@ class Exchange:
         names = set(bucket["names"])
         common = sum(slot.size for slot in self.layout if slot.name in names)
         return bucket["names"] == [slot.name for slot in self.layout], common
+
+
+def _scale_of(scaler: torch.amp.GradScaler | None) -> float:
+    """What a scaler has multiplied the gradients by. Raises RuntimeError where it has already divided
+    them."""
+    if scaler is None or not scaler.is_enabled():
+        return 1.0
+    # The scaler has no public way to ask for it. After unscale_ its verdict is cached: an infinity that the
+    # exchange
+    # brings from another worker would reach the weights.
+    stages = [state["stage"].name for state in scaler._per_optimizer_states.values()]
+    if "UNSCALED" in stages:
+        raise RuntimeError(
+            "exchange.step: expected to be called before scaler.unscale_, got unscaled gradients"
+        )
+    return scaler.get_scale()
 
 
 def _divide(owner: Stateful, state: State, layout: list[Slot], prefix: str, parameters: list[State]) -> State:

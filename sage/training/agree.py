@@ -8,6 +8,7 @@ from signal import Signals
 import torch
 from torch import Tensor
 
+from sage.exchange.exchange import agree_on_step
 from sage.exchange.gradient import GradientBuffer
 from sage.interfaces import Communicator
 from sage.workers.signals import WATCH
@@ -35,7 +36,7 @@ def requested_by_signal() -> Request:
 
 
 class Agreement:
-    """Lets all workers do what one of them asks for: one all-reduce of 4 bytes a step, and on a GPU one host
+    """Lets all workers do what one of them asks for: one small all-reduce a step, and on a GPU one host
     synchronisation."""
 
     def __init__(self, side: Communicator, device: torch.device, is_due: Callable[[], bool]) -> None:
@@ -43,14 +44,20 @@ class Agreement:
         self.requested = requested_by_signal
         self._side, self._device, self._is_due = side, device, is_due
 
-    def agree(self, total: Tensor | None = None) -> Request:
-        """What all workers do. total: a scalar; where a worker's is not finite, all skip the step."""
-        request = self.requested() or (Request.SAVE if self._is_due() else Request.NOTHING)
-        flag = torch.full((), request, dtype=torch.int32, device=self._device)
-        if total is not None:
-            flag = torch.where(total.isfinite(), flag, flag.new_full((), Request.SKIP))
-        self._side.all_reduce(flag, "max")
-        return Request(int(flag.item()))  # host synchronisation
+    def agree(self, total: Tensor, used: Sequence[bool]) -> tuple[Request, list[bool]]:
+        """What all workers do, and which slots have a gradient on any of them. total: a scalar; where a
+        worker's is not finite, all skip the step. used: which slots have one on this worker."""
+        agreed, used = agree_on_step(self._side, total, used, self._request(), Request.SKIP)
+        return Request(agreed), used
+
+    def agree_between_steps(self) -> Request:
+        """What all workers do at the end of an epoch."""
+        agreed, _ = agree_on_step(self._side, torch.zeros((), device=self._device), [], self._request())
+        return Request(agreed)
+
+    def _request(self) -> Request:
+        """This worker's."""
+        return self.requested() or (Request.SAVE if self._is_due() else Request.NOTHING)
 
 
 def wait_for_all(side: Communicator, device: torch.device) -> None:

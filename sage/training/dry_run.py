@@ -87,7 +87,8 @@ def _single_trainer(settings: RunSettings, parts: TrainingParts) -> Trainer:
 
 def _make_step(trainer: Trainer) -> None:
     progress = Progress(0.0, 0, trainer.base_lrs[0], trainer.task.steps_per_epoch)
-    trainer.exchange_gradient(progress, measure=False)
+    every_slot = [True] * len(trainer.gradient.layout)
+    trainer.exchange_gradient(progress, every_slot, measure=False)
     trainer.apply(0.0)
 
 

@@ -82,8 +82,9 @@ class Trainer:
 
     # --- one step -------------------------------------------------------------------------------------
 
-    def compute_gradient(self, batch: Any) -> Tensor:
-        """Fill the flat gradient with this worker's; returns its loss, a scalar, detached."""
+    def compute_gradient(self, batch: Any) -> tuple[Tensor, list[bool]]:
+        """Fill the flat gradient with this worker's. Returns its loss, a scalar, detached, and for each slot
+        whether its parameter has a gradient."""
         self.gradient.zero()
         autocast = torch.autocast(
             self.device.type, torch.bfloat16, enabled=self.settings.precision == "bfloat16"
@@ -92,19 +93,23 @@ class Trainer:
             loss = self.task.loss(batch)
         with self.clock.phase("backward"):
             loss.backward()
-        return loss.detach()
+            used = self.gradient.collect()
+        return loss.detach(), used
 
-    def exchange_gradient(self, progress: Progress, measure: bool) -> dict[str, float]:
-        """Replace the flat gradient by the estimate of the workers' mean; returns norms, if measure."""
+    def exchange_gradient(self, progress: Progress, used: list[bool], measure: bool) -> dict[str, float]:
+        """Replace the flat gradient by the estimate of the workers' mean; returns norms, if measure.
+
+        used: which slots have a gradient on any worker.
+        """
         grad, clip = self.gradient.flat, self.settings.clip
-        self.gradient.check()
         raw_norm = grad.norm() if measure else None
 
         if clip.norm is not None and clip.before_reduce:
             clip_norm(grad, clip.norm)
-        norms = self.exchange.average(grad, progress, measure=measure)
+        norms = self.exchange.average(grad, progress, used=used, measure=measure)
         if clip.norm is not None and not clip.before_reduce:
             clip_norm(grad, clip.norm)
+        self.gradient.distribute(used)
 
         if raw_norm is None or norms is None:
             return {}
@@ -130,7 +135,7 @@ class Trainer:
             self._train_epoch()
             self._end_epoch()
             due = self.writer is not None and self.writer.is_due_after(position.epoch)
-            self._act_on(self.agreement.agree(), due)
+            self._act_on(self.agreement.agree_between_steps(), due)
         return self._summary(self._evaluate(self.task.evaluate_at_end))
 
     def _train_epoch(self) -> None:
@@ -168,13 +173,13 @@ class Trainer:
         progress, lr_factor = self._progress()
         logging = self._is_logging_step()
 
-        loss = self.compute_gradient(batch)
+        loss, used = self.compute_gradient(batch)
         with self.clock.phase("agree"):
-            request = self.agreement.agree(loss + self.gradient.flat.sum())
+            request, used = self.agreement.agree(loss + self.gradient.flat.sum(), used)
         if request is Request.SKIP and self._skip_nonfinite(loss, logging):
             return request
 
-        norms = self.exchange_gradient(progress, measure=logging)
+        norms = self.exchange_gradient(progress, used, measure=logging)
         self.apply(lr_factor)
 
         self.meter.add_step(loss, self.exchange.reducer.density)
