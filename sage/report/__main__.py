@@ -15,7 +15,8 @@ from sage import files
 from sage.config import ConfigError
 from sage.console import complain, show
 from sage.report.figures import draw, to_png
-from sage.report.runs import ReportError, Run, Section, find_runs, gather, read_run
+from sage.report.groups import Section, gather
+from sage.report.runs import ReportError, Run, find_runs, read_run
 from sage.report.tables import Sheet, build_sheets, to_csv, to_markdown, to_terminal
 from sage.sweep import Point, read
 

@@ -11,7 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, NullFormatter
 
-from sage.report.runs import Flat, Group, Run, Section, training_seconds
+from sage.report.groups import Group, Section
+from sage.report.runs import Flat, Run, training_seconds
 from sage.report.tables import milliseconds, number
 
 PAGE = 8

@@ -1,8 +1,7 @@
-"""What runs left, for the report: read from the files in their folders, gathered by configuration."""
+"""What runs left, for the report: read from the files in their folders."""
 
 import json
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -26,8 +25,6 @@ NEEDED = {
     "environment.json": ["world_size"],
     "summary.json": ["score.last", "score.best"],
 }
-SHORT = 20
-"""A longer name does not fit beside a table's numbers in 80 columns: then names are numbered, with a key."""
 Flat = dict[str, Any]  # {"task": {"name": "cnn"}} as {"task.name": "cnn"}
 
 
@@ -60,44 +57,6 @@ class Run:
         last = self.steps[-1:] + self.epochs[-1:]
         epoch, step = (max((line[key] for line in last), default="-") for key in ("epoch", "step"))
         return f"at epoch {epoch}, step {step}"
-
-
-@dataclass(frozen=True)
-class Group:
-    """One configuration: its finished runs, a seed each, or one unfinished run. name: for where space is
-    short."""
-
-    runs: list[Run]
-    label: str
-    name: str
-
-    @property
-    def done(self) -> bool:
-        return bool(self.runs[0].summary)
-
-    def values(self, of: Callable[[Run], float | None]) -> list[float]:
-        """A number of each run that has one."""
-        return [value for value in map(of, self.runs) if value is not None]
-
-
-@dataclass(frozen=True)
-class Section:
-    """What can be compared: the groups of one task and world size."""
-
-    place: str
-    groups: list[Group]
-
-    @property
-    def runs(self) -> list[Run]:
-        return [run for group in self.groups for run in group.runs]
-
-    @property
-    def score(self) -> str:
-        return " or ".join(sorted({run.score for run in self.runs if run.score})) or "score"
-
-    @property
-    def is_numbered(self) -> bool:
-        return any(group.name != group.label for group in self.groups)
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -179,81 +138,3 @@ def density_mean(run: Run) -> float | None:
 def spread(values: Sequence[float]) -> tuple[float | None, float | None]:
     """Mean and sample standard deviation; None where there are too few."""
     return fmean(values) if values else None, stdev(values) if len(values) > 1 else None
-
-
-# --- gathering ------------------------------------------------------------------------------------
-
-
-def gather(runs: Sequence[Run]) -> list[Section]:
-    """A section for each task and world size; in it a group a configuration, exact ones first.
-
-    Runs that differ in the seed alone are one group. Of runs that are alike in everything the first of each
-    seed is in one group, the second in another; an unfinished run is a group of its own.
-    """
-    sections = []
-    for place in dict.fromkeys(run.place for run in runs):
-        gathered: dict[str, list[Run]] = {}
-        seen: Counter[str] = Counter()
-        for run in (run for run in runs if run.place == place):
-            config = {key: value for key, value in run.config.items() if key != "seed"}
-            alike = json.dumps(
-                [config, run.config.get("seed"), bool(run.summary)], sort_keys=True, default=str
-            )
-            seen[alike] += 1
-            which = seen[alike] if run.summary else str(run.folder)
-            key = json.dumps([config, bool(run.summary), which], sort_keys=True, default=str)
-            gathered.setdefault(key, []).append(run)
-        members = sorted(gathered.values(), key=lambda runs: -exactness(runs[0].config))
-        sections.append(Section(place, _named(members)))
-    return sections
-
-
-def _named(members: list[list[Run]]) -> list[Group]:
-    labels = label(members)
-    fits = max(map(len, labels)) <= SHORT
-    reducers = [runs[0].config["reducer.name"] for runs in members]
-    names = labels if fits else [f"{i} {reducer}" for i, reducer in enumerate(reducers, 1)]
-    return [Group(*parts) for parts in zip(members, labels, names, strict=True)]
-
-
-def label(members: Sequence[list[Run]]) -> list[str]:
-    """A name a group, no two alike: the reducer, then the first keys that tell apart those still alike."""
-    # The other keys: 1.
-    ranks = {"reducer": 0, "state": 2, "seed": 3, "log": 4, "checkpoint": 4, "resume": 4, "run": 5, "at": 6}
-    firsts = [runs[0] for runs in members]
-    flats = [
-        run.config | {"state": bool(run.summary), "run": run.folder.name, "at": run.folder} for run in firsts
-    ]
-    for flat, runs in zip(flats, members, strict=True):
-        flat["seed"] = ",".join(str(run.config.get("seed")) for run in runs)
-    names = [run.config["reducer.name"] for run in firsts]
-    for key in sorted(set().union(*flats), key=lambda key: (ranks.get(key.split(".")[0], 1), key)):
-        if key == "state":
-            names = [
-                name + " (unfinished)" * (not flat[key]) for name, flat in zip(names, flats, strict=True)
-            ]
-            continue
-        short = key.removesuffix(".name").split(".")[-1]
-        pairs = [(name, f"{name} {short}={flat.get(key)}") for name, flat in zip(names, flats, strict=True)]
-        longer = {name: {b for a, b in pairs if a == name} for name in names}
-        names = [b if len(longer[a]) > 1 else a for a, b in pairs]
-    return names
-
-
-def exactness(config: Flat) -> int:
-    """2 for the plain all-reduce, 1 for one of fewer bits, 0 for a compressor."""
-    if config["reducer.name"] != "exact":
-        return 0
-    return 2 if config.get("reducer.dtype", "float32") == "float32" else 1
-
-
-def exact_for(group: Group, groups: Sequence[Group]) -> Group | None:
-    """The first finished group of the plain all-reduce with the same task's settings and world size."""
-    mine = group.runs[0]
-    task = {key: value for key, value in mine.config.items() if key.startswith("task.")}
-    for other in groups:
-        config, place = other.runs[0].config, other.runs[0].place
-        is_alike = place == mine.place and task.items() <= config.items()
-        if exactness(config) == 2 and other.done and is_alike:
-            return other
-    return None

@@ -10,18 +10,8 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from sage.report.runs import (
-    COMPUTE,
-    Group,
-    Run,
-    Section,
-    density_mean,
-    exact_for,
-    per_step,
-    phases,
-    spread,
-    training_seconds,
-)
+from sage.report.groups import Group, Section, exact_for
+from sage.report.runs import COMPUTE, Run, density_mean, per_step, phases, spread, training_seconds
 
 SPREAD = "± standard deviation over seeds"
 SIMULATED = "\nsimulated: one worker's times, taken alone on the machine; communication has none"
