@@ -76,22 +76,42 @@ def find_runs(folders: Sequence[Path]) -> list[Path]:
 
 def read_run(folder: Path) -> Run:
     """Raises ReportError, ConfigError or OSError. Of lines about the same step or epoch the last counts."""
-    path = folder / "config.yaml"
+    config = _read_config(folder / "config.yaml")
+    environment = _read_json(folder / "environment.json")
+    simulated = environment.get("simulated") is True
+    place = f"{config['task.name']}, world size {environment['world_size']}"
+    summary_path = folder / "summary.json"
+    summary = _read_json(summary_path) if summary_path.exists() else {}
+    lines, torn = _read_lines(folder / "metrics.jsonl")
+    steps = {line["step"]: line for line in lines if line["kind"] == "step"}
+    epochs = {line["epoch"]: line for line in lines if line["kind"] == "epoch"}
+    return Run(
+        folder=folder,
+        config=config,
+        place=f"{place}, simulated" if simulated else place,
+        steps=list(steps.values()),
+        epochs=list(epochs.values()),
+        summary=summary,
+        torn=torn,
+        simulated=simulated,
+    )
+
+
+def _read_config(path: Path) -> Flat:
     config = flatten(read_yaml(path.read_bytes().decode(errors="replace"), str(path)))
     if not {"task.name", "reducer.name"} <= config.keys():
         raise ReportError(f"{path}: expected a run's resolved configuration, with task.name and reducer.name")
-    path = folder / "environment.json"
-    environment = parse(path.read_bytes(), path, path.name)
-    simulated = environment.get("simulated") is True
-    place = f"{config['task.name']}, world size {environment['world_size']}{', simulated' * simulated}"
-    path = folder / "summary.json"
-    summary = parse(path.read_bytes(), path, path.name) if path.exists() else {}
-    path = folder / "metrics.jsonl"
-    *texts, rest = path.read_bytes().split(b"\n")  # rest: after the last newline, nothing or a line cut off
-    lines = [parse(text, f"{path}: line {number}") for number, text in enumerate(texts, 1)]
-    steps = {line["step"]: line for line in lines if line["kind"] == "step"}
-    epochs = {line["epoch"]: line for line in lines if line["kind"] == "epoch"}
-    return Run(folder, config, place, [*steps.values()], [*epochs.values()], summary, bool(rest), simulated)
+    return config
+
+
+def _read_json(path: Path) -> Flat:
+    return parse(path.read_bytes(), path, path.name)
+
+
+def _read_lines(path: Path) -> tuple[list[Flat], bool]:
+    """The whole lines, and whether one more was cut off at the end."""
+    *texts, rest = path.read_bytes().split(b"\n")  # rest: after the last newline
+    return [parse(text, f"{path}: line {number}") for number, text in enumerate(texts, 1)], bool(rest)
 
 
 def parse(text: bytes, origin: Path | str, kind: str = "") -> Flat:
@@ -118,11 +138,19 @@ def per_step(run: Run, name: str) -> float:
 
 def phases(run: Run) -> dict[str, float]:
     """Milliseconds per step; zeros before the first epoch is done."""
-    times = {name: 1000 * per_step(run, f"seconds.{name}") for name in (*COMPUTE, "reduce", "communicate")}
-    times["compression"] = times.pop("reduce") - times["communicate"]
-    # For the slowest worker, before the exchange.
-    waiting = 1000 * per_step(run, "seconds.agree") if times["communicate"] else 0.0
-    return times | {"communication": (times.pop("communicate") + waiting) * (not run.simulated)}
+
+    def milliseconds(name: str) -> float:
+        return 1000 * per_step(run, f"seconds.{name}")
+
+    communication = milliseconds("communicate")
+    compression = milliseconds("reduce") - communication
+    if communication:
+        communication += milliseconds("agree")  # a wait for the slowest worker, before the exchange
+    return {
+        **{name: milliseconds(name) for name in COMPUTE},
+        "compression": compression,
+        "communication": 0.0 if run.simulated else communication,
+    }
 
 
 def training_seconds(line: Flat) -> float:
