@@ -15,7 +15,7 @@ import torch
 
 import run
 from sage.files import LineFile
-from sage.interfaces import Place, Stopped, TrainingError
+from sage.interfaces import CommunicationError, Place, Stopped, TrainingError
 from sage.runfolder import checkpoint, manifest
 from sage.runfolder.checkpoint import Checkpoints, CheckpointWriter, read_state, write_state
 from sage.runfolder.folder import claimed
@@ -215,6 +215,12 @@ def change(folder: Path, of: Callable[[dict[str, Any]], Any]) -> None:
     path.write_text(json.dumps(of(json.loads(path.read_text()))))
 
 
+def with_file(name: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """Adds a file to a manifest's list."""
+    facts = {"bytes": 1, "sha256": "0" * 64}
+    return lambda content: {**content, "files": content["files"] | {name: facts}}
+
+
 def alter(folder: Path) -> None:
     """One bit, in the middle."""
     content = bytearray((folder / "shared.pt").read_bytes())
@@ -243,6 +249,10 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "a file not in its list": (
         lambda folder: change(folder, lambda content: {**content, "world_size": 2}),
         r"manifest\.json: files: expected rank1\.pt among them",
+    ),
+    "a file too many in its list": (
+        lambda folder: change(folder, with_file("../../../elsewhere.pt")),
+        r"manifest\.json: files: expected no \.\./\.\./\.\./elsewhere\.pt among them",
     ),
     "no manifest's content": (
         lambda folder: change(folder, lambda content: {**content, "step": -1}),
@@ -374,6 +384,40 @@ def test_on_a_full_disk_the_last_whole_one_stays_and_the_run_ends_or_goes_on(
         manifest.newest_whole(run_folder).check_whole(contents=True)
     save(patient, 6)  # there is room again
     assert manifest.newest_whole(tmp_path / "b").manifest.step == 6
+
+
+def collect_with(text: str) -> Callable[[RendezvousStore, str, str], list[str]]:
+    """Every collection ends with a second worker's text."""
+
+    def collect(store: RendezvousStore, name: str, value: str) -> list[str]:
+        return [value, text]
+
+    return collect
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            '{"error": "No space left on device"}',
+            "no checkpoint after step 5: rank 1: No space left on device; ",
+        ),
+        ("!No space left on device", "checkpoint/1: expected a WriteReport of rank 1, got '!No space"),
+        ('{"files": {"rank1.pt": {"bytes": -1, "sha256": ""}}}', "expected a WriteReport of rank 1, got "),
+        (
+            '{"files": {"../rank1.pt": {"bytes": 1, "sha256": ""}}}',
+            "files: expected no ../rank1.pt among them",
+        ),
+    ],
+)
+def test_what_another_worker_reports_of_its_files_is_checked_and_its_error_ends_the_run(
+    text: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = keep(tmp_path / "run")
+    monkeypatch.setattr(RendezvousStore, "collect", collect_with(text))
+    with pytest.raises((TrainingError, CommunicationError), match=re.escape(expected)):
+        save(writer, 5)
+    assert not manifest.manifests(tmp_path / "run")
 
 
 @contextmanager

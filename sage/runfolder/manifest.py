@@ -49,6 +49,14 @@ class Manifest(Settings):
     """The run's resolved configuration."""
     files: dict[str, FileFacts]
 
+    def check_files(self) -> None:
+        """Raise ValueError unless files names the shared file and one file of each worker, and no other."""
+        expected = {SHARED, *map(own, range(self.world_size))}
+        for name in sorted(expected - self.files.keys()):
+            raise ValueError(f"files: expected {name} among them")
+        for name in sorted(self.files.keys() - expected):
+            raise ValueError(f"files: expected no {name} among them")
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -102,12 +110,12 @@ def read(folder: Path) -> Checkpoint:
         raise ValueError(f"{path}: format: expected {FORMAT}, got {one_line(version)}; {told}")
     try:
         made = Manifest.model_validate(raw)
+        made.check_files()
     except ValidationError as error:
         first = error.errors()[0]
         raise ValueError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-    for name in (SHARED, *map(own, range(made.world_size))):
-        if name not in made.files:
-            raise ValueError(f"{path}: files: expected {name} among them")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     return Checkpoint(folder, made)
 
 
