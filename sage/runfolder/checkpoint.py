@@ -1,7 +1,6 @@
 """Checkpoints: when one is due, how all workers write it together, how a worker reads its part."""
 
 import hashlib
-import io
 import re
 import shutil
 import time
@@ -171,7 +170,7 @@ def _wait_for(checkpoint: Checkpoint) -> None:
     deadline = time.monotonic() + VISIBLE_SECONDS
     while True:
         try:
-            return checkpoint.check_whole(contents=False)
+            return checkpoint.check_sizes()
         except ValueError as error:
             if time.monotonic() > deadline:
                 told = "runs must lie in a folder that all hosts share (--runs)"
@@ -228,17 +227,20 @@ def write_weights(path: Path, model: torch.nn.Module) -> None:
 def read_state(checkpoint: Checkpoint, name: str) -> State:
     """A file's state, on the CPU. Raises ValueError where it is not what the manifest says, or holds more
     than data: torch runs no code of it."""
-    return _load(checkpoint.folder / name, io.BytesIO(checkpoint.read(name)))
+    with checkpoint.open(name) as file:
+        return _load(checkpoint.folder / name, file)
 
 
 def check_readable(checkpoint: Checkpoint) -> None:
     """Raise ValueError where a file is not what the manifest says, or holds more than data."""
-    checkpoint.check_whole(contents=True)
+    checkpoint.check_sizes()
     for name in checkpoint.manifest.files:
-        _load(checkpoint.folder / name, checkpoint.folder / name, mmap=True)  # no tensor is read
+        path = checkpoint.folder / name
+        with checkpoint.open(name):
+            _load(path, path, mmap=True)  # reads no tensor
 
 
-def _load(path: Path, source: io.BytesIO | Path, **options: bool) -> State:
+def _load(path: Path, source: BinaryIO | Path, **options: bool) -> State:
     """path: for what is said."""
     try:
         state = torch.load(source, map_location="cpu", weights_only=True, **options)

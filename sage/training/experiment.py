@@ -138,7 +138,10 @@ def _agree(order: RunPlan, store: RendezvousStore) -> Checkpoint | None:
     folder = store.agree("resume", str(mine.folder) if mine else "")
     found, trouble = None, ""
     try:
-        found = manifest.read(Path(folder)) if folder else None
+        if mine and folder == str(mine.folder):
+            found = mine  # it knows which of its files it has verified
+        elif folder:
+            found = manifest.read(Path(folder))
     except ValueError as error:
         trouble = str(error)
     _share_trouble("seen", trouble, store)
