@@ -21,7 +21,7 @@ from sage.files import LineFile
 from sage.interfaces import CommunicationError, Place, Stopped, TrainingError
 from sage.runfolder import checkpoint, manifest
 from sage.runfolder.checkpoint import Checkpoints, CheckpointWriter, check_readable, read_state, write_state
-from sage.runfolder.folder import claimed
+from sage.runfolder.folder import lock
 from sage.runfolder.record import Log, Recorder, cut_back
 from sage.runfolder.resume import NEWEST
 from sage.training import agree
@@ -127,13 +127,12 @@ def test_what_changes_no_step_may_change_on_the_way(runs: Path) -> None:
     assert json.loads((only_run(runs) / "summary.json").read_text())["epochs"] == 3
 
 
-def test_a_run_that_a_process_trains_is_not_gone_on_with_by_another(runs: Path, capsys: Capture) -> None:
+def test_a_run_that_a_process_trains_cannot_be_resumed_by_another(runs: Path, capsys: Capture) -> None:
     folder = only_run(runs)
     before = contents(runs)
-    with claimed(folder) as trouble:
-        assert trouble == ""
+    with lock(folder):
         assert resume(runs) == 1
-    assert told(capsys).endswith(f"{folder}: expected a run that no process trains, got one that does")
+    assert told(capsys).endswith(f"run.py: rank 0: {folder}: another process is training this run")
     assert contents(runs) == before
     assert resume(runs) == 0
 

@@ -1,6 +1,7 @@
 """One run on one worker: its folder, its parts put together, training, the summary."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from sage.exchange.clock import Clock
 from sage.interfaces import Stopped, TrainingError
 from sage.runfolder import checkpoint, manifest, provenance
 from sage.runfolder.checkpoint import CheckpointWriter
-from sage.runfolder.folder import begin, claimed, finish, leave, link
+from sage.runfolder.folder import begin, finish, leave, link, lock
 from sage.runfolder.manifest import Checkpoint
 from sage.runfolder.record import Recorder
 from sage.runfolder.resume import ResumePoint, ResumeRequest, choose
@@ -105,11 +106,12 @@ def carry_out(
     if resumed:  # before anything in the run's folder is changed
         _share_trouble("restored", _trouble(lambda: trainer.restore(resumed)), store)
     workers = store.collect("where", worker.where())
-    with claimed(folder if speaks else None) as claim:
+    with ExitStack() as held:
         if speaks:
             say(f"{folder}: {worker.describe(workers)}")
         environment = provenance.environment(**worker.facts(), workers=workers) if speaks else {}
-        _share_trouble("begun", claim or _trouble(lambda: _open(order, folder, environment, resumed)), store)
+        trouble = _trouble(lambda: _open(order, folder, environment, resumed, held)) if speaks else ""
+        _share_trouble("begun", trouble, store)
         with recorder:
             try:
                 summary = trainer.run()
@@ -164,9 +166,11 @@ def _trouble(call: Callable[[], object]) -> str:
     return ""
 
 
-def _open(order: RunPlan, folder: Path, environment: dict[str, Any], resumed: Checkpoint | None) -> None:
-    """Begin or go on in a run's folder; nothing on a worker that does not speak (without an environment)."""
-    if environment:
-        begin(folder, config.to_yaml(order.settings), environment, resumed)
-        if order.job:
-            link(order.job, folder)
+def _open(
+    order: RunPlan, folder: Path, environment: dict[str, Any], resumed: Checkpoint | None, held: ExitStack
+) -> None:
+    """Lock a run's folder until held is left, and start or resume the run in it."""
+    held.enter_context(lock(folder))
+    begin(folder, config.to_yaml(order.settings), environment, resumed)
+    if order.job:
+        link(order.job, folder)
