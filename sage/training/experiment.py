@@ -1,6 +1,7 @@
 """One run on one worker: what is to be run, its parts put together, training, and what it leaves on disk."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,7 @@ from sage.exchange.clock import Clock
 from sage.interfaces import Stopped, TrainingError
 from sage.runfolder import checkpoint, manifest, provenance
 from sage.runfolder.checkpoint import CheckpointWriter
-from sage.runfolder.folder import begin, claimed, finish, leave, link
+from sage.runfolder.folder import begin, finish, leave, link, lock
 from sage.runfolder.manifest import Checkpoint
 from sage.runfolder.record import Recorder
 from sage.runfolder.resume import ResumePoint, ResumeRequest, choose
@@ -121,18 +122,18 @@ def run_worker(
 
     # 4. training
     workers = store.collect("where", worker.where())
-    with claimed(folder if speaks else None) as claim:
+    with ExitStack() as held:
         if speaks:
             say(f"{folder}: {worker.describe(workers)}")
 
         def open_folder() -> None:
-            if claim:
-                raise ValueError(claim)
-            if speaks:
-                environment = provenance.environment(**worker.facts(), workers=workers)
-                begin(folder, config.to_yaml(settings), environment, resumed)
-                if plan.job_link:
-                    link(plan.job_link, folder)
+            if not speaks:
+                return
+            held.enter_context(lock(folder))
+            environment = provenance.environment(**worker.facts(), workers=workers)
+            begin(folder, config.to_yaml(settings), environment, resumed)
+            if plan.job_link:
+                link(plan.job_link, folder)
 
         _on_all_workers("opened", open_folder, store)
         with recorder:
