@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+import reducers
 from reducers import REDUCERS
 from sage import config, files
 from sage.components import SettingsTable
@@ -75,7 +76,7 @@ def build(settings: RunSettings, worker: Worker) -> Parts:
     task = TASKS[settings.task.name](settings.task, worker.data, worker.place, seeds=seeds, device=device)
     torch.manual_seed(seeds.worker)  # dropout
     gradient = GradientBuffer(task.model)
-    reducer = REDUCERS[settings.reducer.name](settings.reducer, gradient.layout, seeds=seeds, device=device)
+    reducer = reducers.build(settings.reducer, gradient.layout, seeds=seeds, device=device)
     feedback = FEEDBACKS[settings.feedback.name](settings.feedback, gradient.flat)
     return task, reducer, feedback, gradient, build_optimizer(settings.optimizer, task.model)
 

@@ -1,4 +1,4 @@
-"""Every reducer by its name in the configuration."""
+"""Every reducer by its name in the configuration, and how one is built."""
 
 from typing import Any
 
@@ -6,6 +6,7 @@ import torch
 
 from reducers.accordion import Accordion
 from reducers.atomo import Atomo
+from reducers.common import WrapperSettings
 from reducers.exact import Exact
 from reducers.global_topk import GlobalTopK
 from reducers.powersgd import PowerSGD
@@ -36,12 +37,24 @@ REDUCERS: dict[str, type[Reducer]] = {
     "svd": SVD,
     "atomo": Atomo,
 }
-Accordion.inners = {"topk": TopK, "powersgd": PowerSGD}
 _SETTINGS = {name: reducer.Settings for name, reducer in REDUCERS.items()}
 
 
 class _Chosen(Settings):
     reducer: Named
+
+
+def build(config: Named, layout: list[Slot], *, seeds: Seeds, device: torch.device) -> Reducer:
+    """The reducer of a configuration's section; of a wrapper the inner reducer first."""
+    given: dict[str, Any] = {"seeds": seeds, "device": device}
+    if isinstance(config, WrapperSettings):
+        given["inner"] = build(_settings(config.inner_section()), layout, **given)
+    return REDUCERS[config.name](config, layout, **given)
+
+
+def _settings(section: dict[str, Any]) -> Named:
+    """The settings in a section. Raises ConfigError."""
+    return validate({"reducer": section}, _Chosen, {"reducer": _SETTINGS}).reducer
 
 
 def build_reducer(
@@ -58,5 +71,5 @@ def build_reducer(
     seed is equal on all workers, worker is this one's rank; layout is GradientBuffer(model).layout. Raises
     ValueError where there is no such reducer or setting, or a value is out of its range.
     """
-    chosen = validate({"reducer": {"name": name, **settings}}, _Chosen, {"reducer": _SETTINGS}).reducer
-    return REDUCERS[name](chosen, layout, seeds=Seeds.derive(seed, worker), device=torch.device(device))
+    config = _settings({"name": name, **settings})
+    return build(config, layout, seeds=Seeds.derive(seed, worker), device=torch.device(device))

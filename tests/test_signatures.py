@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import reducers
 from reducers import REDUCERS
 from sage.exchange.comm import LocalComm
 from sage.interfaces import Seeds, Slot
@@ -253,7 +254,7 @@ def test_a_reducer_does_what_its_signature_says(name: str) -> None:
     def last_mean(comm: LocalComm) -> np.ndarray:
         config = REDUCERS[name].Settings.model_validate(settings)
         seeds, device = Seeds.derive(1, comm.rank), torch.device("cpu")
-        reducer = REDUCERS[name](config, LAYOUT, seeds=seeds, device=device)
+        reducer = reducers.build(config, LAYOUT, seeds=seeds, device=device)
         return run_steps(reducer, comm, range(2), torch.zeros(N))[-1].mean.numpy()
 
     for mean in LocalComm.run(2, last_mean):
