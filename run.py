@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+import reducers
 from reducers import REDUCERS
 from sage import config, files
 from sage.components import SettingsTable
@@ -87,9 +88,7 @@ def build(settings: RunSettings, worker: Worker) -> TrainingParts:
     gradient = GradientBuffer(task.model)
     return TrainingParts(
         task=task,
-        reducer=REDUCERS[settings.reducer.name](
-            settings.reducer, gradient.layout, seeds=seeds, device=device
-        ),
+        reducer=reducers.build(settings.reducer, gradient.layout, seeds=seeds, device=device),
         feedback=FEEDBACKS[settings.feedback.name](settings.feedback, gradient.flat),
         gradient=gradient,
         optimizer=build_optimizer(settings.optimizer, task.model),

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import reducers
 from reducers import REDUCERS
 from reducers.powersgd import PowerSGD
 from reducers.sage import Sage, SageLaw
@@ -46,9 +47,8 @@ class InjectedLaw(SageLaw):
 def run(name: str, comm: LocalComm, golden: dict) -> dict[str, np.ndarray | list]:
     """One worker's 30 steps, as train.py of the published code did them."""
     reducer_name, settings = SETTINGS[name]
-    reducer_class = REDUCERS[reducer_name]
-    config = reducer_class.Settings.model_validate(settings)
-    reducer = reducer_class(config, LAYOUT, seeds=Seeds.derive(1, 0), device=torch.device("cpu"))
+    config = REDUCERS[reducer_name].Settings.model_validate(settings)
+    reducer = reducers.build(config, LAYOUT, seeds=Seeds.derive(1, 0), device=torch.device("cpu"))
     if isinstance(reducer, Sage):
         reducer.law = InjectedLaw(config, LAYOUT, 0, torch.device("cpu"))
         reducer.law.sampled_means = golden["savg"][:, comm.rank].tolist()

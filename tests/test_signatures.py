@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import reducers
 from reducers import REDUCERS
 from reducers.powersgd import PowerSGD
 from sage.exchange.comm import LocalComm
@@ -255,7 +256,7 @@ def test_a_reducer_does_what_its_signature_says(name: str) -> None:
     def last_mean(comm: LocalComm) -> np.ndarray:
         config = REDUCERS[name].Settings.model_validate(settings)
         seeds, device = Seeds.derive(1, comm.rank), torch.device("cpu")
-        reducer = REDUCERS[name](config, LAYOUT, seeds=seeds, device=device)
+        reducer = reducers.build(config, LAYOUT, seeds=seeds, device=device)
         if isinstance(reducer, PowerSGD):
             reducer.p, reducer.q = reducer.p.double(), reducer.q.double()
         memory = torch.zeros(N, dtype=torch.float64)
