@@ -251,8 +251,8 @@ class Task(ABC):
         """This worker's batches of an epoch, from the start-th on."""
 
     @abstractmethod
-    def loss(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """The mean loss of a batch, a scalar, and scalars worth logging beside it."""
+    def loss(self, batch: Any) -> Tensor:
+        """The mean loss of a batch, a scalar."""
 
     @abstractmethod
     def evaluate(self) -> dict[str, tuple[float, float]]:

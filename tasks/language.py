@@ -98,12 +98,12 @@ class LanguageModelling(Task, Stateful):
             chunk = self._train[batch * self.bptt : (batch + 1) * self.bptt + 1].long()  # (T + 1, B)
             yield chunk[:-1], chunk[1:]
 
-    def loss(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         """Mean cross entropy over the batch's tokens. Advances the hidden state."""
         tokens, targets = batch
         scores, hidden = self.model(tokens, self.hidden)
         self.hidden = hidden.detach().to(self.hidden.dtype)  # autocast may have changed the type
-        return F.cross_entropy(scores.flatten(0, 1), targets.flatten()), {}
+        return F.cross_entropy(scores.flatten(0, 1), targets.flatten())
 
     def evaluate(self) -> dict[str, tuple[float, float]]:
         """loss over this worker's share of the validation text."""

@@ -50,7 +50,7 @@ def make_task(text: Text, batch: int = 1, place: Place = ONE, **changes: Any) ->
 
 
 def losses_of(task: LanguageModelling, epoch: int = 0, start: int = 0) -> list[float]:
-    return [task.loss(batch)[0].item() for batch in task.train_batches(epoch, start)]
+    return [task.loss(batch).item() for batch in task.train_batches(epoch, start)]
 
 
 # --- which token is where -------------------------------------------------------------------------
@@ -146,7 +146,7 @@ def test_the_hidden_state_is_carried_through_an_epoch_and_reset_at_the_next() ->
 def test_gradients_do_not_reach_into_the_batch_before() -> None:
     task = make_task(numbered(40, num_types=7), 4)
     for batch in task.train_batches(0):
-        loss, _ = task.loss(batch)
+        loss = task.loss(batch)
         assert not task.hidden.requires_grad
         loss.backward()  # a second backward through a freed graph would raise
 

@@ -72,9 +72,9 @@ def spoil_steps(task: Task, steps: set[int], spoil: Spoil = loss_becomes_nan) ->
     """Have the task's loss spoiled in these of its steps, counted over epochs."""
     loss, count = task.loss, iter(range(10**6))
 
-    def spoiled(batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        value, logged = loss(batch)
-        return (spoil(task, value) if next(count) in steps else value), logged
+    def spoiled(batch: Any) -> Tensor:
+        value = loss(batch)
+        return spoil(task, value) if next(count) in steps else value
 
     task.loss = spoiled  # type: ignore[method-assign]
 
@@ -250,14 +250,14 @@ def test_run_py_ends_with_one_line_that_names_epoch_step_tensor_and_rank(
 ) -> None:
     loss, counts, named = Digits.loss, {}, []
 
-    def spoiled(self: Digits, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        value, logged = loss(self, batch)
+    def spoiled(self: Digits, batch: Any) -> Tensor:
+        value = loss(self, batch)
         count = counts[self.place.rank] = counts.get(self.place.rank, -1) + 1
         if self.place.rank == 1 and count in (2, 3):
             name, weight = list(self.model.named_parameters())[-1]
             named.append(name)
             hook = weight.register_hook(lambda grad: (hook.remove(), grad * math.nan)[1])
-        return value, logged
+        return value
 
     monkeypatch.setattr(Digits, "loss", spoiled)
     words = [DIGITS, "epochs=1", "task.batch_per_worker=64", "log.tensorboard=false", "--threads", "1"]
@@ -274,12 +274,12 @@ def test_run_py_ends_with_one_line_that_names_epoch_step_tensor_and_rank(
 class HugeTask(ToyTask):
     """Worker 1's gradient of its fifth batch is 1e38 everywhere, and a little."""
 
-    def loss(self, batch: slice) -> tuple[Tensor, dict[str, Tensor]]:
-        value, logged = super().loss(batch)
+    def loss(self, batch: slice) -> Tensor:
+        value = super().loss(batch)
         if self.place.rank == 1 and batch.start == 4 + 4 * 8:
             for parameter in self.model.parameters():
                 value = value + (1e38 * (parameter - parameter.detach())).sum()
-        return value, logged
+        return value
 
 
 @pytest.mark.parametrize("on_nonfinite", ["stop", "skip"])

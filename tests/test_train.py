@@ -63,7 +63,7 @@ def test_one_worker_with_exact_is_torchs_own_loop() -> None:
     for epoch in range(2):
         for batch in task.train_batches(epoch):
             optimizer.zero_grad()
-            task.loss(batch)[0].backward()
+            task.loss(batch).backward()
             for group in optimizer.param_groups:
                 group["lr"] = 0.1 * 0.5**epoch
             optimizer.step()
@@ -152,7 +152,7 @@ def test_density_counts_every_step_also_between_step_lines(tmp_path: Path) -> No
 def test_step_lines_hold_the_mean_loss_over_workers(tmp_path: Path) -> None:
     LocalComm.run(2, lambda comm: train(settings_of("exact"), comm, 8, tmp_path))
     tasks = [ToyTask(8, Place(rank, 2)) for rank in range(2)]
-    first = [task.loss(next(task.train_batches(0)))[0].item() for task in tasks]
+    first = [task.loss(next(task.train_batches(0))).item() for task in tasks]
     assert losses_of(tmp_path)[0] == pytest.approx(sum(first) / 2, rel=1e-7)
 
 
@@ -162,7 +162,7 @@ def test_the_norms_are_the_compressions(tmp_path: Path) -> None:
     (line,) = (line for line in read_lines(tmp_path) if line["kind"] == "step")
     task = ToyTask(NUM_TRAIN, Place(0, 1))
     gradient = GradientBuffer(task.model)
-    task.loss(slice(0, NUM_TRAIN))[0].backward()
+    task.loss(slice(0, NUM_TRAIN)).backward()
     kept = []
     for slot in gradient.layout:
         part = gradient.flat[slot.start : slot.stop].abs().sort().values
@@ -182,7 +182,7 @@ def test_clipping_bounds_the_gradient_where_it_says(before: bool) -> None:
     for rank in range(2):
         task = ToyTask(32, Place(rank, 2))
         flat = GradientBuffer(task.model).flat
-        task.loss(next(task.train_batches(0)))[0].backward()
+        task.loss(next(task.train_batches(0))).backward()
         raw.append(flat)
     clipped = [grad * 0.01 / (grad.norm() + 1e-6) for grad in raw]
     mean = sum(raw) / 2
@@ -218,7 +218,7 @@ def test_the_published_nesterov_step_is_gradient_plus_momentum() -> None:
     task = ToyTask(16, Place(0, 1))
     momenta = [torch.zeros_like(p) for p in task.model.parameters()]
     for batch in [*task.train_batches(0), *task.train_batches(1)]:
-        gradients = torch.autograd.grad(task.loss(batch)[0], list(task.model.parameters()))
+        gradients = torch.autograd.grad(task.loss(batch), list(task.model.parameters()))
         with torch.no_grad():
             for weight, grad, momentum in zip(task.model.parameters(), gradients, momenta, strict=True):
                 decayed = grad + (1e-3 * weight if weight.ndim > 1 else 0)
@@ -258,9 +258,9 @@ def test_tensorboard_holds_the_numbers_of_the_metrics(tmp_path: Path) -> None:
 class PoisonedTask(ToyTask):
     """Its loss is NaN on one worker, at one step."""
 
-    def loss(self, batch: slice) -> tuple[Tensor, dict[str, Tensor]]:
-        loss, logged = super().loss(batch)
-        return (loss * math.nan if self.place.rank == 1 and batch.start == 40 else loss), logged
+    def loss(self, batch: slice) -> Tensor:
+        loss = super().loss(batch)
+        return loss * math.nan if self.place.rank == 1 and batch.start == 40 else loss
 
 
 @pytest.mark.parametrize("every", [1, 3, 100])
@@ -297,11 +297,11 @@ def test_an_evaluation_that_is_not_finite_is_no_success() -> None:
 class PoisonedGradientTask(ToyTask):
     """A finite loss with a gradient that is not."""
 
-    def loss(self, batch: slice) -> tuple[Tensor, dict[str, Tensor]]:
-        loss, logged = super().loss(batch)
+    def loss(self, batch: slice) -> Tensor:
+        loss = super().loss(batch)
         if self.place.rank == 1:
             loss.register_hook(lambda grad: grad * math.nan)
-        return loss, logged
+        return loss
 
 
 @pytest.mark.parametrize("reducer", ["exact", "sage", "threshold"])

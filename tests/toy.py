@@ -58,8 +58,8 @@ class ToyTask(Task):
             first = (batch * self.place.world_size + self.place.rank) * self.batch_per_worker
             yield slice(first, first + self.batch_per_worker)
 
-    def loss(self, batch: slice) -> tuple[Tensor, dict[str, Tensor]]:
-        return F.mse_loss(self.model(self.x[batch]), self.y[batch]), {}
+    def loss(self, batch: slice) -> Tensor:
+        return F.mse_loss(self.model(self.x[batch]), self.y[batch])
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, tuple[float, float]]:

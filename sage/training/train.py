@@ -75,7 +75,7 @@ class Trainer:
             self.gradient.flat.device.type, torch.bfloat16, enabled=self.settings.precision == "bfloat16"
         )
         with self.clock.phase("forward"), autocast:
-            loss, _ = self.task.loss(batch)
+            loss = self.task.loss(batch)
         with self.clock.phase("backward"):
             loss.backward()
         return loss.detach()
