@@ -38,6 +38,11 @@ Exit codes: 0 done, or ended by SIGTERM or SIGUSR1 with a checkpoint; 1 failed; 
 started); 130 Ctrl-C.
 """
 
+NEED_SWEEP = {"list_points": "--list", "index": "--index"}
+"""Options that only a sweep has, as argparse and as the user names them."""
+NEED_INDEX = {"print_config": "--print-config", "dry_run": "--dry-run"}
+"""Options about one run: in a sweep, about one of its points."""
+
 
 @dataclass(frozen=True)
 class Arguments:
@@ -103,36 +108,68 @@ def parse(arguments: list[str]) -> Arguments:
     add("--job", type=Path, metavar="LINK", help="leave a link to the run's folder there; pararun does")
     add("--print-config", action="store_true", help="print the resolved configuration and stop")
     add("--dry-run", action="store_true", help="build everything, train nothing, say what a run would be")
-    return _check(parser, vars(parser.parse_intermixed_args(arguments)))
+    try:
+        return _to_arguments(vars(parser.parse_intermixed_args(arguments)))
+    except _UsageError as error:
+        parser.error(str(error))
 
 
-def _check(parser: argparse.ArgumentParser, parsed: dict[str, Any]) -> Arguments:
-    """What argparse cannot say of options that belong together."""
-    words, file, resume = parsed.pop("words"), parsed.pop("sweep"), parsed["resume"]
-    sweeps = file is not None
-    if resume and sweeps and parsed["index"] is None:
-        parser.error(
+def _to_arguments(parsed: dict[str, Any]) -> Arguments:
+    """The parsed options as Arguments. Raises _UsageError where they do not belong together."""
+    words, sweep_file = parsed.pop("words"), parsed.pop("sweep")
+    if sweep_file is None:
+        _refuse_all(parsed, NEED_SWEEP, "expected together with --sweep FILE")
+    elif parsed["index"] is None:
+        _refuse_all(parsed, NEED_INDEX, "with --sweep expected an --index too")
+        _refuse_path_for_all_points(parsed["resume"])
+    if parsed["resume"]:
+        _check_resume_path(parsed["resume"])
+    if sweep_file is None:
+        config, overrides = _split_words(words, parsed["resume"])
+    else:
+        config, overrides = sweep_file, _check_overrides(words)
+    return Arguments(config=config, overrides=overrides, sweep=sweep_file is not None, **parsed)
+
+
+def _refuse_all(parsed: dict[str, Any], names: dict[str, str], expected: str) -> None:
+    """Raise _UsageError where one of these options is given."""
+    for name, option in names.items():
+        if parsed[name] is not None and parsed[name] is not False:  # --index 0 is given
+            raise _UsageError(f"{option}: {expected}")
+
+
+def _refuse_path_for_all_points(resume: str | None) -> None:
+    """Raise _UsageError where --resume names one run, for all points of a sweep."""
+    if resume:
+        raise _UsageError(
             f"--resume {resume}: with --sweep and no --index expected no path: each point has its own"
         )
-    if resume and not Path(resume).is_dir():
-        hint = "; CONFIG and key.path=value go before it" if "=" in resume or resume.endswith(".yaml") else ""
-        parser.error(f"--resume {resume}: expected a run's folder, or one of its checkpoints{hint}")
-    if resume and not sweeps and (not words or "=" in words[0]):
-        words.insert(0, str(run_of(Path(resume).resolve()) / "config.yaml"))
-    if not sweeps and not words:
-        parser.error("CONFIG is missing: expected a YAML file")
-    if not sweeps:
-        file, *words = words
-    for word in words if sweeps else ():
+
+
+def _check_resume_path(resume: str) -> None:
+    """Raise _UsageError where --resume PATH is not a folder, as where it has swallowed another word."""
+    if Path(resume).is_dir():
+        return
+    swallowed = "=" in resume or resume.endswith(".yaml")
+    hint = "; CONFIG and key.path=value go before it" if swallowed else ""
+    raise _UsageError(f"--resume {resume}: expected a run's folder, or one of its checkpoints{hint}")
+
+
+def _split_words(words: list[str], resume: str | None) -> tuple[Path, list[str]]:
+    """CONFIG and its overrides; with --resume PATH the run's own configuration where CONFIG is left out."""
+    if resume and (not words or "=" in words[0]):
+        return run_of(Path(resume).resolve()) / "config.yaml", words
+    if not words:
+        raise _UsageError("CONFIG is missing: expected a YAML file")
+    return Path(words[0]), words[1:]
+
+
+def _check_overrides(words: list[str]) -> list[str]:
+    """A sweep's words, which are overrides only. Raises _UsageError where one is not."""
+    for word in words:
         if "=" not in word:
-            parser.error(f"{word}: expected key.path=value; a sweep's file names its own configuration")
-    for name, given in (("list", parsed["list_points"]), ("index", parsed["index"] is not None)):
-        if given and not sweeps:
-            parser.error(f"--{name}: expected together with --sweep FILE")
-    for name in ("print_config", "dry_run"):
-        if sweeps and parsed[name] and parsed["index"] is None:
-            parser.error(f"--{name.replace('_', '-')}: with --sweep expected an --index too")
-    return Arguments(config=Path(file), overrides=words, sweep=sweeps, **parsed)
+            raise _UsageError(f"{word}: expected key.path=value; a sweep's file names its own configuration")
+    return words
 
 
 def choose_point(options: Arguments) -> sweep.Point:
@@ -167,13 +204,15 @@ def run_sweep(
             check(settings)
     failed = []
     for point in points:
-        print(f"point {point.index} of {len(points)}: {point}{' is done' * done[point.index]}", flush=True)
+        state = " is done" if done[point.index] else ""
+        print(f"point {point.index} of {len(points)}: {point}{state}", flush=True)
         if done[point.index]:
             continue
         code, stopped = _run([*command, "--index", str(point.index)])
         if stopped:
             return code
-        failed += [str(point.index)] * (code != 0)
+        if code != 0:
+            failed.append(str(point.index))
     if failed:
         print(f"run.py: {len(failed)} of {len(points)} points failed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0
@@ -195,6 +234,10 @@ def _run(command: list[str]) -> tuple[int, bool]:
             children.append(subprocess.Popen([sys.executable, *command], start_new_session=True))
         code = children[0].wait()
     return (code, False) if WATCH.received is None else (128 + WATCH.received, True)
+
+
+class _UsageError(ValueError):
+    """Options that do not belong together."""
 
 
 class _Parser(argparse.ArgumentParser):
