@@ -41,7 +41,7 @@ SETTLE = partial(config.load, schema=RunSettings, tables=TABLES)
 def main(arguments: list[str]) -> int:
     options = cli.parse(arguments)
     try:
-        if options.many:
+        if options.runs_whole_sweep:
             return cli.run_sweep(options, SETTLE, partial(find_worker, options), [__file__, *arguments])
         point = cli.choose_point(options)
         settings = SETTLE(point.config, point.overrides)
@@ -63,7 +63,7 @@ def main(arguments: list[str]) -> int:
 def find_worker(options: cli.Arguments, settings: RunSettings) -> Worker:
     asked = (options.workers, settings.world_size, options.simulate)
     worker = launch.find_worker(options.threads, options.data, *asked)
-    if options.many and worker.rendezvous.launched:
+    if options.runs_whole_sweep and worker.rendezvous.launched:
         raise ValueError("--sweep: expected an --index too under a launcher, one point a launch")
     check(settings, TASKS, REDUCERS, worker.data, worker.place.world_size)
     return worker

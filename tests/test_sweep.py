@@ -79,7 +79,7 @@ def test_the_axis_base_varies_the_file_which_is_relative_to_the_sweeps(tmp_path:
     path = write(tmp_path / "sweeps", base=None, grid={"base": ["../a.yaml", "../b.yaml"]})
     points = sweep.read(path)
     assert [point.config for point in points] == [tmp_path / "a.yaml", tmp_path / "b.yaml"]
-    assert [point.place for point in points] == [Path("four/a,seed=1"), Path("four/b,seed=1")]
+    assert [point.folder for point in points] == [Path("four/a,seed=1"), Path("four/b,seed=1")]
 
 
 def test_seeds_alone_are_a_sweep(tmp_path: Path) -> None:
@@ -97,12 +97,12 @@ def test_an_override_gives_the_value_of_the_file_back(tmp_path: Path) -> None:
 
 def test_a_points_folder_says_what_it_is_and_is_one_folder(tmp_path: Path) -> None:
     points = sweep.read(write(tmp_path, grid={"x": [*VALUES, "x" * 300, "x" * 301, "a_b_c"]}))
-    places = [point.place for point in points]
-    assert places[0] == Path("four/digits,x=0.0001,seed=1")
-    assert len(set(places)) == len(places)
-    for place in places:
-        assert (len(place.parts), len(place.name) <= sweep.LONGEST_NAME) == (2, True)
-        assert place.name.isascii()
+    folders = [point.folder for point in points]
+    assert folders[0] == Path("four/digits,x=0.0001,seed=1")
+    assert len(set(folders)) == len(folders)
+    for folder in folders:
+        assert (len(folder.parts), len(folder.name) <= sweep.LONGEST_NAME) == (2, True)
+        assert folder.name.isascii()
 
 
 def test_a_point_is_what_run_takes_on_its_command_line(tmp_path: Path) -> None:
@@ -221,7 +221,7 @@ def test_a_run_is_a_finished_point_if_its_settings_are_equal_and_it_has_a_summar
 def test_the_list_tells_index_state_and_what_the_point_is(tmp_path: Path, capsys: Capture) -> None:
     path = write(tmp_path, grid={"epochs": [1, 2]})
     done = sweep.read(path)[1]
-    finish(tmp_path / done.place / "run", run.SETTLE(done.config, done.overrides))
+    finish(tmp_path / done.folder / "run", run.SETTLE(done.config, done.overrides))
     assert exit_code("--sweep", str(path), "--list", "--runs", str(tmp_path)) == 0
     header, *lines = capsys.readouterr().out.splitlines()
     assert header.split() == ["index", "done", "point"]
@@ -262,7 +262,7 @@ def test_all_points_run_in_turn_but_the_finished_and_a_failed_one_stops_none(
 ) -> None:
     path, log = write(tmp_path, grid={"epochs": [1, 2, 3, 4]}), tmp_path / "log"
     done = sweep.read(path)[2]
-    finish(tmp_path / done.place / "run", run.SETTLE(done.config, done.overrides))
+    finish(tmp_path / done.folder / "run", run.SETTLE(done.config, done.overrides))
     assert in_turn(path, tmp_path, ["-c", NOTE.format(log=log), "--sweep"]) == 1
     assert log.read_text().splitlines() == [f"--sweep --index {i}" for i in (0, 1, 3)]
     said = capsys.readouterr()
@@ -282,7 +282,7 @@ def test_what_a_point_needs_is_checked_before_the_first_starts_but_not_of_a_fini
         f"run.py: {tmp_path}/cifar10/cifar10.npz: there is no such file"
     )
     for point in sweep.read(path):
-        finish(tmp_path / point.place / "run", run.SETTLE(point.config, point.overrides))
+        finish(tmp_path / point.folder / "run", run.SETTLE(point.config, point.overrides))
     assert exit_code(*words) == 0
     (tmp_path / "file").write_text("")
     assert exit_code(*words[:2], "--runs", str(tmp_path / "file")) == 2
