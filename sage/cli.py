@@ -1,18 +1,16 @@
 """The command line of run.py."""
 
 import argparse
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from signal import Signals
 from typing import Any, NoReturn
 
 from sage import files, sweep
+from sage.config import ConfigError
 from sage.console import complain, show
 from sage.runfolder.resume import NEWEST, run_of
-from sage.workers.signals import WATCH
+from sage.workers.points import PointRunner
 
 HELP = """\
 Train a task with a gradient compressor, as a YAML file describes it.
@@ -253,10 +251,17 @@ def _check_overrides(words: list[str]) -> list[str]:
 
 
 def choose_point(options: Arguments) -> sweep.Point:
-    """The point to run: the sweep's by --index, or the configuration on its own. Raises ConfigError."""
+    """The point to run: the sweep's by --index, or the configuration on its own.
+
+    Raises ConfigError, also where another process runs the point.
+    """
     if options.index is None:
         return sweep.single_point(options.config, options.overrides)
-    return sweep.pick(sweep.read(options.config, options.overrides), options.index)
+    point = sweep.pick(sweep.read(options.config, options.overrides), options.index)
+    who = sweep.holder(options.runs / point.folder, [sweep.RUN_LOCK])
+    if who and not options.print_config and not options.dry_run:
+        raise ConfigError(f"--index {options.index}: {who} runs this point already")
+    return point
 
 
 def run_sweep(
@@ -267,50 +272,21 @@ def run_sweep(
 ) -> int:
     """List a sweep's points, or run those that are not done, each by `python COMMAND --index I`.
 
-    Before the first one starts, check(settings) raises ValueError where one of them cannot run. A point that
-    fails does not keep the next from running; a signal ends them all. Returns the exit code.
+    Before the first one starts, check(settings) raises ValueError where one of them cannot run. Returns the
+    exit code.
     """
     points = sweep.read(options.config, options.overrides)
     resolved = sweep.resolve(options.config, points, load_settings)
-    done = [
-        sweep.finished_run(options.runs / point.folder, settings, load_settings) is not None
-        for point, settings in zip(points, resolved, strict=True)
-    ]
+
+    def is_done(point: sweep.Point) -> bool:
+        folder = options.runs / point.folder
+        return sweep.finished_run(folder, resolved[point.index], load_settings) is not None
+
+    done = [is_done(point) for point in points]
     if options.list_points:
-        return show(sweep.listing(points, done))
+        return show(sweep.listing(points, done, options.runs))
     files.check_writable(options.runs)
-    for settings, is_done in zip(resolved, done, strict=True):
-        if not is_done:
-            check(settings)
-    failed = []
     for point in points:
-        state = " is done" if done[point.index] else ""
-        print(f"point {point.index} of {len(points)}: {point}{state}", flush=True)
-        if done[point.index]:
-            continue
-        code, stopped = _run_process([*command, "--index", str(point.index)])
-        if stopped:
-            return code
-        if code != 0:
-            failed.append(str(point.index))
-    if failed:
-        print(f"run.py: {len(failed)} of {len(points)} points failed: {', '.join(failed)}", file=sys.stderr)
-    return 1 if failed else 0
-
-
-def _run_process(command: list[str]) -> tuple[int, bool]:
-    """Run `python COMMAND`: its exit code, and whether a signal to this process ended it.
-
-    The child has a session of its own: Ctrl-C does not reach it by itself, only once, from here.
-    """
-    children: list[subprocess.Popen[bytes]] = []
-
-    def send(number: Signals) -> None:
-        for child in children:
-            child.send_signal(number)
-
-    with WATCH.handed_on(send):
-        with WATCH.held():
-            children.append(subprocess.Popen([sys.executable, *command], start_new_session=True))
-        code = children[0].wait()
-    return (code, False) if WATCH.received is None else (128 + WATCH.received, True)
+        if not done[point.index]:
+            check(resolved[point.index])
+    return PointRunner(points, options.runs, is_done, command).run()

@@ -1,15 +1,20 @@
-"""Sweeps: one file (a base, a grid, seeds) as a list of points, and which of them are done. Imports no torch.
+"""Sweeps: one file (a base, a grid, seeds) as a list of points; which are done, and which are being run.
+Imports no torch.
 
 A point's runs are in <sweep>/<point>/ under the folder of runs. Both names follow from the file alone, so
 that any process, and the report, finds them without a registry.
 """
 
+import fcntl
 import hashlib
 import itertools
 import os
 import re
 import shlex
+import socket
+import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -156,8 +161,90 @@ def finished_run(folder: Path, settings: Any, load_settings: LoadSettings) -> Pa
     return None
 
 
-def listing(points: list[Point], done: list[bool]) -> str:
-    """A line for each point: its index, whether it is done, what it is."""
-    pairs = zip(points, done, strict=True)
-    lines = [f"{point.index:5}  {'yes' if is_done else 'no':4}  {point}" for point, is_done in pairs]
-    return "\n".join(["index  done  point", *lines])
+def listing(points: list[Point], done: list[bool], runs: Path) -> str:
+    """A line for each point: its index, whether it is done or being run in the folder runs, what it is."""
+    lines = ["index  state    point"]
+    for point, is_done in zip(points, done, strict=True):
+        state = "done" if is_done else "running" if holder(runs / point.folder) else "waiting"
+        lines.append(f"{point.index:5}  {state:7}  {point}")
+    return "\n".join(lines)
+
+
+# --- points that are being run --------------------------------------------------------------------
+
+RUN_LOCK = ".run.lock"
+"""A file in a point's folder that worker 0 of a run keeps locked while it runs the point. The system gives
+the lock back when the process ends, however it ends."""
+SWEEP_LOCK = ".sweep.lock"
+"""A file there that a sweep keeps locked from before it starts a point's process until that has ended. So two
+sweeps do not start the same point; without it they would find out when each process has done its imports."""
+LOCK_SECONDS = 1.0
+"""How long a process tries to lock a file. One that asks who holds a lock holds it itself for a moment."""
+
+
+def lock(folder: Path, name: str) -> int | None:
+    """Lock a file in a point's folder, which is made; None: another process has locked it.
+
+    Returns a file descriptor, and closing it gives the lock back. Where the file system has no locks, nothing
+    is locked and nobody is kept out. Raises OSError where the file cannot be made.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    opened = os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o666)
+    deadline = time.monotonic() + LOCK_SECONDS
+    while not _try_lock(opened, fcntl.LOCK_EX):
+        if time.monotonic() > deadline:
+            os.close(opened)
+            return None
+        time.sleep(LOCK_SECONDS / 20)
+    with suppress(OSError):  # on a full disk nobody learns who it is
+        os.ftruncate(opened, 0)
+        os.write(opened, f"process {os.getpid()} on {socket.gethostname()}".encode())
+    return opened
+
+
+def holder(folder: Path, names: Sequence[str] = (RUN_LOCK, SWEEP_LOCK)) -> str:
+    """Which process runs a point, in words; empty where none does, as far as the file system has locks."""
+    for path in (folder / name for name in names):
+        try:
+            opened = os.open(path, os.O_RDWR)
+        except OSError:  # there is no such file, or it is another user's
+            continue
+        try:
+            if not _try_lock(opened, fcntl.LOCK_SH):
+                who = os.read(opened, 200).decode(errors="replace") or "another process"
+                return f"{who} ({path})"
+        finally:
+            os.close(opened)
+    return ""
+
+
+def _try_lock(opened: int, kind: int) -> bool:
+    """Whether no other process keeps this one from locking the file."""
+    try:
+        fcntl.flock(opened, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # this file system has no locks
+        return True
+    return True
+
+
+@contextmanager
+def being_run(folder: Path | None) -> Iterator[str]:
+    """Hold a point while this process runs it; None: nothing. Yields what is wrong where it cannot be held:
+    another process runs the point."""
+    if folder is None:
+        yield ""
+        return
+    try:
+        opened = lock(folder, RUN_LOCK)
+    except OSError as error:
+        yield str(error)
+        return
+    if opened is None:
+        yield f"another process runs this point: {holder(folder, [RUN_LOCK]) or folder}"
+        return
+    try:
+        yield ""
+    finally:
+        os.close(opened)

@@ -77,9 +77,18 @@ def start(order: RunPlan, build: Build, worker: Worker) -> int:
         if worker.place.rank == 0:
             say(f"{order.found.run}: done already")
         return 0
-    train = partial(carry_out, order, build)
+    train = partial(carry_out if order.again is None else run_point, order, build)
     run = partial(simulate if worker.simulated else alone, train, worker, timeout)
     return launch.supervise(worker, timeout, settings.deterministic, run)
+
+
+def run_point(
+    order: RunPlan, build: Build, worker: Worker, store: RendezvousStore, context: WorkerContext
+) -> None:
+    """Carry out a run of a sweep's point, which no other process runs meanwhile."""
+    with sweep.being_run(order.place if worker.place.rank == 0 else None) as trouble:
+        _share_trouble("point", trouble, store)
+        carry_out(order, build, worker, store, context)
 
 
 def carry_out(
