@@ -42,6 +42,7 @@ TORCHLESS = [
     "sage/files.py",
     "sage/sweep.py",
     "sage/cli.py",
+    "sage/workers/points.py",
     "sage/workers/signals.py",
     "sage/runfolder/manifest.py",
     "sage/runfolder/resume.py",

@@ -34,7 +34,7 @@ class RunPlan:
     settings: RunSettings
     parent: Path
     """Where the run's folder is made."""
-    load_settings: sweep.Resolve | None = None
+    load_settings: sweep.LoadSettings | None = None
     """How to read the configuration of a finished run: a point of a sweep that is done is skipped. None: what
     is done is run again."""
     resume_point: ResumePoint | None = None
@@ -79,9 +79,18 @@ def start(plan: RunPlan, build: Build, worker: Worker) -> int:
         if speaks:
             say(f"{plan.finished_run}: done already")
         return 0
-    train = partial(run_worker, plan, build)
+    train = partial(run_worker if plan.load_settings is None else run_point, plan, build)
     run = partial(simulate if worker.simulated else run_single, train, worker, settings.timeout_seconds)
     return launch.supervise(worker, settings.timeout_seconds, settings.deterministic, run)
+
+
+def run_point(
+    plan: RunPlan, build: Build, worker: Worker, store: RendezvousStore, context: WorkerContext
+) -> None:
+    """Run a sweep's point, on one worker, while no other process runs it."""
+    with sweep.being_run(plan.parent if worker.place.rank == 0 else None) as error:
+        raise_on_all_workers("point", error, store)
+        run_worker(plan, build, worker, store, context)
 
 
 def run_worker(
@@ -181,6 +190,11 @@ def _on_all_workers(name: str, call: Callable[[], object], store: RendezvousStor
         call()
     except (ValueError, OSError) as failure:
         error = str(failure)
+    raise_on_all_workers(name, error, store)
+
+
+def raise_on_all_workers(name: str, error: str, store: RendezvousStore) -> None:
+    """Raise TrainingError on all workers where one of them has an error."""
     for rank, message in enumerate(store.collect(name, error)):
         if message:
             raise TrainingError(f"rank {rank}: {message}")
