@@ -26,7 +26,6 @@ from sage.config import ConfigError, Settings, load, one_line
 Block = dict[str, list[Any]]
 LoadSettings = Callable[[Path, list[str]], Any]
 """Reads a configuration's file with overrides and returns its settings; raises ConfigError."""
-"""The old name, which sage/training still uses."""
 
 LONGEST_NAME = 150
 """The most characters in the name of a point's folder; file systems allow 255 bytes."""
@@ -69,11 +68,6 @@ class Point:
     overrides: list[str]
     folder: Path
     """Where its runs are, relative to the folder of all runs."""
-
-    @property
-    def place(self) -> Path:
-        """The old name, which run.py and sage/report still use."""
-        return self.folder
 
     def __str__(self) -> str:
         return shlex.join([str(self.config), *self.overrides])
