@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+import reducers
 from reducers import REDUCERS
 from sage import config, files
 from sage.components import SettingsTable
@@ -36,23 +37,25 @@ TABLES: config.Tables = {
     **{section: SettingsTable(table) for section, table in COMPONENTS.items()},
     "optimizer": OPTIMIZERS,
 }
-SETTLE = partial(config.load, schema=RunSettings, tables=TABLES)
+LOAD_SETTINGS = partial(config.load, schema=RunSettings, tables=TABLES)
 
 
 def main(arguments: list[str]) -> int:
     options = cli.parse(arguments)
     try:
-        if options.many:
-            return cli.run_sweep(options, SETTLE, partial(find_worker, options), [__file__, *arguments])
+        if options.runs_whole_sweep:
+            return cli.run_sweep(
+                options, LOAD_SETTINGS, partial(find_worker, options), [__file__, *arguments]
+            )
         point = cli.choose_point(options)
-        settings = SETTLE(point.config, point.overrides)
+        settings = LOAD_SETTINGS(point.config, point.overrides)
         if options.print_config:
             return show(config.to_yaml(settings), launch.speaks_here())
         worker = find_worker(options, settings)
         if options.dry_run:
             return show(describe_run(settings, build(settings, worker), worker), launch.speaks_here())
         files.check_writable(options.runs)
-        plan = plan_run(options, settings, options.runs / point.place, worker)
+        plan = plan_run(options, settings, options.runs / point.folder, worker)
     except ValueError as error:
         return complain(str(error)) if launch.speaks_here() else launch.give_way()
     if worker.is_to_spawn():
@@ -64,7 +67,7 @@ def find_worker(options: cli.Arguments, settings: RunSettings) -> Worker:
     """This process's worker, on which the settings can run. Raises ValueError."""
     requested = (options.workers, settings.world_size, options.simulate)
     worker = launch.find_worker(options.threads, options.data, *requested)
-    if options.many and worker.rendezvous.launched:
+    if options.runs_whole_sweep and worker.rendezvous.launched:
         raise ValueError("--sweep: expected an --index too under a launcher, one point a launch")
     check(settings, TASKS, REDUCERS, worker.data, worker.place.world_size)
     return worker
@@ -75,7 +78,7 @@ def plan_run(options: cli.Arguments, settings: RunSettings, parent: Path, worker
     resume_point = None
     if options.resume is not None:
         resume_point = find_resume_point(settings, parent, options.resume, worker, required=not options.sweep)
-    return RunPlan(settings, parent, SETTLE if options.sweep else None, resume_point, options.job)
+    return RunPlan(settings, parent, LOAD_SETTINGS if options.sweep else None, resume_point, options.job)
 
 
 def build(settings: RunSettings, worker: Worker) -> TrainingParts:
@@ -87,9 +90,7 @@ def build(settings: RunSettings, worker: Worker) -> TrainingParts:
     gradient = GradientBuffer(task.model)
     return TrainingParts(
         task=task,
-        reducer=REDUCERS[settings.reducer.name](
-            settings.reducer, gradient.layout, seeds=seeds, device=device
-        ),
+        reducer=reducers.build(settings.reducer, gradient.layout, seeds=seeds, device=device),
         feedback=FEEDBACKS[settings.feedback.name](settings.feedback, gradient.flat),
         gradient=gradient,
         optimizer=build_optimizer(settings.optimizer, task.model),

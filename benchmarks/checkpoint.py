@@ -96,9 +96,9 @@ def measure(size: str, folder: Path, rank: int, world_size: int, store: dist.Sto
         wait_for_all(side, device)
 
     saved = seconds_of(save, NUM_SAVES, wait)
-    checkpoint = manifest.newest_whole(folder)
 
     def load() -> None:
+        checkpoint = manifest.newest_whole(folder)  # anew: it hashes a file when it is read first
         state.load_shared(read_state(checkpoint, manifest.SHARED), with_optimizer=True)
         state.load_own(read_state(checkpoint, manifest.own(rank)))
 
@@ -107,7 +107,7 @@ def measure(size: str, folder: Path, rank: int, world_size: int, store: dist.Sto
     used = [True] * len(gradient.layout)
     checked = seconds_of(lambda: agreement.agree(loss + gradient.flat.sum(), used), NUM_CHECKS, wait)
     floor = seconds_of(lambda: feedback.memory.add_(gradient.flat), NUM_CHECKS, wait)
-    files = checkpoint.manifest.files
+    files = manifest.newest_whole(folder).manifest.files
     return Row(
         size,
         gradient.flat.numel(),

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+import reducers
 from benchmarks.reduce import LAYOUTS, PROGRESS, Gradients, fitting_start, fitting_threshold
 from reducers import REDUCERS
 from sage.exchange.comm import DistComm
@@ -155,7 +156,7 @@ def make_entries(layout: list[Slot], gradients: Gradients, lock: TextIO) -> list
         if (name, density) in thresholds:
             chosen["threshold"] = thresholds[name, density]
         known = {key: value for key, value in chosen.items() if key in settings.model_fields}
-        reducer = REDUCERS[name](
+        reducer = reducers.build(
             settings(**known), layout, seeds=Seeds.derive(1, dist.get_rank()), device=torch.device("cpu")
         )
         num_steps = NUM_WARM_UP + NUM_MEASURED if density < 1 else NUM_DENSE

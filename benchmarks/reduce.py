@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+import reducers
 from benchmarks.group import add_hidden, hand_in, joined, run_group
 from reducers import REDUCERS
 from sage.exchange.comm import CountingComm, LocalComm, connect_comm
@@ -162,7 +163,7 @@ def make_entry(
     settings = REDUCERS[name].Settings
     given = {"density": density, "threshold": threshold, "densities": (density, density / 10)}
     config = settings(**{key: given[key] for key in given.keys() & settings.model_fields.keys()}, **changes)
-    reducer = REDUCERS[name](config, layout, seeds=Seeds.derive(1, rank), device=torch.device("cpu"))
+    reducer = reducers.build(config, layout, seeds=Seeds.derive(1, rank), device=torch.device("cpu"))
     feedback = Residual(ResidualSettings(), torch.zeros(layout[-1].stop))
     return Entry(Exchange(feedback, reducer, comm, layout), comm, [], [])
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import reducers
 from reducers import REDUCERS
 from sage.exchange.comm import LocalComm
 from sage.exchange.exchange import Exchange
@@ -27,7 +28,7 @@ def exchange_of(
 ) -> Exchange:
     layout = layout_of(names)
     config = REDUCERS[reducer].Settings.model_validate(settings)
-    built = REDUCERS[reducer](config, layout, seeds=Seeds.derive(1, rank), device=torch.device("cpu"))
+    built = reducers.build(config, layout, seeds=Seeds.derive(1, rank), device=torch.device("cpu"))
     kept = FEEDBACKS[feedback](
         FEEDBACKS[feedback].Settings.model_validate({"name": feedback}), torch.zeros(layout[-1].stop)
     )

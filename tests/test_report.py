@@ -19,7 +19,8 @@ from rich.console import Console
 
 from sage.report import __main__ as report
 from sage.report import figures, runs, tables
-from sage.report.runs import Run, Section
+from sage.report.groups import Group, Section, exact_for, gather
+from sage.report.runs import Run
 from sage.sweep import read
 
 ROOT = Path(__file__).parent.parent
@@ -75,16 +76,16 @@ def folder(tmp_path: Path) -> Path:
 
 
 def section_in(folder: Path) -> Section:
-    (section,) = runs.gather([runs.read_run(path) for path in runs.find_runs([folder])])
+    (section,) = gather([runs.read_run(path) for path in runs.find_runs([folder])])
     return section
 
 
 def section_of(*members: Run) -> Section:
-    (section,) = runs.gather(members)
+    (section,) = gather(members)
     return section
 
 
-def group_of(*members: Run) -> runs.Group:
+def group_of(*members: Run) -> Group:
     (group,) = section_of(*members).groups
     return group
 
@@ -103,7 +104,7 @@ PLACE = "digits, world size 2"
 
 def test_a_simulations_time_in_collectives_is_not_told(folder: Path) -> None:
     (folder / "sage/environment.json").write_text('{"world_size": 2, "simulated": true}')
-    apart = runs.gather([runs.read_run(path) for path in runs.find_runs([folder])])
+    apart = gather([runs.read_run(path) for path in runs.find_runs([folder])])
     exact, sage = (
         {section.place: section for section in apart}[place] for place in (PLACE, f"{PLACE}, simulated")
     )
@@ -177,7 +178,7 @@ def test_tasks_and_world_sizes_are_compared_apart(tmp_path: Path) -> None:
         write_run(tmp_path / "1", "topk", SAGE, name="cnn", size=4),
         write_run(tmp_path / "2", "exact", EXACT),
     ]
-    sections = runs.gather(made)
+    sections = gather(made)
     assert [section.place for section in sections] == ["digits, world size 2", "cnn, world size 4"]
     assert [[group.label for group in section.groups] for section in sections] == [
         ["exact", "sage"],
@@ -231,8 +232,8 @@ def test_only_a_finished_exact_run_of_the_same_task_and_world_size_is_compared_w
     apart = group_of(write_run(tmp_path / "apart", "exact", EXACT, **other))
     half = group_of(write_run(tmp_path / "half", {"name": "exact", "dtype": "bfloat16"}, EXACT))
     alike = group_of(write_run(tmp_path / "alike", "exact", EXACT, seed=2))
-    assert runs.exact_for(sage, [sage, apart, half]) is None
-    assert runs.exact_for(sage, [sage, apart, half, alike]) is alike
+    assert exact_for(sage, [sage, apart, half]) is None
+    assert exact_for(sage, [sage, apart, half, alike]) is alike
     assert tables.bytes_row(sage, None)[-1] == tables.time_row(sage, None)[-1] == "-"
 
 
@@ -249,6 +250,22 @@ def test_configurations_are_named_by_what_tells_them_apart(tmp_path: Path) -> No
     made = [write_run(tmp_path / str(i), reducer, SAGE, seed) for i, (reducer, seed) in enumerate(cases)]
     last = ["topk density=0.01 seed=1,2", "topk density=0.01 seed=2"]
     assert [group.label for group in section_of(*made).groups] == ["sage", "topk density=0.001", *last]
+
+
+def test_labels_name_results_first_then_seeds_then_recording_then_folders() -> None:
+    def run(folder: str, **settings: Any) -> Run:
+        config = {"task.name": "digits", "reducer.name": "sage", "seed": 1, "log.every": 1} | settings
+        return Run(Path(folder), config, "", [], [], {"score.last": 1.0}, False, False)
+
+    def labels(*members: Run) -> list[str]:
+        return [group.label for group in section_of(*members).groups]
+
+    often = {"log.every": 5}
+    assert labels(run("a", epochs=1), run("b", epochs=2, **often)) == ["sage epochs=1", "sage epochs=2"]
+    assert labels(run("a"), run("b", seed=2, **often)) == ["sage seed=1", "sage seed=2"]
+    assert labels(run("a"), run("b", **often)) == ["sage every=1", "sage every=5"]
+    assert labels(run("a"), run("b")) == ["sage run=a", "sage run=b"]
+    assert labels(run("x/a"), run("y/a")) == ["sage at=x/a", "sage at=y/a"]
 
 
 def test_where_a_name_is_long_all_are_numbered_and_a_last_table_is_the_key(tmp_path: Path) -> None:
@@ -472,7 +489,7 @@ def test_a_sweeps_missing_points_are_named_and_of_a_point_the_newest_finished_ru
 ) -> None:
     (tmp_path / "four.yaml").write_text(SWEEP)
     home = tmp_path / "runs"
-    places = [home / point.place for point in read(tmp_path / "four.yaml")]
+    places = [home / point.folder for point in read(tmp_path / "four.yaml")]
     write_run(places[0] / "old", "exact", EXACT[:3])
     write_run(places[0] / "new", "exact", EXACT)
     write_run(places[0] / "cut", "exact", EXACT[:1], done=False)
@@ -560,6 +577,7 @@ def test_a_folder_without_a_run_is_an_error_of_one_line(tmp_path: Path, capsys: 
 
 
 def test_a_picture_that_cannot_be_written_is_an_error_of_one_line(folder: Path, capsys: Capture) -> None:
-    assert report.main([str(folder), "--output", str(folder / "no/x.png")]) == 2
+    file = folder / "sage/config.yaml"
+    assert report.main([str(folder), "--output", str(file / "x.png")]) == 2
     (message,) = capsys.readouterr().err.splitlines()
-    assert str(folder / "no") in message
+    assert str(file) in message

@@ -297,11 +297,11 @@ def test_a_finite_gradient_is_used_though_its_sum_may_be_too_large(
     def worker(comm: LocalComm) -> tuple[list[dict[str, Any]], Trainer]:
         task = HugeTask(4, Place(comm.rank, 2), dtype)
         with trainer_of(settings, comm, folder=tmp_path, task=task) as trainer:
-            agree = trainer.agreement.agree
+            original = trainer.agreement.agree
 
             def noted(total: Tensor | None = None) -> agree.Request:
                 sums.append(math.inf if total is None else total.item())
-                return agree(total)
+                return original(total)
 
             trainer.agreement.agree = noted  # type: ignore[method-assign]
             return states_between_steps(trainer), trainer

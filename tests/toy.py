@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from reducers import REDUCERS
+import reducers
 from run import TABLES
 from sage.config import Named, to_yaml, validate
 from sage.exchange.clock import Clock
@@ -113,7 +113,7 @@ def trainer_of(
     task = task or ToyTask(batch_per_worker, place, dtype)
     gradient = GradientBuffer(task.model)
     seeds, device = Seeds.derive(settings.seed, comm.rank), torch.device("cpu")
-    reducer = REDUCERS[settings.reducer.name](settings.reducer, gradient.layout, seeds=seeds, device=device)
+    reducer = reducers.build(settings.reducer, gradient.layout, seeds=seeds, device=device)
     feedback = FEEDBACKS[settings.feedback.name](settings.feedback, gradient.flat)
     optimizer = build_optimizer(settings.optimizer, task.model)
     clock = Clock(device)

@@ -15,7 +15,8 @@ from sage import files
 from sage.config import ConfigError
 from sage.console import complain, show
 from sage.report.figures import draw, to_png
-from sage.report.runs import ReportError, Run, Section, find_runs, gather, read_run
+from sage.report.groups import Section, gather
+from sage.report.runs import ReportError, Run, find_runs, read_run
 from sage.report.tables import Sheet, build_sheets, to_csv, to_markdown, to_terminal
 from sage.sweep import Point, read
 
@@ -32,14 +33,32 @@ def find_points(points: Sequence[Point], runs: Path) -> tuple[list[Path], list[s
     """Of each point its newest finished run; a line for each point that has none."""
     found, missing = [], []
     for point in points:
-        folders = sorted((runs / point.place).glob("*/metrics.jsonl"), key=lambda path: path.stat().st_mtime)
-        done = [path.parent for path in folders if (path.parent / "summary.json").exists()]
+        metrics = sorted((runs / point.folder).glob("*/metrics.jsonl"), key=lambda path: path.stat().st_mtime)
+        folders = [path.parent for path in metrics]
+        done = [folder for folder in folders if (folder / "summary.json").exists()]
         if done:
             found.append(done[-1])
         else:
-            state = f"unfinished, {read_run(folders[-1].parent).progress}" if folders else "not started"
+            state = f"unfinished, {read_run(folders[-1]).progress}" if folders else "not started"
             missing.append(f"missing: point {point.index} ({state}): {point}")
     return found, missing
+
+
+def find_folders(options: argparse.Namespace) -> tuple[list[Path], list[str]]:
+    """The folders of the runs to report; a line for each point of a sweep that has none."""
+    if not options.sweep:
+        return find_runs(options.runs), []
+    folders, missing = find_points(read(options.sweep), options.home)
+    if not folders:
+        raise ReportError(
+            f"{sweep_folder(options.home, options.sweep)}: no finished run of {options.sweep} in it"
+        )
+    return folders, missing
+
+
+def sweep_folder(home: Path, sweep: Path) -> Path:
+    """Where the points of a sweep lie."""
+    return home / sweep.stem
 
 
 def default_output(runs: Sequence[Path]) -> Path:
@@ -118,22 +137,26 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
+def report(options: argparse.Namespace) -> str:
+    """Write the report's files; the tables, the notes and the files' paths, to be shown."""
+    folders, notes = find_folders(options)
+    runs = [read_run(folder) for folder in folders]
+    torn = [run.folder / "metrics.jsonl" for run in runs if run.torn]
+    notes += [f"{path}: the last line was cut off, and is ignored" for path in torn]
+
+    target = target_of(runs) if options.target is None else options.target
+    sections = gather(runs)
+    sheets = [sheet for section in sections for sheet in build_sheets(section, target)]
+    given = [sweep_folder(options.home, options.sweep)] if options.sweep else options.runs
+    output = options.output or default_output(given)
+    paths = write_report(output, sections, sheets, notes, target)
+    return as_text(sheets) + "\n".join([*notes, *map(str, paths)])
+
+
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     try:
-        folders, notes = find_runs(options.runs), list[str]()
-        if options.sweep:
-            folders, notes = find_points(read(options.sweep), options.home)
-            options.runs = [options.home / options.sweep.stem]
-            if not folders:
-                raise ReportError(f"{options.runs[0]}: no finished run of {options.sweep} in it")
-        runs = [read_run(folder) for folder in folders]
-        torn = [run.folder / "metrics.jsonl" for run in runs if run.torn]
-        notes += [f"{path}: the last line was cut off, and is ignored" for path in torn]
-        sections, target = gather(runs), target_of(runs) if options.target is None else options.target
-        sheets = [sheet for section in sections for sheet in build_sheets(section, target)]
-        paths = write_report(options.output or default_output(options.runs), sections, sheets, notes, target)
-        return show(as_text(sheets) + "\n".join([*notes, *map(str, paths)]))
+        return show(report(options))
     except (ReportError, ConfigError, OSError) as error:
         return complain(str(error), program="report")
 

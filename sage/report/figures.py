@@ -3,15 +3,18 @@
 import io
 import textwrap
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from math import ceil, isnan, nan
 from statistics import fmean
+from typing import NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, NullFormatter
 
-from sage.report.runs import Flat, Group, Run, Section, training_seconds
+from sage.report.groups import Group, Section
+from sage.report.runs import Flat, Run, training_seconds
 from sage.report.tables import milliseconds, number
 
 PAGE = 8
@@ -23,10 +26,27 @@ UNITS = {"accuracy": "fraction", "perplexity": "tokens", "density": "fraction", 
 COLOURS = ("#000000", "#d55e00", "#0072b2", "#007a55", "#aa4488")
 DASHES = ("-", "--", "-.", ":")
 MARKERS = "os^DvPX"
-FILLS = ("#eeeeee ...", "#c6dbef ", "#9ecae1 //", "#eeeeee \\\\", "#fdae6b xx", "#555555 ")  # one a phase
-Curve = list[tuple[float, float, float, float]]
-"""x, then of y the mean, the least and the greatest over seeds."""
+FILLS = (  # colour and hatch of each phase
+    ("#eeeeee", "..."),
+    ("#c6dbef", ""),
+    ("#9ecae1", "//"),
+    ("#eeeeee", "\\\\"),
+    ("#fdae6b", "xx"),
+    ("#555555", ""),
+)
 Points = list[tuple[float, float]]
+
+
+class CurvePoint(NamedTuple):
+    """x, and what y is there over the seeds."""
+
+    x: float
+    mean: float
+    least: float
+    greatest: float
+
+
+Curve = list[CurvePoint]
 
 
 def draw(section: Section) -> list[Figure]:
@@ -44,24 +64,29 @@ def to_png(figure: Figure) -> bytes:
 
 def _draw_page(section: Section, start: int, size: int) -> Figure:
     """Panels: score over epochs, bytes and seconds, density, threshold, time; below them the legend."""
-    groups, num_groups = section.groups[start : start + size], len(section.groups)
+    groups = section.groups[start : start + size]
     figure = Figure(figsize=(13, 12 + len(groups) / 4), dpi=110, layout="constrained")
-    part = f", configurations {start + 1} to {start + len(groups)} of {num_groups}"
-    figure.suptitle(section.place + part * (len(groups) < num_groups))
-    panels = list(figure.subplots(3, 2).flat)
-    unit = UNITS.get(section.score, "no unit")
-    for axes, (what, (xlabel, of)) in zip(panels, SCORES.items(), strict=False):
-        curves = [curve(group, of) for group in groups]
-        draw_lines(axes, curves, groups)
-        if what == "bytes":
-            widen(axes, [x for points in curves for x, *_ in points])
-        axes.set(title=f"Score over {what}", xlabel=xlabel, ylabel=f"{section.score} ({unit})")
-    for axes, name in zip(panels[3:], ("density", "threshold"), strict=False):
-        draw_over_steps(axes, groups, name)
-    draw_times(panels[5], groups)
-    lines = {line.get_label(): line for line in (*panels[0].get_lines(), *panels[3].get_lines())}
+    figure.suptitle(_title(section, start, len(groups)))
+    over_epochs, over_bytes, over_seconds, densities, thresholds, times = figure.subplots(3, 2).flat
+
+    ylabel = f"{section.score} ({UNITS.get(section.score, 'no unit')})"
+    for axes, score_axis in zip((over_epochs, over_bytes, over_seconds), SCORE_AXES, strict=True):
+        draw_scores(axes, groups, score_axis, ylabel)
+    draw_targets(densities, groups)
+    draw_over_steps(densities, groups, "density")
+    draw_over_steps(thresholds, groups, "threshold")
+    draw_times(times, groups)
+
+    lines = {line.get_label(): line for line in (*over_epochs.get_lines(), *densities.get_lines())}
     figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=3, handlelength=4)
     return figure
+
+
+def _title(section: Section, start: int, num_drawn: int) -> str:
+    if num_drawn == len(section.groups):
+        return section.place
+    part = f"configurations {start + 1} to {start + num_drawn} of {len(section.groups)}"
+    return f"{section.place}, {part}"
 
 
 # --- curves ---------------------------------------------------------------------------------------
@@ -84,12 +109,21 @@ def _over_epochs(run: Run) -> Points:
     return [(line["epoch"] + 1.0, value) for line, value in zip(run.epochs, score_values(run), strict=True)]
 
 
-SCORES: dict[str, tuple[str, Callable[[Run], Points]]] = {
-    "epochs": ("training (epochs)", _over_epochs),
-    "bytes": ("sent by one worker (MB)", _over(lambda line: line["bytes.wire"] / 1e6)),
-    "seconds": ("training without evaluation (s)", _over(training_seconds)),
-}
-"""What a score is drawn over: the axis, and a run's points."""
+@dataclass(frozen=True)
+class ScoreAxis:
+    """What a score is drawn over."""
+
+    what: str
+    label: str
+    points: Callable[[Run], Points]
+    is_log_where_wide: bool = False
+
+
+SCORE_AXES = (
+    ScoreAxis("epochs", "training (epochs)", _over_epochs),
+    ScoreAxis("bytes", "sent by one worker (MB)", _over(lambda line: line["bytes.wire"] / 1e6), True),
+    ScoreAxis("seconds", "training without evaluation (s)", _over(training_seconds)),
+)
 
 
 def over_steps(run: Run, name: str) -> Points:
@@ -103,8 +137,16 @@ def curve(group: Group, of: Callable[[Run], Points]) -> Curve:
     together: Curve = []
     for points in zip(*map(of, group.runs), strict=False):
         xs, ys = zip(*points, strict=True)
-        together.append((fmean(xs), fmean(ys), min(ys), max(ys)))
+        together.append(CurvePoint(fmean(xs), fmean(ys), min(ys), max(ys)))
     return together
+
+
+def draw_scores(axes: Axes, groups: Sequence[Group], over: ScoreAxis, ylabel: str) -> None:
+    curves = [curve(group, over.points) for group in groups]
+    draw_lines(axes, curves, groups)
+    if over.is_log_where_wide:
+        widen(axes, [point.x for points in curves for point in points])
+    axes.set(title=f"Score over {over.what}", xlabel=over.label, ylabel=ylabel)
 
 
 def widen(axes: Axes, xs: Sequence[float]) -> None:
@@ -115,15 +157,19 @@ def widen(axes: Axes, xs: Sequence[float]) -> None:
         axes.xaxis.set_minor_formatter(NullFormatter())  # side by side they would overlap
 
 
-def draw_over_steps(axes: Axes, groups: Sequence[Group], name: str) -> None:
-    """Density or threshold on a log axis; behind the densities their targets."""
+def draw_targets(axes: Axes, groups: Sequence[Group]) -> None:
+    """The target densities, broad and grey, behind what is drawn later."""
     targets = {tuple(over_steps(group.runs[0], "target_density")) for group in groups} - {()}
-    for target in sorted(targets) if name == "density" else ():
+    for target in sorted(targets):
         axes.plot(*zip(*target, strict=True), color="0.7", linewidth=4, label="target density")
+
+
+def draw_over_steps(axes: Axes, groups: Sequence[Group], name: str) -> None:
+    """Density or threshold on a log axis."""
     curves = [curve(group, lambda run: over_steps(run, name)) for group in groups]
     draw_lines(axes, curves, groups)
     axes.set(title=name.title(), xlabel="training (steps)", ylabel=f"{name} ({UNITS[name]})")
-    if all(isnan(mean) for points in curves for _, mean, _, _ in points):
+    if all(isnan(point.mean) for points in curves for point in points):
         return  # nothing that a log axis can show
     axes.set_yscale("log")
     # Plain text, 1e-02: the default is a formula, which asks for fonts that need not be there.
@@ -134,13 +180,14 @@ def draw_over_steps(axes: Axes, groups: Sequence[Group], name: str) -> None:
 def draw_lines(axes: Axes, curves: Sequence[Curve], groups: Sequence[Group]) -> None:
     """One line a group, empty ones too, so that a group looks the same in every panel."""
     for i, (points, group) in enumerate(zip(curves, groups, strict=True)):
-        xs, means, lows, highs = zip(*points, strict=True) if points else ((), (), (), ())
-        every, colour = max(1, len(points) // 8), COLOURS[i % len(COLOURS)]
-        (line,) = axes.plot(xs, means, label=_legend(group))
+        xs, colour = [point.x for point in points], COLOURS[i % len(COLOURS)]
+        (line,) = axes.plot(xs, [point.mean for point in points], label=_legend(group))
         line.set(color=colour, marker=MARKERS[i % len(MARKERS)], linestyle=DASHES[i % len(DASHES)])
+        every = max(1, len(points) // 8)
         line.set(markevery=(i * every // len(curves), every))
         if len(group.runs) > 1 and points:
-            axes.fill_between(xs, lows, highs, color=colour, alpha=0.15, linewidth=0)
+            least, greatest = [point.least for point in points], [point.greatest for point in points]
+            axes.fill_between(xs, least, greatest, color=colour, alpha=0.15, linewidth=0)
     if not any(curves):
         axes.text(0.5, 0.5, "none of the runs has one", ha="center", transform=axes.transAxes)
     axes.grid(color="0.9")
@@ -160,8 +207,7 @@ def draw_times(axes: Axes, groups: Sequence[Group]) -> None:
     ends = [0.0] * len(groups)
     times = [milliseconds(group) for group in groups]
     names = [textwrap.fill(group.name, 16) for group in groups]
-    for phase, fill in zip(times[0], FILLS, strict=True):
-        colour, hatch = fill.split(" ")
+    for phase, (colour, hatch) in zip(times[0], FILLS, strict=True):
         widths = [time[phase] for time in times]
         axes.barh(names, widths, left=ends, color=colour, hatch=hatch, edgecolor="black", label=phase)
         ends = [end + width for end, width in zip(ends, widths, strict=True)]

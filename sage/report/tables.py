@@ -2,30 +2,21 @@
 
 import csv
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich import box
 from rich.table import Table
 
-from sage.report.runs import (
-    COMPUTE,
-    Group,
-    Run,
-    Section,
-    density_mean,
-    exact_for,
-    per_step,
-    phases,
-    spread,
-    training_seconds,
-)
+from sage.report.groups import Group, Section, exact_for
+from sage.report.runs import COMPUTE, Flat, Run, density_mean, per_step, phases, spread, training_seconds
 
 SPREAD = "± standard deviation over seeds"
 SIMULATED = "\nsimulated: one worker's times, taken alone on the machine; communication has none"
-Numbers = Callable[[Run], float | None]
+Record = dict[str, Any]
+"""A row of the CSV, or a part of one, by column."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +49,9 @@ def ratio(mine: float, exacts: float) -> str:
     """How much less or more than exact: '50.0x less'; '-' where either is nothing."""
     if not mine or not exacts:
         return "-"
-    word = " less" if mine < exacts else " more" if mine > exacts else ""
-    return f"{number(max(exacts / mine, mine / exacts))}x{word}"
+    if mine == exacts:
+        return f"{number(1.0)}x"
+    return f"{number(exacts / mine)}x less" if mine < exacts else f"{number(mine / exacts)}x more"
 
 
 # --- a group's rows -------------------------------------------------------------------------------
@@ -113,18 +105,28 @@ def bytes_row(group: Group, exact: Group | None) -> list[str]:
 
 def time_row(group: Group, exact: Group | None) -> list[str]:
     """Milliseconds per step, and the steps made while exact makes one."""
-    *compute, compression, communication = milliseconds(group).values()
-    total = sum(compute) + compression + communication
+    times = milliseconds(group)
+    compute = sum(times[phase] for phase in COMPUTE)
+    total = compute + times["compression"] + times["communication"]
     if not total:
         return ["-"] * 5
+    computed = [number(compute), number(times["compression"])]
     if group.runs[0].simulated:
-        return [*map(number, (sum(compute), compression)), "-", "-", "-"]
+        return [*computed, "-", "-", "-"]
     speed = f"{number(sum(milliseconds(exact).values()) / total)}x" if exact else "-"
-    return [*map(number, (sum(compute), compression, communication, total)), speed]
+    return [*computed, number(times["communication"]), number(total), speed]
 
 
-def first_reached(run: Run, target: float) -> tuple[float, float, float] | None:
-    """Epochs, seconds and bytes sent until the score was first the target or better; None: never."""
+class Cost(NamedTuple):
+    """What training took one worker so far."""
+
+    epochs: float
+    seconds: float
+    bytes: float
+
+
+def first_reached(run: Run, target: float) -> Cost | None:
+    """What it took until the score was first the target or better; None: it never was."""
     higher = run.summary.get("score.higher_is_better", True)
     seconds = sent = 0.0
     for line in run.epochs:
@@ -132,18 +134,24 @@ def first_reached(run: Run, target: float) -> tuple[float, float, float] | None:
         sent += line["bytes.wire"]
         value = line["score.value"]
         if value >= target if higher else value <= target:
-            return line["epoch"] + 1.0, seconds, sent
+            return Cost(line["epoch"] + 1.0, seconds, sent)
     return None
+
+
+def costs_of(group: Group, target: float) -> list[Cost]:
+    """Of each run that reached the target."""
+    return [cost for run in group.runs if (cost := first_reached(run, target))]
 
 
 def target_row(group: Group, target: float) -> list[str]:
     """How many runs reached it, then epochs, seconds and megabytes of those that did."""
-    reached = [found for run in group.runs if (found := first_reached(run, target))]
-    epochs, seconds, sent = zip(*reached, strict=True) if reached else ((), (), ())
-    if group.runs[0].simulated:
-        seconds = ()
-    told = [with_spread(values, 3) for values in (epochs, seconds, [size / 1e6 for size in sent])]
-    return [f"{len(reached)} of {len(group.runs)}", *told]
+    costs = costs_of(group, target)
+    return [
+        f"{len(costs)} of {len(group.runs)}",
+        with_spread([cost.epochs for cost in costs], 3),
+        "-" if group.runs[0].simulated else with_spread([cost.seconds for cost in costs], 3),
+        with_spread([cost.bytes / 1e6 for cost in costs], 3),
+    ]
 
 
 # --- tables ---------------------------------------------------------------------------------------
@@ -151,48 +159,53 @@ def target_row(group: Group, target: float) -> list[str]:
 
 def build_sheets(section: Section, target: float | None) -> list[Sheet]:
     """What came out, what was sent, what a target score took, where the time went."""
-    groups, exacts = section.groups, [exact_for(group, section.groups) for group in section.groups]
-    score, dense = section.score, "to exact: per step"
-    is_simulated = groups[0].runs[0].simulated
-    sheets = [
-        _sheet(
-            f"Scores: {section.place}",
-            ["seeds", f"{score}\nlast", "\nbest"],
-            groups,
-            map(results_row, groups),
-            SPREAD,
-        ),
-        _sheet(
-            "Density and bytes",
-            ["density\nmean / target", "\np99", "sent\nMB", "\nto exact"],
-            groups,
-            map(bytes_row, groups, exacts),
-            f"sent: by one worker under the ring algorithm; {dense}",
-        ),
-        _sheet(
-            "Time per step",
-            ["compute\nms", "compression\nms", "communication\nms", "total\nms", "speed\nto exact"],
-            groups,
-            map(time_row, groups, exacts),
-            f"compute: {', '.join(COMPUTE)}; evaluation is not counted" + SIMULATED * is_simulated,
-        ),
-    ]
-    finished = [group for group in groups if group.done]
-    if target is not None and finished:
-        columns = ["reached\nby", "\nepochs", "trained\ns", "sent\nMB"]
-        rows = [target_row(group, target) for group in finished]
-        note = "of the seeds that reached it; evaluation is not counted"
-        sheets.insert(1, _sheet(f"To a score ({score}) of {target:g}", columns, finished, rows, note))
+    sheets = [scores_sheet(section)]
+    if target is not None and any(group.done for group in section.groups):
+        sheets.append(target_sheet(section, target))
+    sheets += [bytes_sheet(section), time_sheet(section)]
     if section.is_numbered:
-        rows = [[group.name, group.label] for group in groups]
-        sheets.append(Sheet("Runs", ["run", "settings"], rows, ""))
+        sheets.append(key_sheet(section))
     return sheets
 
 
-def _sheet(title: str, columns: list[str], groups: Sequence[Group], rows: Any, note: str) -> Sheet:
-    names = [group.name if group.done else f"{group.name}\n{group.runs[0].progress}" for group in groups]
-    named = [[name, *row] for name, row in zip(names, rows, strict=True)]
-    return Sheet(title, ["run", *columns], named, note)
+def scores_sheet(section: Section) -> Sheet:
+    columns = ["run", "seeds", f"{section.score}\nlast", "\nbest"]
+    rows = [[_name(group), *results_row(group)] for group in section.groups]
+    return Sheet(f"Scores: {section.place}", columns, rows, SPREAD)
+
+
+def target_sheet(section: Section, target: float) -> Sheet:
+    """Of the finished groups."""
+    columns = ["run", "reached\nby", "\nepochs", "trained\ns", "sent\nMB"]
+    rows = [[_name(group), *target_row(group, target)] for group in section.groups if group.done]
+    note = "of the seeds that reached it; evaluation is not counted"
+    return Sheet(f"To a score ({section.score}) of {target:g}", columns, rows, note)
+
+
+def bytes_sheet(section: Section) -> Sheet:
+    columns = ["run", "density\nmean / target", "\np99", "sent\nMB", "\nto exact"]
+    rows = [[_name(group), *bytes_row(group, exact_for(group, section.groups))] for group in section.groups]
+    note = "sent: by one worker under the ring algorithm; to exact: per step"
+    return Sheet("Density and bytes", columns, rows, note)
+
+
+def time_sheet(section: Section) -> Sheet:
+    times = ["compute\nms", "compression\nms", "communication\nms", "total\nms"]
+    rows = [[_name(group), *time_row(group, exact_for(group, section.groups))] for group in section.groups]
+    note = f"compute: {', '.join(COMPUTE)}; evaluation is not counted"
+    if section.groups[0].runs[0].simulated:
+        note += SIMULATED
+    return Sheet("Time per step", ["run", *times, "speed\nto exact"], rows, note)
+
+
+def key_sheet(section: Section) -> Sheet:
+    """What the numbers stand for that take the place of long labels."""
+    return Sheet("Runs", ["run", "settings"], [[group.name, group.label] for group in section.groups], "")
+
+
+def _name(group: Group) -> str:
+    """The first cell of a group's row."""
+    return group.name if group.done else f"{group.name}\n{group.runs[0].progress}"
 
 
 def to_terminal(sheet: Sheet) -> list[str | Table]:
@@ -222,38 +235,61 @@ def to_markdown(sheet: Sheet) -> str:
 
 def to_csv(sections: Sequence[Section], target: float | None) -> str:
     """A row a configuration, with full precision; the settings that differ are columns of their own."""
-    groups = [group for section in sections for group in section.groups]
-    keys = sorted(set().union(*(group.runs[0].config for group in groups)) - {"seed"})
-    differing = [key for key in keys if len({str(group.runs[0].config.get(key)) for group in groups}) > 1]
+    keys = _differing_settings([group.runs[0].config for section in sections for group in section.groups])
+    rows = [
+        _settings_record(section, group, keys) | _numbers_record(group) | _target_record(group, target)
+        for section in sections
+        for group in section.groups
+    ]
     file = io.StringIO()
-    rows = [_record(section, group, differing, target) for section in sections for group in section.groups]
     writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return file.getvalue()
 
 
-def _record(section: Section, group: Group, keys: list[str], target: float | None) -> dict[str, Any]:
+def _differing_settings(configs: Sequence[Flat]) -> list[str]:
+    keys = sorted(set().union(*configs) - {"seed"})
+    return [key for key in keys if len({str(config.get(key)) for config in configs}) > 1]
+
+
+def _settings_record(section: Section, group: Group, keys: list[str]) -> Record:
     config = group.runs[0].config
-    record: dict[str, Any] = {"place": section.place, "run": group.label, "done": group.done}
-    record |= {key: config.get(key) for key in keys}
-    record |= {"seeds": " ".join(str(run.config.get("seed")) for run in group.runs), "score": section.score}
-    numbers: dict[str, Numbers] = {
-        "last": last_score,
-        "best": best_score,
-        "density": density_mean,
-        "p99": p99,
+    return {
+        "place": section.place,
+        "run": group.label,
+        "done": group.done,
+        **{key: config.get(key) for key in keys},
+        "seeds": " ".join(str(run.config.get("seed")) for run in group.runs),
+        "score": section.score,
     }
-    for name, of in numbers.items():
-        record[f"{name}.mean"], record[f"{name}.std"] = spread(group.values(of))
-    record["target_density"] = target_density(group)
-    for name in ("payload", "wire"):
-        record[f"{name}_bytes_per_step"] = fmean(per_step(run, f"bytes.{name}") for run in group.runs)
-    record |= {f"{phase}_ms": value for phase, value in milliseconds(group).items()}
-    if target is not None:
-        reached = [found for run in group.runs if (found := first_reached(run, target))]
-        record["reached"] = len(reached)
-        for i, name in enumerate(("epochs", "seconds", "bytes")):
-            values = [found[i] for found in reached]
-            record[f"{name}_to_{target:g}.mean"], record[f"{name}_to_{target:g}.std"] = spread(values)
-    return record
+
+
+def _numbers_record(group: Group) -> Record:
+    return {
+        **_spread_record("last", group.values(last_score)),
+        **_spread_record("best", group.values(best_score)),
+        **_spread_record("density", group.values(density_mean)),
+        **_spread_record("p99", group.values(p99)),
+        "target_density": target_density(group),
+        "payload_bytes_per_step": fmean(per_step(run, "bytes.payload") for run in group.runs),
+        "wire_bytes_per_step": sent_per_step(group),
+        **{f"{phase}_ms": value for phase, value in milliseconds(group).items()},
+    }
+
+
+def _target_record(group: Group, target: float | None) -> Record:
+    if target is None:
+        return {}
+    costs = costs_of(group, target)
+    return {
+        "reached": len(costs),
+        **_spread_record(f"epochs_to_{target:g}", [cost.epochs for cost in costs]),
+        **_spread_record(f"seconds_to_{target:g}", [cost.seconds for cost in costs]),
+        **_spread_record(f"bytes_to_{target:g}", [cost.bytes for cost in costs]),
+    }
+
+
+def _spread_record(name: str, values: Sequence[float]) -> Record:
+    mean, deviation = spread(values)
+    return {f"{name}.mean": mean, f"{name}.std": deviation}

@@ -1,6 +1,7 @@
 """One run on one worker: what is to be run, its parts put together, training, and what it leaves on disk."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,7 @@ from sage.exchange.clock import Clock
 from sage.interfaces import Stopped, TrainingError
 from sage.runfolder import checkpoint, manifest, provenance
 from sage.runfolder.checkpoint import CheckpointWriter
-from sage.runfolder.folder import begin, claimed, finish, leave, link
+from sage.runfolder.folder import begin, finish, leave, link, lock
 from sage.runfolder.manifest import Checkpoint
 from sage.runfolder.record import Recorder
 from sage.runfolder.resume import ResumePoint, ResumeRequest, choose
@@ -33,7 +34,7 @@ class RunPlan:
     settings: RunSettings
     parent: Path
     """Where the run's folder is made."""
-    load_settings: sweep.Resolve | None = None
+    load_settings: sweep.LoadSettings | None = None
     """How to read the configuration of a finished run: a point of a sweep that is done is skipped. None: what
     is done is run again."""
     resume_point: ResumePoint | None = None
@@ -78,9 +79,18 @@ def start(plan: RunPlan, build: Build, worker: Worker) -> int:
         if speaks:
             say(f"{plan.finished_run}: done already")
         return 0
-    train = partial(run_worker, plan, build)
+    train = partial(run_worker if plan.load_settings is None else run_point, plan, build)
     run = partial(simulate if worker.simulated else run_single, train, worker, settings.timeout_seconds)
     return launch.supervise(worker, settings.timeout_seconds, settings.deterministic, run)
+
+
+def run_point(
+    plan: RunPlan, build: Build, worker: Worker, store: RendezvousStore, context: WorkerContext
+) -> None:
+    """Run a sweep's point, on one worker, while no other process runs it."""
+    with sweep.being_run(plan.parent if worker.place.rank == 0 else None) as error:
+        raise_on_all_workers("point", error, store)
+        run_worker(plan, build, worker, store, context)
 
 
 def run_worker(
@@ -121,18 +131,18 @@ def run_worker(
 
     # 4. training
     workers = store.collect("where", worker.where())
-    with claimed(folder if speaks else None) as claim:
+    with ExitStack() as held:
         if speaks:
             say(f"{folder}: {worker.describe(workers)}")
 
         def open_folder() -> None:
-            if claim:
-                raise ValueError(claim)
-            if speaks:
-                environment = provenance.environment(**worker.facts(), workers=workers)
-                begin(folder, config.to_yaml(settings), environment, resumed)
-                if plan.job_link:
-                    link(plan.job_link, folder)
+            if not speaks:
+                return
+            held.enter_context(lock(folder))
+            environment = provenance.environment(**worker.facts(), workers=workers)
+            begin(folder, config.to_yaml(settings), environment, resumed)
+            if plan.job_link:
+                link(plan.job_link, folder)
 
         _on_all_workers("opened", open_folder, store)
         with recorder:
@@ -180,6 +190,11 @@ def _on_all_workers(name: str, call: Callable[[], object], store: RendezvousStor
         call()
     except (ValueError, OSError) as failure:
         error = str(failure)
+    raise_on_all_workers(name, error, store)
+
+
+def raise_on_all_workers(name: str, error: str, store: RendezvousStore) -> None:
+    """Raise TrainingError on all workers where one of them has an error."""
     for rank, message in enumerate(store.collect(name, error)):
         if message:
             raise TrainingError(f"rank {rank}: {message}")
