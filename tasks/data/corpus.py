@@ -13,9 +13,12 @@ from functools import partial
 from pathlib import Path
 from typing import get_args
 
+from tasks.data.archive import from_tar, from_zip, read_limited
 from tasks.data.fetch import Places, fetch_first
 from tasks.data.text import PARTS, SPECIALS, Text, TokenizerName, build, read, save, tokenizer
 
+MAX_BYTES = 100_000_000
+"""Of one text; the largest here has 11 million."""
 TOKENIZERS: tuple[TokenizerName, ...] = get_args(TokenizerName)
 
 
@@ -120,28 +123,14 @@ def _contents(source: Path, wanted: list[str]) -> dict[str, bytes]:
 def _from_folder(source: Path, wanted: list[str]) -> Iterator[tuple[str, bytes]]:
     for name in wanted:
         for file in sorted([*source.glob(f"*/{name}"), *source.glob(name)]):  # the last one counts
-            yield name, file.read_bytes()
-
-
-def _from_zip(source: Path, wanted: list[str]) -> Iterator[tuple[str, bytes]]:
-    with zipfile.ZipFile(source) as archive:
-        for member in archive.namelist():
-            if Path(member).name in wanted:
-                yield Path(member).name, archive.read(member)
-
-
-def _from_tar(source: Path, wanted: list[str]) -> Iterator[tuple[str, bytes]]:
-    with tarfile.open(source) as archive:
-        for member in archive:
-            content = archive.extractfile(member) if Path(member.name).name in wanted else None
-            if content is not None:
-                yield Path(member.name).name, content.read()
+            with file.open("rb") as content:
+                yield name, read_limited(content, MAX_BYTES, str(file))
 
 
 _READERS: tuple[tuple[Callable[[Path], bool], Callable[..., Iterator[tuple[str, bytes]]]], ...] = (
     (Path.is_dir, _from_folder),
-    (lambda source: source.is_file() and zipfile.is_zipfile(source), _from_zip),
-    (lambda source: source.is_file() and tarfile.is_tarfile(source), _from_tar),
+    (lambda source: source.is_file() and zipfile.is_zipfile(source), partial(from_zip, max_bytes=MAX_BYTES)),
+    (lambda source: source.is_file() and tarfile.is_tarfile(source), partial(from_tar, max_bytes=MAX_BYTES)),
 )
 
 

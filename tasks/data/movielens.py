@@ -3,7 +3,6 @@
 
 import hashlib
 import re
-import shutil
 import tempfile
 import zipfile
 import zlib
@@ -12,11 +11,14 @@ from pathlib import Path
 
 import numpy as np
 
+from tasks.data.archive import copy_limited
 from tasks.data.fetch import fetch_first
 from tasks.data.leave_one_out import MIN_RATINGS, NUM_NEGATIVES, Ratings, split
 from tasks.data.npz import Headers, read_headers
 from tasks.recommendation import Interactions, popularity
 
+MAX_BYTES = 1_000_000_000
+"""Of an unpacked file of ratings; the largest, ml-20m's, has 533 million."""
 COLUMNS = ("userId", "movieId", "timestamp")
 PLACE = "https://files.grouplens.org/datasets/movielens"
 SHA256 = {
@@ -144,7 +146,7 @@ class MovieLensSet:
                     files = ", ".join(opened.namelist()[:3]) or "nothing"
                     raise ValueError(f"{archive}: expected {self.name} with {member} in it, got {files} ...")
                 with opened.open(member) as content, (folder / self.file).open("wb") as target:
-                    shutil.copyfileobj(content, target, 2**20)
+                    copy_limited(content, target, MAX_BYTES, f"{archive}: {member}")
         except (zipfile.BadZipFile, EOFError, zlib.error) as error:
             told = f"expected the archive {self.name}.zip; it is none, or cut short: {error}"
             raise ValueError(f"{archive}: {told}") from None
