@@ -5,9 +5,10 @@ the workers have met, the first of its host): the caller decides.
 """
 
 import os
+import re
 import sys
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -18,30 +19,51 @@ def console() -> "Console":
     """The terminal that lines and the progress bar share."""
     from rich.console import Console
 
-    return Console(stderr=False, highlight=False, soft_wrap=True)
+    return Console(file=_lenient(sys.stdout), highlight=False, soft_wrap=True)
 
 
 def say(text: str) -> None:
     """Print a line of its own, which a running progress bar does not tear."""
-    console().print(text, markup=False)
+    console().print(printable(text), markup=False)
 
 
 def show(text: str, speaks: bool = True) -> int:
     """Print an answer on stdout, where this process speaks and as far as somebody reads it; returns the exit
-    code 0."""
+    code: 0, or 1 where it cannot be written."""
     try:
         if speaks:
-            print(text.rstrip("\n"), flush=True)
-    except BrokenPipeError:  # `| head`: what is still buffered must not fail once more at exit
+            print(printable(text.rstrip("\n")), file=_lenient(sys.stdout), flush=True)
+    except OSError as error:  # what is still buffered must not fail once more at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):  # `| head` has read enough
+            complain(f"the answer cannot be written: {error.strerror}")
+            return 1
     return 0
 
 
 def complain(message: str, program: str = "run.py") -> int:
     """Print the lines of an error on stderr; returns the exit code for bad input, 2."""
     for line in message.splitlines():
-        print(f"{program}: {line}", file=sys.stderr)
+        print(printable(f"{program}: {line}"), file=_lenient(sys.stderr))
     return 2
+
+
+_STEERING = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+"""Control characters but line ends and tabs, marks that turn a text's direction, and half characters."""
+
+
+def printable(text: str) -> str:
+    """The text with what would steer a terminal made visible: an escape character is \\x1b."""
+    return _STEERING.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+def _lenient(stream: TextIO) -> TextIO:
+    """The stream, which from now on writes what its encoding does not know as \\N escapes."""
+    if getattr(stream, "errors", None) == "strict" and hasattr(stream, "reconfigure"):
+        stream.reconfigure(errors="backslashreplace")
+    return stream
 
 
 def first_line(error: BaseException) -> str:

@@ -327,6 +327,26 @@ def test_a_bar_in_a_setting_does_not_break_a_markdown_table() -> None:
     assert tables.to_markdown(sheet).splitlines()[-1] == "| a\\|b | 1 |"
 
 
+def test_texts_from_run_files_steer_no_terminal_no_page_and_no_spreadsheet(
+    tmp_path: Path, capsys: Capture
+) -> None:
+    hostile = {"note": "\x1b[2J\u202e<script>", "formula": "=cmd|' /C calc'!A0", "price": "$\\frac{$"}
+    write_run(tmp_path / "a", "exact", EXACT, **hostile)
+    write_run(tmp_path / "b", "exact", EXACT, note="x", formula="-5", price="1")
+    assert report.main([str(tmp_path)]) == 0
+    told = capsys.readouterr()
+    assert "\x1b" not in told.out + told.err
+    markdown = (tmp_path / "report.md").read_text()
+    assert "\x1b" not in markdown
+    assert "<script>" not in markdown
+    [header, first, second] = csv.reader((tmp_path / "report.csv").read_text().splitlines())
+    cells = dict(zip(header, first, strict=True))
+    assert cells["task.formula"] == "'=cmd|' /C calc'!A0"
+    assert cells["task.note"] == r"\x1b[2J\u202e<script>"
+    assert dict(zip(header, second, strict=True))["task.formula"] == "'-5"
+    assert float(cells["last.mean"]) == 0.75  # numbers are numbers
+
+
 # --- pictures -------------------------------------------------------------------------------------
 
 

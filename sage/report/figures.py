@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, NullFormatter
 
+from sage.console import printable
 from sage.report.groups import Group, Section
 from sage.report.runs import Flat, Run, training_seconds
 from sage.report.tables import milliseconds, number
@@ -66,7 +67,7 @@ def _draw_page(section: Section, start: int, size: int) -> Figure:
     """Panels: score over epochs, bytes and seconds, density, threshold, time; below them the legend."""
     groups = section.groups[start : start + size]
     figure = Figure(figsize=(13, 12 + len(groups) / 4), dpi=110, layout="constrained")
-    figure.suptitle(_title(section, start, len(groups)))
+    figure.suptitle(plain(_title(section, start, len(groups))))
     over_epochs, over_bytes, over_seconds, densities, thresholds, times = figure.subplots(3, 2).flat
 
     ylabel = f"{section.score} ({UNITS.get(section.score, 'no unit')})"
@@ -196,7 +197,12 @@ def draw_lines(axes: Axes, curves: Sequence[Curve], groups: Sequence[Group]) -> 
 def _legend(group: Group) -> str:
     number = "" if group.name == group.label else f"{group.name.split(' ')[0]} "
     seeds = f" ({len(group.runs)} seeds)" if len(group.runs) > 1 else ""
-    return textwrap.fill(f"{number}{group.label}{seeds}", 36)
+    return textwrap.fill(plain(f"{number}{group.label}{seeds}"), 36)
+
+
+def plain(text: str) -> str:
+    """A text from a run's files as matplotlib draws it letter by letter: a dollar sign starts no formula."""
+    return printable(text).replace("$", r"\$")
 
 
 # --- bars -----------------------------------------------------------------------------------------
@@ -206,7 +212,7 @@ def draw_times(axes: Axes, groups: Sequence[Group]) -> None:
     """A bar a group, the first on top, stacked from the phases, with its length written at its end."""
     ends = [0.0] * len(groups)
     times = [milliseconds(group) for group in groups]
-    names = [textwrap.fill(group.name, 16) for group in groups]
+    names = [textwrap.fill(plain(group.name), 16) for group in groups]
     for phase, (colour, hatch) in zip(times[0], FILLS, strict=True):
         widths = [time[phase] for time in times]
         axes.barh(names, widths, left=ends, color=colour, hatch=hatch, edgecolor="black", label=phase)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from rich import box
 from rich.table import Table
 
+from sage.console import printable
 from sage.report.groups import Group, Section, exact_for
 from sage.report.runs import COMPUTE, Flat, Run, density_mean, per_step, phases, spread, training_seconds
 
@@ -223,11 +224,16 @@ def to_terminal(sheet: Sheet) -> list[str | Table]:
 
 def to_markdown(sheet: Sheet) -> str:
     def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.strip().replace("\n", " ").replace("|", "\\|") for cell in cells) + " |"
+        return "| " + " | ".join(in_markdown(cell).replace("|", "\\|") for cell in cells) + " |"
 
     rules = ["---"] + ["---:"] * (len(sheet.columns) - 1)
-    lines = [f"### {sheet.title}", "", line(sheet.columns), line(rules), *map(line, sheet.rows)]
+    lines = [f"### {in_markdown(sheet.title)}", "", line(sheet.columns), line(rules), *map(line, sheet.rows)]
     return "\n".join([*lines, *(["", sheet.note] if sheet.note else [])]) + "\n"
+
+
+def in_markdown(text: str) -> str:
+    """A text from a run's files as one line of Markdown, in which it starts no HTML."""
+    return printable(text.strip().replace("\n", " ")).replace("<", "&lt;")
 
 
 # --- CSV ------------------------------------------------------------------------------------------
@@ -243,9 +249,16 @@ def to_csv(sections: Sequence[Section], target: float | None) -> str:
     ]
     file = io.StringIO()
     writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
+    writer.writerow({key: as_cell(key) for key in rows[0]})
+    writer.writerows({key: as_cell(value) for key, value in row.items()} for row in rows)
     return file.getvalue()
+
+
+def as_cell(value: Any) -> Any:
+    """A value as a cell that no spreadsheet takes for a formula; numbers stay numbers."""
+    if not isinstance(value, str):
+        return value
+    return "'" + printable(value) if value[:1] in ("=", "+", "-", "@", "\t", "\r") else printable(value)
 
 
 def _differing_settings(configs: Sequence[Flat]) -> list[str]:
