@@ -1,4 +1,4 @@
-"""What the sparsifiers share: the scan by threshold, the exchanges gather and union.
+"""What the sparsifiers share: the exchanges gather and union, selection by a threshold.
 
 A sparsifier is a subclass of Sparsifier that writes one method, select. One that selects by a threshold is
 a subclass of ThresholdSparsifier that passes a law: who sets the threshold.
@@ -7,18 +7,14 @@ a subclass of ThresholdSparsifier that passes a law: who sets the threshold.
 from abc import abstractmethod
 from typing import Annotated, Literal
 
-import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from reducers.common import average_at
+from reducers.kernels.scan import scan
 from reducers.schedule import DensitySettings, ScheduledReducer
 from sage.interfaces import Communicator, Place, Slot, Stateful
-
-CHUNK = 65_536
-"""Elements a step of the scan on the CPU: send, gradient and scratch of a chunk stay in a core's cache
-together."""
 
 
 class SparsifierSettings(DensitySettings):
@@ -38,59 +34,6 @@ def target_count(density: float, n: int) -> int:
 def resolve_threshold(threshold: float | Literal["auto"], density: float, n: int) -> float:
     """auto is 1 / (2 sqrt k), the rule of Sahu et al. 2021, arXiv 2108.00951, for a learning rate of 1."""
     return 1 / (2 * target_count(density, n) ** 0.5) if threshold == "auto" else threshold
-
-
-# --- the scan -------------------------------------------------------------------------------------
-
-
-def scan(send: Tensor, grad: Tensor | None, threshold: Tensor) -> Tensor:
-    """send += grad (where one is given), and the ascending indices (k,) int64 of |send| >= threshold.
-
-    send, grad (n,), contiguous; threshold is a scalar of the same dtype. One pass: on the CPU in chunks
-    that stay in cache, elsewhere as whole-tensor operations; both give the same bits. NaN is never
-    selected.
-    """
-    return (
-        scan_in_chunks(send, grad, threshold)
-        if send.device.type == "cpu"
-        else scan_whole(send, grad, threshold)
-    )
-
-
-def lists_candidates(send: Tensor) -> bool:
-    """Whether a list of candidates is worth its host synchronisation: where there is none."""
-    return send.device.type == "cpu"
-
-
-def scan_whole(send: Tensor, grad: Tensor | None, threshold: Tensor) -> Tensor:
-    """The form of scan for any device."""
-    if grad is not None:
-        send.add_(grad)
-    return (send.abs() >= threshold).nonzero().view(-1)  # host synchronisation: the selection's size
-
-
-def scan_in_chunks(send: Tensor, grad: Tensor | None, threshold: Tensor, selects_nan: bool = False) -> Tensor:
-    """The form of scan for the CPU: numpy on the tensors' own memory, since its calls cost less than
-    torch's. selects_nan: NaN reaches every threshold, and everything reaches NaN."""
-    flat, n, limit = send.numpy(), send.numel(), threshold.numpy()
-    added = None if grad is None else grad.numpy()
-    magnitude = np.empty(min(CHUNK, n), flat.dtype)
-    selected = np.empty(min(CHUNK, n), np.bool_)
-    found = [np.empty(0, np.int64)]
-    with np.errstate(all="ignore"):  # inf - inf and overflow are as silent as in torch
-        for start in range(0, n, CHUNK):
-            part = flat[start : start + CHUNK]
-            size = part.size
-            if added is not None:
-                np.add(part, added[start : start + CHUNK], out=part)
-            np.abs(part, out=magnitude[:size])
-            if selects_nan:
-                np.less(magnitude[:size], limit, out=selected[:size])
-                np.logical_not(selected[:size], out=selected[:size])
-            else:
-                np.greater_equal(magnitude[:size], limit, out=selected[:size])
-            found.append(np.flatnonzero(selected[:size]) + start)
-    return torch.from_numpy(np.concatenate(found))
 
 
 # --- the exchanges --------------------------------------------------------------------------------
@@ -215,36 +158,26 @@ class ThresholdSparsifier(Sparsifier):
     def __init__(self, config: SparsifierSettings, layout: list[Slot], law: ThresholdLaw) -> None:
         super().__init__(config, layout)
         self.law = law
-        self._candidates: Tensor | slice | None = None
+        self._candidates: Tensor | None = None
 
     def aim(self, density: float) -> None:
         super().aim(density)
         self.law.aim(density)
 
     def accumulate(self, send: Tensor, grad: Tensor) -> None:
-        self._candidates = self._begin(send, grad)
+        self._candidates = self._list_candidates(send, grad)
 
     def select(self, send: Tensor, place: Place) -> Tensor:
         ready, self._candidates = self._candidates, None
-        candidates = self._begin(send, None) if ready is None else ready  # None: reduce without accumulate
-        magnitudes = send[candidates].abs()
+        # None: reduce without accumulate
+        candidates = self._list_candidates(send, None) if ready is None else ready
+        magnitudes = send[candidates].abs()  # (c,)
         threshold = self.law.threshold(magnitudes, self.n)
-        if isinstance(candidates, slice):
-            return scan(send, None, threshold)
-        return candidates[magnitudes >= threshold]
+        return candidates[magnitudes >= threshold]  # host synchronisation on a GPU: the selection's size
 
-    def _begin(self, send: Tensor, grad: Tensor | None) -> Tensor | slice:
-        """send += grad, where one is given; which elements can reach this step's threshold.
-
-        On the CPU their indices, from the same pass. Elsewhere all elements: a list of candidates would cost
-        a host synchronisation of its own.
-        """
-        bound = self.law.lower_bound(send, grad)
-        if lists_candidates(send):
-            return scan(send, grad, bound)
-        if grad is not None:
-            send.add_(grad)
-        return slice(None)
+    def _list_candidates(self, send: Tensor, grad: Tensor | None) -> Tensor:
+        """send += grad, where one is given; the indices (c,) of what can reach this step's threshold."""
+        return scan(send, grad, self.law.lower_bound(send, grad))
 
     def metrics(self) -> dict[str, float]:
         return {**super().metrics(), **self.law.metrics()}

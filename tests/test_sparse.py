@@ -1,4 +1,4 @@
-"""The scan, the messages and the selections that the sparsifiers share."""
+"""The messages and the selections that the sparsifiers share."""
 
 import numpy as np
 import pytest
@@ -6,47 +6,10 @@ import torch
 from torch import Tensor
 
 from reducers import REDUCERS
-from reducers.sparse import (
-    CHUNK,
-    pack,
-    resolve_threshold,
-    scan,
-    scan_in_chunks,
-    scan_whole,
-    target_count,
-    unpack,
-)
+from reducers.sparse import pack, resolve_threshold, target_count, unpack
 from sage.exchange.comm import LocalComm
 from sage.interfaces import Seeds, Slot
 from tests.cases import LAYOUT, N, gradient
-
-
-@pytest.mark.parametrize("n", [1, 7, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("with_grad", [True, False])
-def test_the_two_forms_of_the_scan_agree_bit_for_bit(n: int, dtype: torch.dtype, with_grad: bool) -> None:
-    rng = torch.Generator().manual_seed(n)
-    send, grad = (torch.randn(n, generator=rng, dtype=dtype) for _ in range(2))
-    send[:: max(1, n // 11)] = torch.tensor([float("nan")], dtype=dtype)
-    send[1 :: max(1, n // 7)] = float("inf")
-    given = grad if with_grad else None
-    for threshold in (0.0, 0.5, 2.0, 1e30):
-        limit = torch.tensor(threshold, dtype=dtype)
-        chunked, whole = send.clone(), send.clone()
-        found = scan_in_chunks(chunked, given, limit)
-        assert torch.equal(found, scan_whole(whole, given, limit))
-        assert found.dtype == torch.int64
-        assert torch.equal(chunked, whole) or bool(chunked.isnan().any())
-        assert chunked.numpy().tobytes() == whole.numpy().tobytes()
-
-
-def test_the_scan_adds_and_finds_what_reaches_the_threshold() -> None:
-    send = torch.tensor([1.0, -2.0, 0.5, float("nan"), -0.75, 3.0])
-    grad = torch.tensor([0.0, 1.0, 0.5, 1.0, -0.25, -3.0])
-    found = scan(send, grad, torch.tensor(1.0))
-    assert found.tolist() == [0, 1, 2, 4]
-    assert send.nan_to_num(9).tolist() == [1.0, -1.0, 1.0, 9.0, -1.0, 0.0]
-    assert grad.tolist() == [0.0, 1.0, 0.5, 1.0, -0.25, -3.0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
