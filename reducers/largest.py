@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from reducers.kernels.scan import scan
-from reducers.sparse import Sparsifier, SparsifierSettings
-from sage.interfaces import Place, Slot
+from reducers.sparse import CandidateSparsifier, SparsifierSettings
+from sage.interfaces import Slot
 
 NUM_ABOVE = 16
 """Of a part's k largest at least so many are expected in its sample, of k / size each ..."""
@@ -150,7 +150,7 @@ class SampledSearch(Search):
         return torch.cat(found)
 
 
-class LargestSparsifier(Sparsifier):
+class LargestSparsifier(CandidateSparsifier[list[Tensor]]):
     """Selects the k largest magnitudes of each part; a subclass says which parts. NaN is the largest, and is
     sent. Which of several equal magnitudes is sent is not defined, but the same input gives the same."""
 
@@ -158,7 +158,6 @@ class LargestSparsifier(Sparsifier):
         super().__init__(config, layout)
         self.layout = layout
         self._search_of = SampledSearch if device.type == "cpu" else WholeSearch
-        self._candidates: list[Tensor] | None
         self.aim(config.density)
 
     @abstractmethod
@@ -168,14 +167,11 @@ class LargestSparsifier(Sparsifier):
     def aim(self, density: float) -> None:
         super().aim(density)
         self._search = self._search_of(self.parts(density))
-        self._candidates = None  # of other parts
 
-    def accumulate(self, send: Tensor, grad: Tensor) -> None:
-        self._candidates = self._search.begin(send, grad)
+    def find_candidates(self, send: Tensor, grad: Tensor | None) -> list[Tensor]:
+        return self._search.begin(send, grad)
 
-    def select(self, send: Tensor, place: Place) -> Tensor:
-        ready, self._candidates = self._candidates, None
-        candidates = self._search.begin(send, None) if ready is None else ready  # reduce without accumulate
+    def select_among(self, send: Tensor, candidates: list[Tensor]) -> Tensor:
         return self._search.finish(send, candidates)
 
     def target_counts(self) -> int:

@@ -1,11 +1,12 @@
 """What the sparsifiers share: the exchanges gather and union, selection by a threshold.
 
-A sparsifier is a subclass of Sparsifier that writes one method, select. One that selects by a threshold is
-a subclass of ThresholdSparsifier that passes a law: who sets the threshold.
+A sparsifier is a subclass of Sparsifier that writes one method, select. One that finds candidates while the
+gradient is added is a subclass of CandidateSparsifier; one that selects by a threshold is a subclass of
+ThresholdSparsifier that passes a law: who sets the threshold.
 """
 
 from abc import abstractmethod
-from typing import Annotated, Literal
+from typing import Annotated, Generic, Literal, TypeVar
 
 import torch
 from pydantic import Field
@@ -128,6 +129,38 @@ class Sparsifier(ScheduledReducer):
         return {"target_density": self.target_density, "union_density": union / self.n}
 
 
+Candidates = TypeVar("Candidates")
+
+
+class CandidateSparsifier(Sparsifier, Generic[Candidates]):
+    """Finds candidates in the pass that adds the gradient, and selects among them."""
+
+    def __init__(self, config: SparsifierSettings, layout: list[Slot]) -> None:
+        super().__init__(config, layout)
+        self._candidates: Candidates | None = None
+
+    @abstractmethod
+    def find_candidates(self, send: Tensor, grad: Tensor | None) -> Candidates:
+        """send += grad, where one is given; what select_among needs to know of the sum. Once a step."""
+
+    @abstractmethod
+    def select_among(self, send: Tensor, candidates: Candidates) -> Tensor:
+        """The indices (k,) int64 to send, unique, k may be 0."""
+
+    def accumulate(self, send: Tensor, grad: Tensor) -> None:
+        self._candidates = self.find_candidates(send, grad)
+
+    def select(self, send: Tensor, place: Place) -> Tensor:
+        candidates, self._candidates = self._candidates, None
+        if candidates is None:  # reduce without accumulate
+            candidates = self.find_candidates(send, None)
+        return self.select_among(send, candidates)
+
+    def aim(self, density: float) -> None:
+        super().aim(density)
+        self._candidates = None  # of another density
+
+
 class ThresholdLaw(Stateful):
     """Who sets the threshold. A step calls lower_bound, then threshold; both return scalars on the law's
     device.
@@ -150,7 +183,7 @@ class ThresholdLaw(Stateful):
         return {}
 
 
-class ThresholdSparsifier(Sparsifier):
+class ThresholdSparsifier(CandidateSparsifier[Tensor]):
     """Selects |send| >= threshold, the threshold set by a law, in one pass that also adds the gradient."""
 
     state_names = ("law",)
@@ -158,26 +191,19 @@ class ThresholdSparsifier(Sparsifier):
     def __init__(self, config: SparsifierSettings, layout: list[Slot], law: ThresholdLaw) -> None:
         super().__init__(config, layout)
         self.law = law
-        self._candidates: Tensor | None = None
 
     def aim(self, density: float) -> None:
         super().aim(density)
         self.law.aim(density)
 
-    def accumulate(self, send: Tensor, grad: Tensor) -> None:
-        self._candidates = self._list_candidates(send, grad)
+    def find_candidates(self, send: Tensor, grad: Tensor | None) -> Tensor:
+        """send += grad, where one is given; the indices (c,) of what can reach this step's threshold."""
+        return scan(send, grad, self.law.lower_bound(send, grad))
 
-    def select(self, send: Tensor, place: Place) -> Tensor:
-        ready, self._candidates = self._candidates, None
-        # None: reduce without accumulate
-        candidates = self._list_candidates(send, None) if ready is None else ready
+    def select_among(self, send: Tensor, candidates: Tensor) -> Tensor:
         magnitudes = send[candidates].abs()  # (c,)
         threshold = self.law.threshold(magnitudes, self.n)
         return candidates[magnitudes >= threshold]  # host synchronisation on a GPU: the selection's size
-
-    def _list_candidates(self, send: Tensor, grad: Tensor | None) -> Tensor:
-        """send += grad, where one is given; the indices (c,) of what can reach this step's threshold."""
-        return scan(send, grad, self.law.lower_bound(send, grad))
 
     def metrics(self) -> dict[str, float]:
         return {**super().metrics(), **self.law.metrics()}

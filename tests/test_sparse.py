@@ -5,10 +5,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from reducers import REDUCERS
-from reducers.sparse import pack, resolve_threshold, target_count, unpack
+from reducers import build_reducer
+from reducers.sparse import Sparsifier, pack, resolve_threshold, target_count, unpack
 from sage.exchange.comm import LocalComm
-from sage.interfaces import Seeds, Slot
+from sage.interfaces import Place, Slot
 from tests.cases import LAYOUT, N, gradient
 
 
@@ -41,15 +41,15 @@ def test_the_automatic_threshold_is_the_published_table() -> None:
     assert resolve_threshold(0.02, 0.001, 100) == 0.02
 
 
-def build(name: str, layout: list[Slot] = LAYOUT, **settings: object) -> object:
-    reducer = REDUCERS[name]
-    config = reducer.Settings.model_validate(settings)
-    return reducer(config, layout, seeds=Seeds.derive(1, 0), device=torch.device("cpu"))
+def build(name: str, layout: list[Slot] = LAYOUT, **settings: object) -> Sparsifier:
+    reducer = build_reducer(name, layout, worker=0, **settings)
+    assert isinstance(reducer, Sparsifier)
+    return reducer
 
 
 def selected_by(name: str, send: Tensor, **settings: object) -> set[int]:
     before = send.clone()
-    build(name, **settings).reduce(send, torch.zeros(N), LocalComm.alone())  # type: ignore[attr-defined]
+    build(name, **settings).reduce(send, torch.zeros(N), LocalComm.alone())
     return set((before != send).nonzero().view(-1).tolist())
 
 
@@ -87,7 +87,7 @@ def test_the_union_exchange_sends_every_workers_values_at_every_selected_index()
 
     def worker(comm: LocalComm) -> tuple[list[float], list[float]]:
         send, mean = sends[comm.rank].clone(), torch.zeros(N)
-        build("threshold", threshold=0.5, exchange="union").reduce(send, mean, comm)  # type: ignore[attr-defined]
+        build("threshold", threshold=0.5, exchange="union").reduce(send, mean, comm)
         return mean[[3, 9, 20]].tolist(), send[[3, 9, 20]].tolist()
 
     half = np.float32(0.1) / 2
@@ -101,10 +101,30 @@ def test_the_gather_exchange_keeps_what_a_worker_did_not_select() -> None:
         send = torch.zeros(N)
         send[3] = 1.0 if comm.rank == 0 else 0.25
         mean = torch.zeros(N)
-        build("threshold", threshold=0.5).reduce(send, mean, comm)  # type: ignore[attr-defined]
+        build("threshold", threshold=0.5).reduce(send, mean, comm)
         return mean[3].item(), send[3].item()
 
     assert LocalComm.run(2, worker) == [(0.5, 0.0), (0.5, 0.25)]
+
+
+@pytest.mark.parametrize("name", ["threshold", "sage", "topk", "global_topk"])
+def test_reduce_without_accumulate_selects_the_same(name: str) -> None:
+    fused, plain = build(name, density=0.1), build(name, density=0.1)
+    for step in range(3):
+        send, grad = gradient(0, step), gradient(1, step)
+        whole = send + grad
+        fused.accumulate(send, grad)
+        assert torch.equal(fused.select(send, Place(0, 1)), plain.select(whole, Place(0, 1)))
+
+
+@pytest.mark.parametrize("name", ["threshold", "topk", "global_topk"])
+def test_candidates_of_another_density_are_forgotten(name: str) -> None:
+    """As where Accordion decides: between accumulate and reduce."""
+    moved, send = build(name, density=0.02), torch.zeros(N)
+    moved.accumulate(send, 10 * gradient(0, 0))
+    moved.aim(0.2)
+    selected = moved.select(send, Place(0, 1))
+    assert torch.equal(selected, build(name, density=0.2).select(send, Place(0, 1)))
 
 
 def test_more_than_2_to_the_31_elements_are_refused() -> None:
