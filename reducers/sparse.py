@@ -5,7 +5,7 @@ gradient is added is a subclass of CandidateSparsifier; one that selects by a th
 ThresholdSparsifier that passes a law: who sets the threshold.
 """
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from typing import Annotated, Generic, Literal, TypeVar
 
 import torch
@@ -161,23 +161,23 @@ class CandidateSparsifier(Sparsifier, Generic[Candidates]):
         self._candidates = None  # of another density
 
 
-class ThresholdLaw(Stateful):
+class ThresholdLaw(Stateful, ABC):
     """Who sets the threshold. A step calls lower_bound, then threshold; both return scalars on the law's
     device.
 
     The scan finds the candidates at the lower bound; the final threshold is then applied to those few.
     """
 
+    @abstractmethod
     def lower_bound(self, send: Tensor, grad: Tensor | None) -> Tensor:
         """A scalar that this step's threshold is not below. send + grad is what will be scanned."""
-        raise NotImplementedError
 
+    @abstractmethod
     def threshold(self, magnitudes: Tensor, n: int) -> Tensor:
         """This step's threshold, from the magnitudes (c,) of the candidates among n elements."""
-        raise NotImplementedError
 
     def aim(self, density: float) -> None:
-        """Told when the target density changes."""
+        """Called when the target density changes; a law may have no use for it."""
 
     def metrics(self) -> dict[str, float]:
         return {}
