@@ -5,6 +5,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -134,8 +135,8 @@ def test_everything_selected_is_exact(case: Case, world_size: int) -> None:
 class SpyComm(LocalComm):
     """Notes the bytes of every tensor that a collective really gets."""
 
-    def __init__(self, comm: LocalComm) -> None:
-        super().__init__(comm.rank, comm._room)
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
         self.handed: list[int] = []
 
     def _all_reduce(self, x: Tensor, op: str) -> None:
@@ -197,10 +198,10 @@ def expected_ledger(case: Case, number: int, steps: tuple[Step, ...], rank: int)
 @pytest.mark.parametrize("world_size", WORLD_SIZES[1:])
 def test_the_ledger_is_the_closed_formula_and_the_tensors_bytes(case: Case, world_size: int) -> None:
     def spied(comm: LocalComm) -> tuple[list[Step], list[int]]:
-        spy = SpyComm(comm)
-        return run_case(case, spy, 6), spy.handed
+        assert isinstance(comm, SpyComm)
+        return run_case(case, comm, 6), comm.handed
 
-    workers = LocalComm.run(world_size, spied)
+    workers = SpyComm.run(world_size, spied)
     for number, steps in enumerate(zip(*(steps for steps, _ in workers), strict=True)):
         for rank, step in enumerate(steps):
             assert step.counted == pytest.approx(expected_ledger(case, number, steps, rank), rel=1e-15)
