@@ -15,7 +15,6 @@ import yaml
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 from matplotlib.lines import Line2D
-from rich.console import Console
 
 from sage.report import __main__ as report
 from sage.report import figures, runs, tables
@@ -91,12 +90,7 @@ def group_of(*members: Run) -> Group:
 
 
 def text_in_80_columns(section: Section, target: float | None = None) -> str:
-    file = StringIO()
-    console = Console(width=80, markup=False, highlight=False, file=file)
-    for sheet in tables.build_sheets(section, target):
-        for part in tables.to_terminal(sheet):
-            console.print(part)
-    return file.getvalue()
+    return tables.to_terminal(tables.build_sheets(section, target), width=80)
 
 
 WORKLOAD = "digits, world size 2"
@@ -525,9 +519,12 @@ def test_runs_or_a_sweep_are_expected_and_not_both(arguments: list[str], capsys:
     assert "expected RUNs, or --sweep FILE" in capsys.readouterr().err
 
 
-def test_it_starts_without_torch() -> None:
-    code = "import sys, sage.report; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+def test_it_answers_at_once_and_imports_what_draws_and_prints_when_it_does() -> None:
+    code = (
+        "import sys, sage.report.__main__; print({'torch', 'matplotlib', 'numpy', 'rich'} & {*sys.modules})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True)
+    assert (done.stdout, done.stderr) == ("set()\n", "")
 
 
 def test_a_line_cut_off_at_the_end_is_ignored_with_a_note(folder: Path, capsys: Capture) -> None:

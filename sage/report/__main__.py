@@ -1,20 +1,18 @@
-"""Compares runs by the files in their folders: tables on the terminal, in Markdown and CSV, and pictures."""
+"""Compares runs by the files in their folders: tables on the terminal, in Markdown and CSV, and pictures.
+
+Imports matplotlib only when it draws: --help and a wrong argument are answered at once.
+"""
 
 import argparse
-import io
 import os
 import shutil
 import sys
 from collections.abc import Sequence
-from itertools import chain
 from pathlib import Path
-
-from rich.console import Console
 
 from sage import files
 from sage.config import ConfigError
 from sage.console import complain, show
-from sage.report.figures import draw, to_png
 from sage.report.groups import Section, gather
 from sage.report.runs import ReportError, Run, find_runs, read_run
 from sage.report.tables import Sheet, build_sheets, to_csv, to_markdown, to_terminal
@@ -88,6 +86,8 @@ def write_report(
     target: float | None,
 ) -> list[Path]:
     """Write the report's files; returns their paths, the first picture last."""
+    from sage.report.figures import draw, to_png
+
     figures = [figure for section in sections for figure in draw(section)]
     pictures = [output, *(output.with_stem(f"{output.stem}-{i}") for i in range(2, len(figures) + 1))]
     for path, figure in zip(pictures, figures, strict=True):
@@ -102,14 +102,9 @@ def write_report(
     return [output.with_suffix(".md"), output.with_suffix(".csv"), *reversed(pictures)]
 
 
-def as_text(sheets: Sequence[Sheet]) -> str:
-    """The tables as text, as wide as the terminal, or 100 columns where there is none."""
-    width = max(80, shutil.get_terminal_size().columns) if sys.stdout.isatty() else 100
-    text = io.StringIO()
-    console = Console(file=text, width=width, markup=False, highlight=False, emoji=False)
-    for part in chain.from_iterable(map(to_terminal, sheets)):
-        console.print(part)
-    return text.getvalue()
+def terminal_width() -> int:
+    """The columns of the terminal, 80 or more; 100 where there is none."""
+    return max(80, shutil.get_terminal_size().columns) if sys.stdout.isatty() else 100
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -134,7 +129,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         type=float,
         help="also report what it took to reach this score (default: the runs' stop_at_score)",
     )
-    default = "report.png in RUN; of several in their common parent, or here where that is not below here"
+    where = "in their common parent where that is inside the current folder, else in the current folder"
+    default = f"report.png in RUN; for several, {where}"
     add("--output", metavar="FILE", type=Path, help=f"the first PNG to write (default: {default})")
     options = parser.parse_args(arguments)
     if bool(options.runs) == bool(options.sweep):
@@ -155,7 +151,7 @@ def report(options: argparse.Namespace) -> str:
     given = [sweep_folder(options.runs_folder, options.sweep)] if options.sweep else options.runs
     output = options.output or default_output(given)
     paths = write_report(output, sections, sheets, notes, target)
-    return as_text(sheets) + "\n".join([*notes, *map(str, paths)])
+    return to_terminal(sheets, terminal_width()) + "\n".join([*notes, *map(str, paths)])
 
 
 def main(arguments: list[str] | None = None) -> int:

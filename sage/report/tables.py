@@ -1,17 +1,20 @@
-"""The report's tables, with a row for each configuration: for a terminal, in Markdown and as CSV."""
+"""The report's tables, with a row for each configuration: for a terminal, in Markdown and as CSV.
+
+Imports rich only when something is to be printed.
+"""
 
 import csv
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
-from typing import Any, NamedTuple
-
-from rich import box
-from rich.table import Table
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sage.report.groups import Group, Section, find_exact
 from sage.report.runs import COMPUTE, Flat, Run, mean_density, per_step, phase_milliseconds, training_seconds
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 SPREAD = "± standard deviation over seeds"
 SIMULATED = "\nsimulated: one worker's times, measured while no other ran; communication was not timed"
@@ -224,8 +227,23 @@ def _first_cell(group: Group) -> str:
     return group.short_label if group.done else f"{group.short_label}\n{group.runs[0].progress}"
 
 
-def to_terminal(sheet: Sheet) -> list[str | Table]:
-    """Build what to print, in turn. In 80 columns long texts are folded; numbers never are."""
+def to_terminal(sheets: Sequence[Sheet], width: int) -> str:
+    """Lay the tables out for a terminal. In 80 columns long texts are folded; numbers never are."""
+    from rich.console import Console
+
+    text = io.StringIO()
+    console = Console(file=text, width=width, markup=False, highlight=False, emoji=False)
+    for sheet in sheets:
+        console.print(sheet.title)
+        console.print(_rich_table(sheet))
+        console.print(f"{sheet.note}\n" if sheet.note else "")
+    return text.getvalue()
+
+
+def _rich_table(sheet: Sheet) -> "Table":
+    from rich import box
+    from rich.table import Table
+
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for i, name in enumerate(sheet.columns):
         if i == 0 or name == "settings":
@@ -234,7 +252,7 @@ def to_terminal(sheet: Sheet) -> list[str | Table]:
             table.add_column(name, justify="right", no_wrap=True)
     for row in sheet.rows:
         table.add_row(*row)
-    return [sheet.title, table, f"{sheet.note}\n" if sheet.note else ""]
+    return table
 
 
 def to_markdown(sheet: Sheet) -> str:
