@@ -10,10 +10,12 @@ if __name__ == "__main__":
     cli.parse(sys.argv[1:])  # --help and slips are answered before the imports, which take seconds
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
+import reducers
 from reducers import REDUCERS
 from sage import config, files
 from sage.components import SettingsTable
@@ -21,11 +23,11 @@ from sage.console import complain, show
 from sage.exchange.feedback import FEEDBACKS
 from sage.exchange.gradient import GradientBuffer
 from sage.interfaces import Seeds
-from sage.training.dry_run import preview
-from sage.training.experiment import plan, start
+from sage.training.dry_run import describe_run
+from sage.training.experiment import RunPlan, find_resume_point, start
 from sage.training.optim import OPTIMIZERS, build_optimizer
 from sage.training.settings import RunSettings, check
-from sage.training.train import Parts
+from sage.training.train import TrainingParts
 from sage.workers import launch
 from sage.workers.worker import Worker
 from tasks import TASKS
@@ -35,49 +37,64 @@ TABLES: config.Tables = {
     **{section: SettingsTable(table) for section, table in COMPONENTS.items()},
     "optimizer": OPTIMIZERS,
 }
-SETTLE = partial(config.load, schema=RunSettings, tables=TABLES)
+LOAD_SETTINGS = partial(config.load, schema=RunSettings, tables=TABLES)
 
 
 def main(arguments: list[str]) -> int:
     options = cli.parse(arguments)
     try:
-        if options.many:
-            return cli.run_sweep(options, SETTLE, partial(find_worker, options), [__file__, *arguments])
+        if options.runs_whole_sweep:
+            return cli.run_sweep(
+                options, LOAD_SETTINGS, partial(find_worker, options), [__file__, *arguments]
+            )
         point = cli.choose_point(options)
-        settings = SETTLE(point.config, point.overrides)
+        settings = LOAD_SETTINGS(point.config, point.overrides)
         if options.print_config:
             return show(config.to_yaml(settings), launch.speaks_here())
         worker = find_worker(options, settings)
         if options.dry_run:
-            return show(preview(settings, build(settings, worker), worker), launch.speaks_here())
+            return show(describe_run(settings, build(settings, worker), worker), launch.speaks_here())
         files.check_writable(options.runs)
-        place, again = options.runs / point.place, SETTLE if options.sweep else None
-        order = plan(settings, place, again, options.resume, options.job, worker)
+        plan = plan_run(options, settings, options.runs / point.folder, worker)
     except ValueError as error:
         return complain(str(error)) if launch.speaks_here() else launch.give_way()
     if worker.is_to_spawn():
         return launch.spawn([__file__, *arguments], worker.place.world_size)
-    return start(order, build, worker)
+    return start(plan, build, worker)
 
 
 def find_worker(options: cli.Arguments, settings: RunSettings) -> Worker:
-    asked = (options.workers, settings.world_size, options.simulate)
-    worker = launch.find_worker(options.threads, options.data, *asked)
-    if options.many and worker.rendezvous.launched:
+    """This process's worker, on which the settings can run. Raises ValueError."""
+    requested = (options.workers, settings.world_size, options.simulate)
+    worker = launch.find_worker(options.threads, options.data, *requested)
+    if options.runs_whole_sweep and worker.rendezvous.launched:
         raise ValueError("--sweep: expected an --index too under a launcher, one point a launch")
     check(settings, TASKS, REDUCERS, worker.data, worker.place.world_size)
     return worker
 
 
-def build(settings: RunSettings, worker: Worker) -> Parts:
+def plan_run(options: cli.Arguments, settings: RunSettings, parent: Path, worker: Worker) -> RunPlan:
+    """What is to be run; a point of a sweep that --resume finds no run of is begun. Raises ValueError."""
+    resume_point = None
+    if options.resume is not None:
+        resume_point = find_resume_point(settings, parent, options.resume, worker, required=not options.sweep)
+    return RunPlan(settings, parent, LOAD_SETTINGS if options.sweep else None, resume_point, options.job)
+
+
+def build(settings: RunSettings, worker: Worker) -> TrainingParts:
+    """What a worker trains."""
     seeds, device = Seeds.derive(settings.seed, worker.place.rank), worker.device
     torch.manual_seed(seeds.common)  # the first weights
     task = TASKS[settings.task.name](settings.task, worker.data, worker.place, seeds=seeds, device=device)
     torch.manual_seed(seeds.worker)  # dropout
     gradient = GradientBuffer(task.model)
-    reducer = REDUCERS[settings.reducer.name](settings.reducer, gradient.layout, seeds=seeds, device=device)
-    feedback = FEEDBACKS[settings.feedback.name](settings.feedback, gradient.flat)
-    return task, reducer, feedback, gradient, build_optimizer(settings.optimizer, task.model)
+    return TrainingParts(
+        task=task,
+        reducer=reducers.build(settings.reducer, gradient.layout, seeds=seeds, device=device),
+        feedback=FEEDBACKS[settings.feedback.name](settings.feedback, gradient.flat),
+        gradient=gradient,
+        optimizer=build_optimizer(settings.optimizer, task.model),
+    )
 
 
 if __name__ == "__main__":

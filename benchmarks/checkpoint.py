@@ -28,13 +28,14 @@ from benchmarks.group import add_hidden, hand_in, joined, run_group
 from benchmarks.machine import machine
 from reducers import REDUCERS
 from sage.exchange.comm import connect_comm
+from sage.exchange.exchange import Exchange
 from sage.exchange.feedback import Residual, ResidualSettings
 from sage.exchange.gradient import GradientBuffer
 from sage.files import write_text
 from sage.interfaces import Place, Seeds
 from sage.runfolder import manifest
 from sage.runfolder.checkpoint import Checkpoints, CheckpointWriter, read_state
-from sage.training.agree import Agreement
+from sage.training.agree import Agreement, wait_for_all
 from sage.training.optim import SGD, Adam, build_optimizer
 from sage.training.state import Position, TrainingState
 from sage.workers.store import RendezvousStore
@@ -76,27 +77,28 @@ def measure(size: str, folder: Path, rank: int, world_size: int, store: dist.Sto
     sage = REDUCERS["sage"]
     reducer = sage(sage.Settings(density=0.001), gradient.layout, seeds=Seeds.derive(1, rank), device=device)
     feedback = Residual(ResidualSettings(), gradient.flat)
+    side = connect_comm(world_size)
+    exchange = Exchange(feedback, reducer, side, gradient.layout)
     gradient.flat.normal_()
     feedback.memory.normal_()
     optimizer.step()  # fills its state
-    state = TrainingState(model, optimizer, Position(1), {"feedback": feedback, "reducer": reducer}, device)
+    state = TrainingState(model, optimizer, Position(1), {"exchange": exchange}, device)
     writer = CheckpointWriter(
         folder, {}, Checkpoints(keep=1), RendezvousStore(Place(rank, world_size), store)
     )
     steps = iter(range(1, NUM_SAVES + 1))
-    side = connect_comm(world_size)
 
     def save() -> None:
         shared = state.shared() if rank == 0 else None
         writer.save(next(steps), 0, shared, state.own(), sync=lambda: None)
 
     def wait() -> None:
-        side.all_reduce(torch.zeros(1))
+        wait_for_all(side, device)
 
     saved = seconds_of(save, NUM_SAVES, wait)
-    checkpoint = manifest.newest_whole(folder)
 
     def load() -> None:
+        checkpoint = manifest.newest_whole(folder)  # anew: it hashes a file when it is read first
         state.load_shared(read_state(checkpoint, manifest.SHARED), with_optimizer=True)
         state.load_own(read_state(checkpoint, manifest.own(rank)))
 
@@ -104,7 +106,7 @@ def measure(size: str, folder: Path, rank: int, world_size: int, store: dist.Sto
     agreement, loss = Agreement(side, device, lambda: False), torch.zeros(())
     checked = seconds_of(lambda: agreement.agree(loss + gradient.flat.sum()), NUM_CHECKS, wait)
     floor = seconds_of(lambda: feedback.memory.add_(gradient.flat), NUM_CHECKS, wait)
-    files = checkpoint.manifest.files
+    files = manifest.newest_whole(folder).manifest.files
     return Row(
         size,
         gradient.flat.numel(),

@@ -16,11 +16,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks.reduce import LAYOUTS, Gradients, fitting_start, fitting_threshold
+import reducers
+from benchmarks.reduce import LAYOUTS, PROGRESS, Gradients, fitting_start, fitting_threshold
 from reducers import REDUCERS
 from sage.exchange.comm import DistComm
+from sage.exchange.exchange import Exchange
+from sage.exchange.feedback import Residual, ResidualSettings
 from sage.files import write_text
-from sage.interfaces import Reducer, Seeds, Slot, lay_out
+from sage.interfaces import Seeds, Slot, lay_out
 
 BITS = {"mbit": 1e6, "gbit": 1e9}
 NUM_HOSTS = 4
@@ -93,15 +96,14 @@ class TurnComm(DistComm):
         with self._given_up():
             super()._call(name, collective)
 
-    def step(self, reducer: Reducer, memory: Tensor, grad: Tensor, *, alone: bool) -> tuple[float, float]:
-        """One exchange; the seconds of compression and of communication."""
+    def step(self, exchange: Exchange, grad: Tensor, *, alone: bool) -> tuple[float, float]:
+        """One exchange through this communicator; the seconds of compression and of communication."""
         self._taking_turns, self._waited, self._seconds = alone, 0.0, 0.0
         dist.barrier()
         if alone:
             fcntl.flock(self._lock, fcntl.LOCK_EX)
         started = time.perf_counter()
-        reducer.accumulate(memory, grad)
-        reducer.reduce(memory, grad, self)
+        exchange.average(grad, PROGRESS)
         elapsed = time.perf_counter() - started
         fcntl.flock(self._lock, fcntl.LOCK_UN)
         return elapsed - self._waited - self._seconds, self._seconds
@@ -109,12 +111,11 @@ class TurnComm(DistComm):
 
 @dataclass
 class Entry:
-    """A reducer under measurement, with its memory and what was measured."""
+    """An exchange under measurement, and what was measured."""
 
     name: str
     settings: dict[str, Any]
-    reducer: Reducer
-    memory: Tensor
+    exchange: Exchange
     comm: TurnComm
     num_steps: int
     seconds: dict[bool, list[tuple[float, float]]] = field(default_factory=lambda: {True: [], False: []})
@@ -155,11 +156,13 @@ def make_entries(layout: list[Slot], gradients: Gradients, lock: TextIO) -> list
         if (name, density) in thresholds:
             chosen["threshold"] = thresholds[name, density]
         known = {key: value for key, value in chosen.items() if key in settings.model_fields}
-        reducer = REDUCERS[name](
+        reducer = reducers.build(
             settings(**known), layout, seeds=Seeds.derive(1, dist.get_rank()), device=torch.device("cpu")
         )
         num_steps = NUM_WARM_UP + NUM_MEASURED if density < 1 else NUM_DENSE
-        entries.append(Entry(name, chosen, reducer, torch.zeros(n), TurnComm(lock), num_steps))
+        comm = TurnComm(lock)
+        exchange = Exchange(Residual(ResidualSettings(), torch.zeros(n)), reducer, comm, layout)
+        entries.append(Entry(name, chosen, exchange, comm, num_steps))
     return entries
 
 
@@ -177,10 +180,10 @@ def measure(layout: list[Slot], lock: TextIO) -> list[Entry]:
                 entry.comm.ledger.take()
             grad.copy_(fresh)
             alone = step % 2 == 0
-            seconds = entry.comm.step(entry.reducer, entry.memory, grad, alone=alone)
+            seconds = entry.comm.step(entry.exchange, grad, alone=alone)
             if step >= NUM_WARM_UP:
                 entry.seconds[alone].append(seconds)
-                entry.densities.append(getattr(entry.reducer, "density", 1.0))
+                entry.densities.append(entry.exchange.reducer.density)
     return entries
 
 

@@ -26,11 +26,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+import reducers
 from benchmarks.group import add_hidden, hand_in, joined, run_group
 from reducers import REDUCERS
 from sage.exchange.comm import CountingComm, LocalComm, connect_comm
+from sage.exchange.exchange import Exchange
+from sage.exchange.feedback import Residual, ResidualSettings
 from sage.files import write_text
-from sage.interfaces import Communicator, Reducer, Seeds, Slot, lay_out
+from sage.interfaces import Communicator, Progress, Seeds, Slot, lay_out
 from tasks.models.resnet import resnet18
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -95,29 +98,30 @@ class Gradients:
         torch.mul(chosen, signs.repeat_interleave(64)[: grad.numel()], out=grad)
 
 
+PROGRESS = Progress(epoch=0.0, step=0, lr=0.1, steps_per_epoch=1)
+"""Schedules stay at their first epoch."""
+
+
 @dataclass
 class Entry:
-    """A reducer under measurement, with its memory and what was measured."""
+    """An exchange under measurement, and what was measured."""
 
-    reducer: Reducer
-    memory: Tensor
+    exchange: Exchange
     comm: CountingComm
     seconds: list[float]
     densities: list[float]
 
     def step(self, grad: Tensor) -> None:
         started = time.perf_counter()
-        self.reducer.accumulate(self.memory, grad)
-        self.reducer.reduce(self.memory, grad, self.comm)
+        self.exchange.average(grad, PROGRESS)
         self.seconds.append(time.perf_counter() - started)
-        self.densities.append(self.reducer.density)
+        self.densities.append(self.exchange.reducer.density)
 
     def compression_error(self, grad: Tensor) -> float | None:
         """||send - sent||^2 / ||send||^2 of one more step; None where what is left in send is no error."""
-        self.reducer.accumulate(self.memory, grad)
-        before = self.memory.norm()
-        self.reducer.reduce(self.memory, grad, self.comm)
-        return float((self.memory.norm() / before) ** 2) if self.reducer.takes_feedback else None
+        norms = self.exchange.average(grad, PROGRESS, measure=True)
+        assert norms is not None
+        return norms.read().get("compression_error")
 
 
 def fitting_threshold(layout: list[Slot], gradients: Gradients, density: float) -> float:
@@ -159,8 +163,9 @@ def make_entry(
     settings = REDUCERS[name].Settings
     given = {"density": density, "threshold": threshold, "densities": (density, density / 10)}
     config = settings(**{key: given[key] for key in given.keys() & settings.model_fields.keys()}, **changes)
-    reducer = REDUCERS[name](config, layout, seeds=Seeds.derive(1, rank), device=torch.device("cpu"))
-    return Entry(reducer, torch.zeros(layout[-1].stop), comm, [], [])
+    reducer = reducers.build(config, layout, seeds=Seeds.derive(1, rank), device=torch.device("cpu"))
+    feedback = Residual(ResidualSettings(), torch.zeros(layout[-1].stop))
+    return Entry(Exchange(feedback, reducer, comm, layout), comm, [], [])
 
 
 def measure(

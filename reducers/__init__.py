@@ -1,62 +1,77 @@
-"""Every reducer by its name in the configuration."""
+"""Every reducer by its name in the configuration, and how one is built.
 
-from typing import Any
+Imports neither torch nor a reducer: REDUCERS imports a reducer when it is asked for.
+"""
 
-import torch
+from typing import TYPE_CHECKING, Any
 
-from reducers.accordion import Accordion
-from reducers.atomo import Atomo
-from reducers.exact import Exact
-from reducers.global_topk import GlobalTopK
-from reducers.powersgd import PowerSGD
-from reducers.random_k import RandomBlock, RandomK
-from reducers.sage import Sage
-from reducers.sign_norm import SignNorm
-from reducers.signsgd import SignSGD
-from reducers.signum import Signum
-from reducers.svd import SVD
-from reducers.threshold import HardThreshold
-from reducers.topk import TopK
+from sage.components import ComponentTable, SettingsTable
 from sage.config import Named, Settings, validate
-from sage.interfaces import Reducer, Seeds, Slot
 
-REDUCERS: dict[str, type[Reducer]] = {
-    "exact": Exact,
-    "topk": TopK,
-    "global_topk": GlobalTopK,
-    "threshold": HardThreshold,
-    "sage": Sage,
-    "powersgd": PowerSGD,
-    "accordion": Accordion,
-    "random_k": RandomK,
-    "random_block": RandomBlock,
-    "sign_norm": SignNorm,
-    "signsgd": SignSGD,
-    "signum": Signum,
-    "svd": SVD,
-    "atomo": Atomo,
-}
-Accordion.inners = {"topk": TopK, "powersgd": PowerSGD}
-_SETTINGS = {name: reducer.Settings for name, reducer in REDUCERS.items()}
+if TYPE_CHECKING:
+    import torch
+
+    from sage.interfaces import Reducer, Seeds, Slot
+
+REDUCERS: "ComponentTable[Reducer]" = ComponentTable(
+    "sage.interfaces:Reducer",
+    {
+        "exact": "reducers.exact:Exact",
+        "topk": "reducers.topk:TopK",
+        "global_topk": "reducers.global_topk:GlobalTopK",
+        "threshold": "reducers.threshold:HardThreshold",
+        "sage": "reducers.sage:Sage",
+        "powersgd": "reducers.powersgd:PowerSGD",
+        "accordion": "reducers.accordion:Accordion",
+        "random_k": "reducers.random_k:RandomK",
+        "random_block": "reducers.random_k:RandomBlock",
+        "sign_norm": "reducers.sign_norm:SignNorm",
+        "signsgd": "reducers.signsgd:SignSGD",
+        "signum": "reducers.signum:Signum",
+        "svd": "reducers.svd:SVD",
+        "atomo": "reducers.atomo:Atomo",
+    },
+)
+_SETTINGS = SettingsTable(REDUCERS)
 
 
 class _Chosen(Settings):
     reducer: Named
 
 
+def build(config: Named, layout: "list[Slot]", *, seeds: "Seeds", device: "torch.device") -> "Reducer":
+    """The reducer of a configuration's section; of a wrapper the inner reducer first."""
+    from reducers.common import WrapperSettings
+
+    given: dict[str, Any] = {"seeds": seeds, "device": device}
+    if isinstance(config, WrapperSettings):
+        given["inner"] = build(_settings(config.inner_section()), layout, **given)
+    return REDUCERS[config.name](config, layout, **given)
+
+
 def build_reducer(
     name: str,
-    layout: list[Slot],
+    layout: "list[Slot]",
     *,
     worker: int,
     seed: int = 1,
-    device: torch.device | str = "cpu",
+    device: "torch.device | str" = "cpu",
     **settings: Any,
-) -> Reducer:
+) -> "Reducer":
     """A reducer for a training loop of your own: settings are those of its section in a configuration.
 
-    seed is equal on all workers, worker is this one's rank; layout is GradientBuffer(model).layout. Raises
-    ValueError where there is no such reducer or setting, or a value is out of its range.
+    name is one of REDUCERS, or the place of a class of your own, `package.module:Class`. seed is equal on all
+    workers, worker is this one's rank; layout is GradientBuffer(model).layout. Raises ValueError where a name
+    or setting is unknown, or a value is out of its range.
     """
-    chosen = validate({"reducer": {"name": name, **settings}}, _Chosen, {"reducer": _SETTINGS}).reducer
-    return REDUCERS[name](chosen, layout, seeds=Seeds.derive(seed, worker), device=torch.device(device))
+    import torch
+
+    from sage.interfaces import Seeds
+
+    config = _settings({"name": name, **settings})
+    return build(config, layout, seeds=Seeds.derive(seed, worker), device=torch.device(device))
+
+
+def _settings(section: dict[str, Any]) -> Named:
+    """The settings in a section. Raises ConfigError."""
+    return validate({"reducer": section}, _Chosen, {"reducer": _SETTINGS}).reducer

@@ -1,13 +1,12 @@
 """Accordion: low compression for the tensors whose gradient is changing, high for the others."""
 
-from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, Strict, model_validator
 from torch import Tensor
 
-from reducers.common import Leveled
+from reducers.common import Leveled, WrapperSettings
 from sage.config import Named
 from sage.interfaces import Communicator, Progress, Reducer, Seeds, Slot
 
@@ -15,7 +14,7 @@ Density = Annotated[float, Field(gt=0, le=1)]
 Rank = Annotated[int, Field(ge=1)]
 
 
-class AccordionSettings(Named):
+class AccordionSettings(WrapperSettings):
     name: Literal["accordion"] = "accordion"
     inner: Literal["topk", "powersgd"] = "topk"
     densities: Annotated[tuple[Density, Density], Strict(False)] = (0.1, 0.01)
@@ -39,6 +38,9 @@ class AccordionSettings(Named):
                 raise ValueError(f"{name}: expected the larger one first, got {low:g} and {high:g}")
         return self
 
+    def inner_section(self) -> dict[str, Any]:
+        return {"name": self.inner}
+
 
 class Accordion(Reducer):
     """Agarwal et al. 2021, arXiv 2010.16248, algorithm 1, around a reducer with a level a tensor.
@@ -52,15 +54,18 @@ class Accordion(Reducer):
 
     Settings: ClassVar[type[Named]] = AccordionSettings
     state_names = ("levels", "previous", "total", "epoch", "lr", "inner")
-    inners: ClassVar[Mapping[str, type[Leveled]]]
-    """What may be wrapped, by name; set where all reducers are known."""
+    element_names = ("total",)
 
     def __init__(
-        self, config: AccordionSettings, layout: list[Slot], *, seeds: Seeds, device: torch.device
+        self,
+        config: AccordionSettings,
+        layout: list[Slot],
+        *,
+        seeds: Seeds,
+        device: torch.device,
+        inner: Leveled,
     ) -> None:
-        self.config, self.layout = config, layout
-        inner = self.inners[config.inner]
-        self.inner = inner(inner.Settings(name=config.inner), layout, seeds=seeds, device=device)
+        self.config, self.layout, self.inner = config, layout, inner
         self.epoch, self.lr = -1, 0.0
         self.previous = torch.zeros(len(layout), device=device)  # norms at the last decision
         sums = layout[-1].stop if config.detector == "epoch" else 0
@@ -68,6 +73,11 @@ class Accordion(Reducer):
         self._progress: Progress | None = None
         self._applied: list[float] = []
         self._set(torch.ones(len(layout), dtype=torch.uint8, device=device))
+
+    def slot_slices(self, name: str, layout: list[Slot]) -> list[slice] | None:
+        if name in ("levels", "previous"):
+            return [slice(index, index + 1) for index in range(len(layout))]
+        return super().slot_slices(name, layout)
 
     def begin_step(self, progress: Progress) -> None:
         self._progress = progress

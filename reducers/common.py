@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from sage.config import Named
 from sage.interfaces import Communicator, Reducer
 
 
@@ -36,3 +37,14 @@ class Leveled(Reducer):
     @abstractmethod
     def set_levels(self, levels: Sequence[Any]) -> None:
         """One density, or one rank, a slot from now on."""
+
+
+class WrapperSettings(Named):
+    """The settings of a reducer that works through another one.
+
+    `reducers.build` builds the inner reducer first and passes it to the wrapper's constructor as `inner=`.
+    """
+
+    @abstractmethod
+    def inner_section(self) -> dict[str, Any]:
+        """The inner reducer as a section of a configuration: its name, and what differs from its defaults."""

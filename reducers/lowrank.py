@@ -58,6 +58,23 @@ class Matrices:
         """Views (size,) of a flat gradient: what is no matrix, or too small a one."""
         return [flat[slot.start : slot.stop] for slot in self.whole]
 
+    def left_slices(self, layout: list[Slot]) -> list[slice]:
+        """Where each slot's factor lies in the left factors; empty for what is sent whole."""
+        return self._factor_slices(layout, [group.rows * group.rank for group in self.groups])
+
+    def right_slices(self, layout: list[Slot]) -> list[slice]:
+        """The same in the right factors."""
+        return self._factor_slices(layout, [group.columns * group.rank for group in self.groups])
+
+    def _factor_slices(self, layout: list[Slot], sizes: list[int]) -> list[slice]:
+        """sizes: of a factor in each group."""
+        found, start = dict[str, slice](), 0
+        for group, size in zip(self.groups, sizes, strict=True):
+            for slot in group.slots:
+                found[slot.name] = slice(start, start + size)
+                start += size
+        return [found.get(slot.name, slice(0, 0)) for slot in layout]
+
     def left_blocks(self, flat: Tensor) -> list[Tensor]:
         """Views (B, n, r), one a group, of the left factors (left_size,)."""
         shapes = [(len(group.slots), group.rows, group.rank) for group in self.groups]

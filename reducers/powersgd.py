@@ -57,6 +57,11 @@ class PowerSGD(Leveled):
         self.matrices = Matrices(self.layout, levels, self.config.min_compression_rate * cost)
         self.p, self.q = self._draw(self.matrices.left_size), self._draw(self.matrices.right_size)
 
+    def slot_slices(self, name: str, layout: list[Slot]) -> list[slice] | None:
+        if name not in ("p", "q"):
+            return None
+        return self.matrices.left_slices(layout) if name == "p" else self.matrices.right_slices(layout)
+
     def _draw(self, size: int) -> Tensor:
         return torch.randn(size, generator=self.generator, device=self.device)
 

@@ -1,71 +1,94 @@
 """The command line of run.py."""
 
 import argparse
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from signal import Signals
 from typing import Any, NoReturn
 
 from sage import files, sweep
+from sage.config import ConfigError
 from sage.console import complain, show
 from sage.runfolder.resume import NEWEST, run_of
-from sage.workers.signals import WATCH
+from sage.workers.points import PointRunner
 
 HELP = """\
-Train a task with a gradient compressor, as a YAML file says.
+Train a task with a gradient compressor, as a YAML file describes it.
 
-  python run.py configs/digits.yaml                          one worker
-  python run.py configs/digits.yaml --workers 2              two processes on this machine
-  torchrun --nproc-per-node 2 run.py configs/digits.yaml     the same, by torchrun
-  python run.py configs/digits.yaml --simulate 16            16 workers that take turns in one process
-  python run.py configs/digits.yaml reducer.name=topk epochs=3
-  python run.py configs/digits.yaml --resume                 go on with the newest run of it
-  python run.py --sweep configs/sweeps/reducers_digits.yaml --workers 2
+  python run.py configs/digits.yaml                              one worker
+  python run.py configs/digits.yaml --workers 2                  two worker processes on this machine
+  torchrun --nproc-per-node 2 run.py configs/digits.yaml         the same, started by torchrun
+  python run.py configs/digits.yaml --simulate 16                16 workers that take turns in one process
+  python run.py configs/digits.yaml reducer.name=topk epochs=3   with two values changed
+  python run.py configs/digits.yaml --resume                     resume the newest run of this file
+  python run.py --sweep configs/sweeps/reducers_digits.yaml      every point of a sweep, one after the other
 
-key.path=value changes one value of the file, in YAML's syntax. An override of a name (reducer.name=exact)
-chooses another component: of the file's section it keeps the keys that the new one knows.
-A run leaves its folder, RUNS/<config name>/<run id>/, with config.yaml, environment.json, metrics.jsonl,
-checkpoints/ and summary.json; `python -m sage.report RUNS` turns run folders into tables and pictures.
-A sweep's file has a base (a configuration), a grid (key.path: [values]) and seeds. Without --list and --index
-all its points run in turn; a point that is done is skipped. Its runs lie in RUNS/<sweep>/<point>/.
-A run can be stopped anywhere and gone on with (--resume), with the same bits as without the stop. Ctrl-C,
-SIGTERM and SIGUSR1 let it finish its step and write a checkpoint; a second Ctrl-C ends it at once. A sweep
-that a signal ends has the exit code 128 + its number.
-Exit codes: 0 done, or ended by SIGTERM or SIGUSR1 with a checkpoint; 1 failed; 2 bad input (nothing was
-started); 130 Ctrl-C.
+CONFIG: configs/ has a YAML file for each experiment. key.path=value changes one of its values, in the
+syntax of YAML. A changed name (reducer.name=exact) chooses another component, which takes over the keys
+that it knows from the file's section. --print-config shows every setting.
+
+Results: a run has a folder of its own, RUNS/<config name>/<run id>/, with config.yaml, environment.json,
+metrics.jsonl, checkpoints/ and, once it is done, summary.json. `python -m sage.report RUNS` makes tables
+and pictures of such folders.
+
+Sweeps: a sweep's file has a base (a configuration), a grid (key.path: [values]) and seeds. Each
+combination is a point; its runs are in RUNS/<sweep>/<point>/. Without --list and --index all points are
+run, except those that are done already.
+
+Stopping: Ctrl-C, SIGTERM and SIGUSR1 let a run finish its step and write a checkpoint; a second Ctrl-C
+ends it at once. --resume continues from the checkpoint, with the same bits as without the stop.
+
+Exit codes: 0 done, or stopped by SIGTERM or SIGUSR1 with a checkpoint; 1 failed; 2 bad input, nothing was
+started; 130 stopped by Ctrl-C. A sweep that a signal stops ends with 128 + the signal's number.
 """
+
+NEED_SWEEP = {"list_points": "--list", "index": "--index"}
+"""Options that only a sweep has, as argparse and as the user names them."""
+NEED_INDEX = {"print_config": "--print-config", "dry_run": "--dry-run"}
+"""Options about one run: in a sweep, about one of its points."""
 
 
 @dataclass(frozen=True)
 class Arguments:
+    """The command line of run.py."""
+
     config: Path
-    """Of a run; of a sweep its file."""
+    """The configuration's file; with sweep, the sweep's file."""
     overrides: list[str]
     sweep: bool
     list_points: bool
     index: int | None
+    """The one point of the sweep to run; None: all of them."""
     workers: int | None
     simulate: int | None
     threads: int | None
     data: Path | None
     runs: Path
     resume: str | None
-    """A run's or a checkpoint's folder, or resume.NEWEST; None: begin."""
+    """The folder of a run or a checkpoint, or resume.NEWEST; None: start a new run."""
     job: Path | None
     print_config: bool
     dry_run: bool
 
     @property
-    def many(self) -> bool:
+    def runs_whole_sweep(self) -> bool:
         """Whether this is about all points of a sweep, not about one run."""
         return self.sweep and self.index is None
 
 
 def parse(arguments: list[str]) -> Arguments:
-    """The arguments of run.py. Prints help, or one line about what is wrong, and exits, as argparse does."""
+    """The arguments of run.py. Like argparse, prints help or one line about a mistake, and exits."""
+    parser = _build_parser()
+    try:
+        return _to_arguments(vars(parser.parse_intermixed_args(arguments)))
+    except _UsageError as error:
+        parser.error(str(error))
+
+
+# --- the parser -----------------------------------------------------------------------------------
+
+
+def _build_parser() -> "_Parser":
     parser = _Parser(
         prog="run.py",
         description=HELP,
@@ -73,128 +96,76 @@ def parse(arguments: list[str]) -> Arguments:
         usage="python run.py CONFIG [key.path=value ...] [options]\n"
         "       python run.py --sweep FILE [key.path=value ...] [--list | --index I] [options]",
     )
-    add = parser.add_argument
-    add(
+    parser.add_argument(
         "words",
         nargs="*",
         metavar="CONFIG key.path=value",
-        help="a YAML file (see configs/), and changes to it",
+        help="a YAML file (see configs/), and changes to its values",
     )
-    many = parser.add_mutually_exclusive_group().add_argument
-    many("--workers", type=_count, metavar="N", help="start N processes on this machine")
-    many("--simulate", type=_count, metavar="W", help="train W workers in turn in this process, on one model")
-    add("--sweep", type=Path, metavar="FILE", help="run the points of a sweep (see configs/sweeps/)")
-    which = parser.add_mutually_exclusive_group()
+    _add_worker_options(parser.add_argument_group("workers"))
+    _add_sweep_options(parser.add_argument_group("sweeps"))
+    _add_folder_options(parser.add_argument_group("files and folders"))
+    _add_looking_options(parser.add_argument_group("look, but do not train"))
+    return parser
+
+
+def _add_worker_options(group: "argparse._ArgumentGroup") -> None:
+    how = group.add_mutually_exclusive_group()
+    how.add_argument("--workers", type=_positive, metavar="N", help="start N processes on this machine")
+    how.add_argument(
+        "--simulate",
+        type=_positive,
+        metavar="W",
+        help="let W workers take turns in one process",
+    )
+    group.add_argument(
+        "--threads",
+        type=_positive,
+        metavar="N",
+        help="threads of each worker (default: this machine's cores divided by its workers)",
+    )
+
+
+def _add_sweep_options(group: "argparse._ArgumentGroup") -> None:
+    group.add_argument(
+        "--sweep", type=Path, metavar="FILE", help="run the points of a sweep (see configs/sweeps/)"
+    )
+    which = group.add_mutually_exclusive_group()
     which.add_argument(
-        "--list", action="store_true", dest="list_points", help="list the sweep's points and stop"
+        "--list", action="store_true", dest="list_points", help="list the sweep's points, then stop"
     )
-    which.add_argument("--index", type=_index, metavar="I", help="run the sweep's point I alone")
-    add("--threads", type=_count, metavar="N", help="threads a worker (default: cores / workers here)")
-    add("--data", type=Path, metavar="DIR", help="prepared data sets (default: $SAGE_DATA, else ./data)")
-    add("--runs", type=Path, metavar="DIR", default=Path("runs"), help="where runs go (default: runs)")
-    add(
+    which.add_argument("--index", type=_not_negative, metavar="I", help="run only the sweep's point I")
+
+
+def _add_folder_options(group: "argparse._ArgumentGroup") -> None:
+    group.add_argument(
+        "--data", type=Path, metavar="DIR", help="the prepared data sets (default: $SAGE_DATA, else ./data)"
+    )
+    group.add_argument(
+        "--runs", type=Path, metavar="DIR", default=Path("runs"), help="where runs are kept (default: runs)"
+    )
+    group.add_argument(
         "--resume",
         nargs="?",
         const=NEWEST,
         metavar="PATH",
-        help="go on with the newest run of CONFIG, or with PATH: a run's folder, or one of its checkpoints; "
-        "then CONFIG may be left out",
+        help="resume the newest run of CONFIG, or PATH: the folder of a run or of one of its checkpoints; "
+        "with PATH, CONFIG may be left out",
     )
-    add("--job", type=Path, metavar="LINK", help="leave a link to the run's folder there; pararun does")
-    add("--print-config", action="store_true", help="print the resolved configuration and stop")
-    add("--dry-run", action="store_true", help="build everything, train nothing, say what a run would be")
-    return _check(parser, vars(parser.parse_intermixed_args(arguments)))
+    group.add_argument(
+        "--job", type=Path, metavar="LINK", help="make LINK a link to the run's folder, as pararun does"
+    )
 
 
-def _check(parser: argparse.ArgumentParser, parsed: dict[str, Any]) -> Arguments:
-    """What argparse cannot say of options that belong together."""
-    words, file, resume = parsed.pop("words"), parsed.pop("sweep"), parsed["resume"]
-    sweeps = file is not None
-    if resume and sweeps and parsed["index"] is None:
-        parser.error(
-            f"--resume {resume}: with --sweep and no --index expected no path: each point has its own"
-        )
-    if resume and not Path(resume).is_dir():
-        hint = "; CONFIG and key.path=value go before it" if "=" in resume or resume.endswith(".yaml") else ""
-        parser.error(f"--resume {resume}: expected a run's folder, or one of its checkpoints{hint}")
-    if resume and not sweeps and (not words or "=" in words[0]):
-        words.insert(0, str(run_of(Path(resume).resolve()) / "config.yaml"))
-    if not sweeps and not words:
-        parser.error("CONFIG is missing: expected a YAML file")
-    if not sweeps:
-        file, *words = words
-    for word in words if sweeps else ():
-        if "=" not in word:
-            parser.error(f"{word}: expected key.path=value; a sweep's file names its own configuration")
-    for name, given in (("list", parsed["list_points"]), ("index", parsed["index"] is not None)):
-        if given and not sweeps:
-            parser.error(f"--{name}: expected together with --sweep FILE")
-    for name in ("print_config", "dry_run"):
-        if sweeps and parsed[name] and parsed["index"] is None:
-            parser.error(f"--{name.replace('_', '-')}: with --sweep expected an --index too")
-    return Arguments(config=Path(file), overrides=words, sweep=sweeps, **parsed)
+def _add_looking_options(group: "argparse._ArgumentGroup") -> None:
+    group.add_argument("--print-config", action="store_true", help="print every setting with its value")
+    group.add_argument(
+        "--dry-run", action="store_true", help="build everything and describe the run: steps, bytes, memory"
+    )
 
 
-def choose_point(options: Arguments) -> sweep.Point:
-    """The one run that is asked for. Raises ConfigError."""
-    if options.index is None:
-        return sweep.alone(options.config, options.overrides)
-    return sweep.pick(sweep.read(options.config, options.overrides), options.index)
-
-
-# --- all points -----------------------------------------------------------------------------------
-
-
-def run_sweep(
-    options: Arguments, settle: sweep.Resolve, check: Callable[[Any], object], command: Sequence[str]
-) -> int:
-    """List a sweep's points, or run in turn those that are not done, each by `python COMMAND --index I`.
-
-    Before the first one starts, these are checked: check(settings) raises ValueError where one cannot run. A
-    point that fails does not keep the next from running; a signal ends them all. Returns the exit code.
-    """
-    points = sweep.read(options.config, options.overrides)
-    resolved = sweep.resolve(options.config, points, settle)
-    done = [
-        sweep.finished_run(options.runs / point.place, settings, settle) is not None
-        for point, settings in zip(points, resolved, strict=True)
-    ]
-    if options.list_points:
-        return show(sweep.listing(points, done))
-    files.check_writable(options.runs)
-    for settings, is_done in zip(resolved, done, strict=True):
-        if not is_done:
-            check(settings)
-    failed = []
-    for point in points:
-        print(f"point {point.index} of {len(points)}: {point}{' is done' * done[point.index]}", flush=True)
-        if done[point.index]:
-            continue
-        code, stopped = _run([*command, "--index", str(point.index)])
-        if stopped:
-            return code
-        failed += [str(point.index)] * (code != 0)
-    if failed:
-        print(f"run.py: {len(failed)} of {len(points)} points failed: {', '.join(failed)}", file=sys.stderr)
-    return 1 if failed else 0
-
-
-def _run(command: list[str]) -> tuple[int, bool]:
-    """Run `python COMMAND`: its exit code, and whether a signal to this process ended it.
-
-    The child has a session of its own, so that Ctrl-C reaches it once: handed on from here.
-    """
-    children: list[subprocess.Popen[bytes]] = []
-
-    def send(number: Signals) -> None:
-        for child in children:
-            child.send_signal(number)
-
-    with WATCH.handed_on(send):
-        with WATCH.held():
-            children.append(subprocess.Popen([sys.executable, *command], start_new_session=True))
-        code = children[0].wait()
-    return (code, False) if WATCH.received is None else (128 + WATCH.received, True)
+class _UsageError(ValueError):
+    """Options that do not belong together."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -203,13 +174,119 @@ class _Parser(argparse.ArgumentParser):
         self.exit(complain(f"{message} (--help explains)"))
 
 
-def _count(text: str) -> int:
+def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected an integer in [1, inf), got {text!r}")
     return int(text)
 
 
-def _index(text: str) -> int:
+def _not_negative(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"expected an integer in [0, inf), got {text!r}")
     return int(text)
+
+
+# --- options that belong together -----------------------------------------------------------------
+
+
+def _to_arguments(parsed: dict[str, Any]) -> Arguments:
+    """The parsed options as Arguments. Raises _UsageError where they do not belong together."""
+    words, sweep_file = parsed.pop("words"), parsed.pop("sweep")
+    if sweep_file is None:
+        _refuse_all(parsed, NEED_SWEEP, "expected together with --sweep FILE")
+    elif parsed["index"] is None:
+        _refuse_all(parsed, NEED_INDEX, "with --sweep expected an --index too")
+        _refuse_path_for_all_points(parsed["resume"])
+    if parsed["resume"]:
+        _check_resume_path(parsed["resume"])
+    if sweep_file is None:
+        config, overrides = _split_words(words, parsed["resume"])
+    else:
+        config, overrides = sweep_file, _check_overrides(words)
+    return Arguments(config=config, overrides=overrides, sweep=sweep_file is not None, **parsed)
+
+
+def _refuse_all(parsed: dict[str, Any], names: dict[str, str], expected: str) -> None:
+    """Raise _UsageError where one of these options is given."""
+    for name, option in names.items():
+        if parsed[name] is not None and parsed[name] is not False:  # --index 0 is given
+            raise _UsageError(f"{option}: {expected}")
+
+
+def _refuse_path_for_all_points(resume: str | None) -> None:
+    """Raise _UsageError where --resume names one run, for all points of a sweep."""
+    if resume:
+        raise _UsageError(
+            f"--resume {resume}: with --sweep and no --index expected no path: each point has its own"
+        )
+
+
+def _check_resume_path(resume: str) -> None:
+    """Raise _UsageError where --resume PATH is not a folder, as where it has swallowed another word."""
+    if Path(resume).is_dir():
+        return
+    swallowed = "=" in resume or resume.endswith(".yaml")
+    hint = "; CONFIG and key.path=value go before it" if swallowed else ""
+    raise _UsageError(f"--resume {resume}: expected a run's folder, or one of its checkpoints{hint}")
+
+
+def _split_words(words: list[str], resume: str | None) -> tuple[Path, list[str]]:
+    """CONFIG and its overrides; with --resume PATH the run's own configuration where CONFIG is left out."""
+    if resume and (not words or "=" in words[0]):
+        return run_of(Path(resume).resolve()) / "config.yaml", words
+    if not words:
+        raise _UsageError("CONFIG is missing: expected a YAML file")
+    return Path(words[0]), words[1:]
+
+
+def _check_overrides(words: list[str]) -> list[str]:
+    """A sweep's words, which are overrides only. Raises _UsageError where one is not."""
+    for word in words:
+        if "=" not in word:
+            raise _UsageError(f"{word}: expected key.path=value; a sweep's file names its own configuration")
+    return words
+
+
+# --- the points of a sweep ------------------------------------------------------------------------
+
+
+def choose_point(options: Arguments) -> sweep.Point:
+    """The point to run: the sweep's by --index, or the configuration on its own.
+
+    Raises ConfigError, also where another process runs the point.
+    """
+    if options.index is None:
+        return sweep.single_point(options.config, options.overrides)
+    point = sweep.pick(sweep.read(options.config, options.overrides), options.index)
+    who = sweep.holder(options.runs / point.folder, [sweep.RUN_LOCK])
+    if who and not options.print_config and not options.dry_run:
+        raise ConfigError(f"--index {options.index}: {who} runs this point already")
+    return point
+
+
+def run_sweep(
+    options: Arguments,
+    load_settings: sweep.LoadSettings,
+    check: Callable[[Any], object],
+    command: Sequence[str],
+) -> int:
+    """List a sweep's points, or run those that are not done, each by `python COMMAND --index I`.
+
+    Before the first one starts, check(settings) raises ValueError where one of them cannot run. Returns the
+    exit code.
+    """
+    points = sweep.read(options.config, options.overrides)
+    resolved = sweep.resolve(options.config, points, load_settings)
+
+    def is_done(point: sweep.Point) -> bool:
+        folder = options.runs / point.folder
+        return sweep.finished_run(folder, resolved[point.index], load_settings) is not None
+
+    done = [is_done(point) for point in points]
+    if options.list_points:
+        return show(sweep.listing(points, done, options.runs))
+    files.check_writable(options.runs)
+    for point in points:
+        if not done[point.index]:
+            check(resolved[point.index])
+    return PointRunner(points, options.runs, is_done, command).run()

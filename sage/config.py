@@ -8,6 +8,7 @@ import difflib
 import re
 import types
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -168,9 +169,14 @@ def _validated(
 
 
 def _choose(raw: dict[str, Any], section: str, name: Any, table: Mapping[str, type[Named]]) -> None:
+    """Keep of a section what the component of another name knows; validate complains of an unknown one."""
     before = raw.get(section)
-    if isinstance(before, dict) and isinstance(name, str) and name in table and before.get("name") != name:
-        raw[section] = {key: value for key, value in before.items() if key in table[name].model_fields}
+    if not isinstance(before, dict) or before.get("name") == name:
+        return
+    if isinstance(name, str) and name in table:
+        with suppress(ConfigError):  # a class that cannot be imported
+            known = table[name].model_fields
+            raw[section] = {key: value for key, value in before.items() if key in known}
 
 
 def _parse_override(override: str) -> tuple[list[str], Any]:

@@ -1,7 +1,7 @@
 """The architecture on one screen: what a communicator, a reducer and a task are.
 
-Data flows one way: task.loss > gradient > feedback(reducer, communicator) > optimizer > metrics. This file
-imports nothing of ours, and every other part may import it.
+Data flows one way: task.loss > gradient.flat > Exchange(feedback, reducer, communicator) > optimizer >
+metrics. This file imports nothing of ours, and every other part may import it.
 """
 
 import hashlib
@@ -78,14 +78,24 @@ class Seeds:
 
 
 class Stateful:
-    """Something whose state a checkpoint holds: the attributes named in state_names.
+    """The base of everything whose state a checkpoint holds: the attributes named in state_names.
 
     They may be tensors, Python numbers, torch.Generators, or Stateful themselves.
     """
 
     state_names: tuple[str, ...] = ()
     worker_generators: tuple[str, ...] = ()
-    """Those of them that are generators of a worker's own; the other generators are alike on all workers."""
+    """Those of them that are generators of a worker's own; the other generators are the same on all
+    workers."""
+    element_names: tuple[str, ...] = ()
+    """Those of them that hold a number for each element of the flat gradient: (n,)."""
+
+    def slot_slices(self, name: str, layout: list[Slot]) -> list[slice] | None:
+        """Where in the tensor `name` of state_names each parameter's part lies, so that a checkpoint holds it
+        by the parameter's name; None for what belongs to no single parameter."""
+        if name not in self.element_names:
+            return None
+        return [slice(slot.start, slot.stop) for slot in layout]
 
     def state_dict(self) -> dict[str, Any]:
         return {name: _saved(getattr(self, name)) for name in self.state_names}
@@ -107,7 +117,7 @@ class Stateful:
                 setattr(self, name, state[name])
 
     def reseed(self, seed: int) -> None:
-        """Begin a worker's own generators anew."""
+        """Restart a worker's own generators from a seed."""
         for name in self.state_names:
             value = getattr(self, name)
             if isinstance(value, Stateful):
@@ -129,15 +139,15 @@ class CommunicationError(RuntimeError):
 
 
 class TrainingError(RuntimeError):
-    """The run cannot go on: a number is not finite, replicas differ, a checkpoint cannot be written or read.
-    What was written stays."""
+    """The run cannot continue: a number is not finite, replicas differ, a checkpoint cannot be written or
+    read. What was written remains."""
 
 
 class Stopped(Exception):  # noqa: N818  no error: what the user or the scheduler asked for
     """The run ends early, on all workers after the same step; a checkpoint was written where one could be."""
 
     def __init__(self, by_hand: bool) -> None:
-        """by_hand: by Ctrl-C; else it is to be taken up again."""
+        """by_hand: by Ctrl-C; otherwise the run is to be resumed."""
         super().__init__()
         self.by_hand = by_hand
 
@@ -170,13 +180,12 @@ class Reducer(Stateful, ABC):
 
     Built from (config, layout, *, seeds, device): layout is a list of Slot in flat order. It stores no timer,
     rank, world size or process group, waits for the device at most to learn how much to send, and may run on
-    any thread and stream, so that one object serves under processes, under threads, and one a bucket in
-    somebody's own hook.
+    any thread and stream: the same object works under processes, under threads, and one a bucket in a hook.
     """
 
     Settings: ClassVar[type[Any]]
     takes_feedback: ClassVar[bool] = True
-    """Whether what it leaves in send is an error that can be fed back."""
+    """Whether what it leaves in send is an error, which can be fed back."""
     density: float = 1.0
     """Elements a worker selected in the last step / n, mean over workers. A host number: reading it costs
     nothing."""
@@ -185,7 +194,7 @@ class Reducer(Stateful, ABC):
     def __init__(self, config: Any, layout: list[Slot], *, seeds: Seeds, device: torch.device) -> None: ...
 
     def begin_step(self, progress: Progress) -> None:
-        """Told before each step; for schedules."""
+        """Called before each step, for schedules."""
 
     def accumulate(self, send: Tensor, grad: Tensor) -> None:
         """send += grad. A sparsifier may fuse this with its scan; reduce must follow, with the same send."""
@@ -218,11 +227,11 @@ class Reducer(Stateful, ABC):
         return {}
 
 
-class Task(ABC):
+class Task(Stateful, ABC):
     """A model, its data and its score. backward, clipping and the optimizer belong to the loop.
 
-    Tensors that are its attributes, and are not named in state_names, are never changed in place: workers
-    that are simulated in one process share those that they hold alike.
+    A tensor attribute that is not named in state_names is never changed in place: workers that are simulated
+    in one process share those that have the same bits.
     """
 
     Settings: ClassVar[type[Any]]
@@ -251,8 +260,8 @@ class Task(ABC):
         """This worker's batches of an epoch, from the start-th on."""
 
     @abstractmethod
-    def loss(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """The mean loss of a batch, a scalar, and scalars worth logging beside it."""
+    def loss(self, batch: Any) -> Tensor:
+        """The mean loss of a batch, a scalar."""
 
     @abstractmethod
     def evaluate(self) -> dict[str, tuple[float, float]]:

@@ -1,15 +1,20 @@
-"""Sweeps: one file (a base, a grid, seeds) as a list of points, and which of them are done. Imports no torch.
+"""Sweeps: one file (a base, a grid, seeds) as a list of points; which are done, and which are being run.
+Imports no torch.
 
-A point's runs lie in <sweep>/<point>/ of the folder of runs, and both names follow from the file alone: so
-any process, and the report, finds them without a registry.
+A point's runs are in <sweep>/<point>/ under the folder of runs. Both names follow from the file alone, so
+that any process, and the report, finds them without a registry.
 """
 
+import fcntl
 import hashlib
 import itertools
 import os
 import re
 import shlex
+import socket
+import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,15 +24,15 @@ from pydantic import BeforeValidator, Field, Strict
 from sage.config import ConfigError, Settings, load, one_line
 
 Block = dict[str, list[Any]]
-Resolve = Callable[[Path, list[str]], Any]
-"""The settings of a configuration's file with overrides; raises ConfigError."""
+LoadSettings = Callable[[Path, list[str]], Any]
+"""Reads a configuration's file with overrides and returns its settings; raises ConfigError."""
 
 LONGEST_NAME = 150
-"""Of a point's folder; file systems allow 255 bytes."""
+"""The most characters in the name of a point's folder; file systems allow 255 bytes."""
 
 
 def _blocks(grid: Any) -> list[Block]:
-    """A grid is one mapping, or a list of them."""
+    """The grid as a list of mappings. Raises ValueError where a value is not a list."""
     blocks = grid if isinstance(grid, list) else [grid]
     for block in blocks:
         if not isinstance(block, dict):
@@ -43,39 +48,40 @@ def _blocks(grid: Any) -> list[Block]:
 
 
 class Sweep(Settings):
-    """What a file in configs/sweeps says."""
+    """The content of a file in configs/sweeps."""
 
     base: str | None = None
-    """The configuration to vary, relative to the sweep's file; null: the grid's axis `base` names it."""
+    """The configuration to vary, relative to the sweep's file; null: the grid's key `base` names it."""
     grid: Annotated[list[Block], BeforeValidator(_blocks)] = [{}]
-    """key.path -> its values: all combinations, the last key's values fastest. A list of such mappings is
-    their points one after the other. The key `base` varies the configuration's file."""
+    """key.path: [values], for all combinations; the last key varies fastest. Of a list of such mappings, the
+    points of one come after those of the other. The key `base` varies the configuration's file."""
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Strict(False), Field(min_length=1)]
-    """Every combination is run with each; the slowest, so that a seed added at the end moves no index."""
+    """Every combination is run with each seed. Seeds vary slowest: one added at the end moves no index."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """One configuration to run. place: where its runs lie, under the folder of runs."""
+    """One configuration to run."""
 
     index: int
     config: Path
     overrides: list[str]
-    place: Path
+    folder: Path
+    """Where its runs are, relative to the folder of all runs."""
 
     def __str__(self) -> str:
         return shlex.join([str(self.config), *self.overrides])
 
 
-def alone(config: Path, overrides: list[str]) -> Point:
-    """What is run without a sweep; it is never done, each call is a new run."""
+def single_point(config: Path, overrides: list[str]) -> Point:
+    """A configuration that is run without a sweep. It is never done: each call is a new run."""
     return Point(0, config, overrides, Path(config.stem))
 
 
 def read(path: Path, extra: Sequence[str] = ()) -> list[Point]:
-    """The points of a sweep's file; extra: overrides of them all. Raises ConfigError.
+    """The points of a sweep's file, each with the overrides in extra too. Raises ConfigError.
 
-    No component is known here, so that a point's values are not checked: see resolve.
+    The points' values are not checked, since no component is known here: see resolve.
     """
     sweep = load(path, [], Sweep, {})
     points: list[Point] = []
@@ -85,14 +91,14 @@ def read(path: Path, extra: Sequence[str] = ()) -> list[Point]:
             raise ConfigError(f"{path}: base: expected the path of a configuration, got {one_line(base)}")
         overrides = [f"{key}={one_line(value)}" for key, value in {**values, "seed": seed}.items()]
         config = Path(os.path.normpath(path.parent / base))
-        place = Path(path.stem, _name([config.stem, *overrides]))
-        points.append(Point(index, config, [*overrides, *extra], place))
-    _refuse_equals(path, points, [point.place for point in points])
+        folder = Path(path.stem, _folder_name([config.stem, *overrides]))
+        points.append(Point(index, config, [*overrides, *extra], folder))
+    _refuse_duplicates(path, points, [point.folder for point in points])
     return points
 
 
-def _refuse_equals(path: Path, points: list[Point], values: list[Any]) -> None:
-    """Raise ConfigError where two points have the same value."""
+def _refuse_duplicates(path: Path, points: list[Point], values: list[Any]) -> None:
+    """Raise ConfigError where two points have equal values."""
     for i, value in enumerate(values):
         first = values.index(value)
         if first < i:
@@ -100,14 +106,16 @@ def _refuse_equals(path: Path, points: list[Point], values: list[Any]) -> None:
 
 
 def _combine(sweep: Sweep) -> Iterator[tuple[dict[str, Any], int]]:
+    """The values of each point, and its seed."""
     for seed in sweep.seeds:
         for block in sweep.grid:
             for values in itertools.product(*block.values()):
                 yield dict(zip(block, values, strict=True)), seed
 
 
-def _name(words: list[str]) -> str:
-    """A folder's name that says what the point is; where that cannot be one as it is, with a digest."""
+def _folder_name(words: list[str]) -> str:
+    """The words as a folder's name, so that it says what the point is. Where they are too long, or have
+    characters that a name should not, a digest of them makes it unique."""
     text = ",".join(words)
     safe = re.sub(r"[^\w.,=+-]", "_", text, flags=re.ASCII)
     if safe == text and len(text) <= LONGEST_NAME:
@@ -115,38 +123,121 @@ def _name(words: list[str]) -> str:
     return f"{safe[: LONGEST_NAME - 9]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
-def resolve(path: Path, points: list[Point], settle: Resolve) -> list[Any]:
-    """The settings of every point of a file. Raises ConfigError, also where two points come to one run."""
+def resolve(path: Path, points: list[Point], load_settings: LoadSettings) -> list[Any]:
+    """The settings of every point of a file. Raises ConfigError, also where two points are the same run."""
     resolved: list[Any] = []
     for point in points:
         try:
-            resolved.append(settle(point.config, point.overrides))
+            resolved.append(load_settings(point.config, point.overrides))
         except ConfigError as error:
             lines = [f"{path}: point {point.index}: {line}" for line in str(error).splitlines()]
             raise ConfigError("\n".join(lines)) from None
-    _refuse_equals(path, points, resolved)
+    _refuse_duplicates(path, points, resolved)
     return resolved
 
 
 def pick(points: list[Point], index: int) -> Point:
+    """The point with this index. Raises ConfigError."""
     if index >= len(points):
         raise ConfigError(f"--index: expected an integer in [0, {len(points) - 1}], got {index}")
     return points[index]
 
 
-def finished_run(folder: Path, settings: Any, settle: Resolve) -> Path | None:
-    """The newest run in a point's folder that is done and had these settings."""
+def finished_run(folder: Path, settings: Any, load_settings: LoadSettings) -> Path | None:
+    """The newest run in a point's folder that is done and has these settings; None: there is none."""
     for summary in sorted(folder.glob("*/summary.json"), key=lambda path: path.stat().st_mtime, reverse=True):
         try:
-            if settle(summary.parent / "config.yaml", []) == settings:
+            if load_settings(summary.parent / "config.yaml", []) == settings:
                 return summary.parent
-        except ConfigError:  # of another version, say: not this point
+        except ConfigError:  # not this point's run; one of another version, for example
             continue
     return None
 
 
-def listing(points: list[Point], done: list[bool]) -> str:
-    """A line a point: its index, whether it is done, what it is."""
-    pairs = zip(points, done, strict=True)
-    lines = [f"{point.index:5}  {'yes' if is_done else 'no':4}  {point}" for point, is_done in pairs]
-    return "\n".join(["index  done  point", *lines])
+def listing(points: list[Point], done: list[bool], runs: Path) -> str:
+    """A line for each point: its index, whether it is done or being run in the folder runs, what it is."""
+    lines = ["index  state    point"]
+    for point, is_done in zip(points, done, strict=True):
+        state = "done" if is_done else "running" if holder(runs / point.folder) else "waiting"
+        lines.append(f"{point.index:5}  {state:7}  {point}")
+    return "\n".join(lines)
+
+
+# --- points that are being run --------------------------------------------------------------------
+
+RUN_LOCK = ".run.lock"
+"""A file in a point's folder that worker 0 of a run keeps locked while it runs the point. The system gives
+the lock back when the process ends, however it ends."""
+SWEEP_LOCK = ".sweep.lock"
+"""A file there that a sweep keeps locked from before it starts a point's process until that has ended. So two
+sweeps do not start the same point; without it they would find out when each process has done its imports."""
+LOCK_SECONDS = 1.0
+"""How long a process tries to lock a file. One that asks who holds a lock holds it itself for a moment."""
+
+
+def lock(folder: Path, name: str) -> int | None:
+    """Lock a file in a point's folder, which is made; None: another process has locked it.
+
+    Returns a file descriptor, and closing it gives the lock back. Where the file system has no locks, nothing
+    is locked and nobody is kept out. Raises OSError where the file cannot be made.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    opened = os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o666)
+    deadline = time.monotonic() + LOCK_SECONDS
+    while not _try_lock(opened, fcntl.LOCK_EX):
+        if time.monotonic() > deadline:
+            os.close(opened)
+            return None
+        time.sleep(LOCK_SECONDS / 20)
+    with suppress(OSError):  # on a full disk nobody learns who it is
+        os.ftruncate(opened, 0)
+        os.write(opened, f"process {os.getpid()} on {socket.gethostname()}".encode())
+    return opened
+
+
+def holder(folder: Path, names: Sequence[str] = (RUN_LOCK, SWEEP_LOCK)) -> str:
+    """Which process runs a point, in words; empty where none does, as far as the file system has locks."""
+    for path in (folder / name for name in names):
+        try:
+            opened = os.open(path, os.O_RDWR)
+        except OSError:  # there is no such file, or it is another user's
+            continue
+        try:
+            if not _try_lock(opened, fcntl.LOCK_SH):
+                who = os.read(opened, 200).decode(errors="replace") or "another process"
+                return f"{who} ({path})"
+        finally:
+            os.close(opened)
+    return ""
+
+
+def _try_lock(opened: int, kind: int) -> bool:
+    """Whether no other process keeps this one from locking the file."""
+    try:
+        fcntl.flock(opened, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # this file system has no locks
+        return True
+    return True
+
+
+@contextmanager
+def being_run(folder: Path | None) -> Iterator[str]:
+    """Hold a point while this process runs it; None: nothing. Yields what is wrong where it cannot be held:
+    another process runs the point."""
+    if folder is None:
+        yield ""
+        return
+    try:
+        opened = lock(folder, RUN_LOCK)
+    except OSError as error:
+        yield str(error)
+        return
+    if opened is None:
+        yield f"another process runs this point: {holder(folder, [RUN_LOCK]) or folder}"
+        return
+    try:
+        yield ""
+    finally:
+        os.close(opened)

@@ -1,23 +1,20 @@
-"""Every task by its name in the configuration."""
+"""Every task by its name in the configuration; its module is imported when the task is asked for."""
 
+from sage.components import ComponentTable
 from sage.interfaces import Task
-from tasks.cifar import Cifar10, Cifar100
-from tasks.digits import Digits
-from tasks.movielens import MovieLens1M, MovieLens20M, MovieLens100K
-from tasks.ptb import PennTreebank
-from tasks.python_docs import PythonDocs
-from tasks.synthetic_ratings import SyntheticRatings
-from tasks.wikitext2 import WikiText2
 
-TASKS: dict[str, type[Task]] = {
-    "cifar10": Cifar10,
-    "cifar100": Cifar100,
-    "digits": Digits,
-    "ml-100k": MovieLens100K,
-    "ml-1m": MovieLens1M,
-    "ml-20m": MovieLens20M,
-    "ptb": PennTreebank,
-    "python_docs": PythonDocs,
-    "synthetic_ratings": SyntheticRatings,
-    "wikitext2": WikiText2,
-}
+TASKS: ComponentTable[Task] = ComponentTable(
+    "sage.interfaces:Task",
+    {
+        "cifar10": "tasks.cifar:Cifar10",
+        "cifar100": "tasks.cifar:Cifar100",
+        "digits": "tasks.digits:Digits",
+        "ml-100k": "tasks.movielens:MovieLens100K",
+        "ml-1m": "tasks.movielens:MovieLens1M",
+        "ml-20m": "tasks.movielens:MovieLens20M",
+        "ptb": "tasks.ptb:PennTreebank",
+        "python_docs": "tasks.python_docs:PythonDocs",
+        "synthetic_ratings": "tasks.synthetic_ratings:SyntheticRatings",
+        "wikitext2": "tasks.wikitext2:WikiText2",
+    },
+)

@@ -123,9 +123,9 @@ class ImageClassification(Task):
                 images = self.augmentation(images, rng)
             yield self._normalised(images), self._train_y[chosen]
 
-    def loss(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         images, labels = batch
-        return F.cross_entropy(self.model(images), labels), {}
+        return F.cross_entropy(self.model(images), labels)
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, tuple[float, float]]:

@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from sage.config import Named
-from sage.interfaces import Place, Seeds, Stateful, Task
+from sage.interfaces import Place, Seeds, Task
 from tasks.data.corpus import Corpus
 from tasks.data.text import Text, TokenizerName
 from tasks.models.lstm import LanguageLSTM
@@ -42,7 +42,7 @@ class LanguageSettings(Named):
     """Train on the first so many tokens of the training text, for a quick run; null: on all of it."""
 
 
-class LanguageModelling(Task, Stateful):
+class LanguageModelling(Task):
     """Cross entropy of each next token.
 
     The training text is cut into batch_per_worker x world_size columns of equal length (up to a column's
@@ -98,12 +98,12 @@ class LanguageModelling(Task, Stateful):
             chunk = self._train[batch * self.bptt : (batch + 1) * self.bptt + 1].long()  # (T + 1, B)
             yield chunk[:-1], chunk[1:]
 
-    def loss(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         """Mean cross entropy over the batch's tokens. Advances the hidden state."""
         tokens, targets = batch
         scores, hidden = self.model(tokens, self.hidden)
         self.hidden = hidden.detach().to(self.hidden.dtype)  # autocast may have changed the type
-        return F.cross_entropy(scores.flatten(0, 1), targets.flatten()), {}
+        return F.cross_entropy(scores.flatten(0, 1), targets.flatten())
 
     def evaluate(self) -> dict[str, tuple[float, float]]:
         """loss over this worker's share of the validation text."""

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from sage.config import Named
 from sage.interfaces import Place, Seeds
-from tasks.data.movielens import SETS
+from tasks.data.movielens import ML_1M, ML_20M, ML_100K, MovieLensSet
 from tasks.recommendation import Recommendation, RecommendationSettings, check_batch
 
 
@@ -31,31 +31,36 @@ class MovieLens20MSettings(RecommendationSettings):
 
 
 class _MovieLens(Recommendation):
-    """On the prepared data set that bears the task's name."""
+    """On a prepared data set."""
+
+    source: ClassVar[MovieLensSet]
 
     def __init__(
         self, config: RecommendationSettings, data: Path, place: Place, *, seeds: Seeds, device: torch.device
     ) -> None:
-        super().__init__(config, SETS[config.name].read(data), place, seeds=seeds, device=device)
+        super().__init__(config, self.source.read(data), place, seeds=seeds, device=device)
 
     @classmethod
     def check(cls, config: RecommendationSettings, data: Path, world_size: int) -> None:
-        check_batch(config, SETS[config.name].check(data), world_size)
+        check_batch(config, cls.source.check(data), world_size)
 
 
 class MovieLens100K(_MovieLens):
     """943 users, 1,682 items, 99,057 positives."""
 
     Settings: ClassVar[type[Named]] = MovieLens100KSettings
+    source = ML_100K
 
 
 class MovieLens1M(_MovieLens):
     """6,040 users, 3,706 items, 994,169 positives."""
 
     Settings: ClassVar[type[Named]] = MovieLens1MSettings
+    source = ML_1M
 
 
 class MovieLens20M(_MovieLens):
     """138,493 users, 26,744 items, 19,861,770 positives."""
 
     Settings: ClassVar[type[Named]] = MovieLens20MSettings
+    source = ML_20M

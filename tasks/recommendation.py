@@ -223,9 +223,9 @@ class Recommendation(Task):
         """One int64 number for each user and item."""
         return users.long() * self.num_items + items
 
-    def loss(self, batch: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         users, items, labels = batch
-        return F.binary_cross_entropy_with_logits(self.model(users, items), labels), {}
+        return F.binary_cross_entropy_with_logits(self.model(users, items), labels)
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, tuple[float, float]]:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import reducers
 from reducers import REDUCERS
 from sage.exchange.comm import CountingComm
 from sage.interfaces import Progress, Reducer, Seeds, Slot, lay_out
@@ -67,9 +68,9 @@ class Case:
     def build(
         self, layout: list[Slot] = LAYOUT, rank: int = 0, changes: Mapping[str, Any] | None = None
     ) -> Reducer:
-        reducer = REDUCERS[self.reducer]
-        config = reducer.Settings.model_validate({**self.settings, **(changes or {})})
-        return reducer(config, layout, seeds=Seeds.derive(1, rank), device=torch.device("cpu"))
+        settings = REDUCERS[self.reducer].Settings
+        config = settings.model_validate({**self.settings, **(changes or {})})
+        return reducers.build(config, layout, seeds=Seeds.derive(1, rank), device=torch.device("cpu"))
 
 
 def layerwise(send: Tensor, metrics: dict[str, float]) -> int:

@@ -3,18 +3,22 @@
 import pytest
 import torch
 
+import reducers
+from reducers import REDUCERS
 from reducers.accordion import Accordion, AccordionSettings
 from sage.exchange.comm import LocalComm
-from sage.interfaces import Progress, Seeds
+from sage.interfaces import Progress, Seeds, Slot
 from tests.cases import layout_of
 
 LAYOUT = layout_of(((2, 2), (2, 2), (3,)))
 N = 11
 
 
-def build(**settings: object) -> Accordion:
+def build(layout: list[Slot] = LAYOUT, **settings: object) -> Accordion:
     config = AccordionSettings.model_validate({"densities": (1.0, 0.25), "interval_epochs": 2, **settings})
-    return Accordion(config, LAYOUT, seeds=Seeds.derive(1, 0), device=torch.device("cpu"))
+    reducer = reducers.build(config, layout, seeds=Seeds.derive(1, 0), device=torch.device("cpu"))
+    assert isinstance(reducer, Accordion)
+    return reducer
 
 
 def low_levels(
@@ -87,12 +91,18 @@ def test_the_levels_are_what_is_sent() -> None:
     assert reducer.metrics()["low_compression"] == 0
 
 
+@pytest.mark.parametrize("name", ["topk", "powersgd"])
+def test_the_inner_reducer_is_the_named_one_with_its_defaults(name: str) -> None:
+    inner = build(inner=name).inner
+    assert type(inner) is REDUCERS[name]
+    assert inner.config == REDUCERS[name].Settings()  # type: ignore[attr-defined]
+
+
 def test_powersgd_gets_ranks() -> None:
     reducer = build(inner="powersgd", ranks=(2, 1))
     assert reducer.expected_payload_bytes(2) == 4 * (8 + 3)  # 2 x 2 at any rank is sent whole
     wide = layout_of(((20, 30),))
-    config = AccordionSettings(inner="powersgd", ranks=(3, 1))
-    reducer = Accordion(config, wide, seeds=Seeds.derive(1, 0), device=torch.device("cpu"))
+    reducer = build(wide, inner="powersgd", ranks=(3, 1))
     assert reducer.expected_payload_bytes(2) == 4 * 3 * 50
     reducer._set(torch.zeros(1, dtype=torch.uint8))
     assert reducer.expected_payload_bytes(2) == 4 * 1 * 50
@@ -100,8 +110,7 @@ def test_powersgd_gets_ranks() -> None:
 
 def test_factors_go_on_where_a_decision_changes_nothing() -> None:
     wide = layout_of(((20, 30),))
-    config = AccordionSettings(inner="powersgd", ranks=(2, 1), interval_epochs=1)
-    reducer = Accordion(config, wide, seeds=Seeds.derive(1, 0), device=torch.device("cpu"))
+    reducer = build(wide, inner="powersgd", ranks=(2, 1), interval_epochs=1)
     factors = [reducer.inner.p.clone()]  # type: ignore[attr-defined]
     for low in (1, 0, 0):
         reducer._set(torch.full((1,), low, dtype=torch.uint8))

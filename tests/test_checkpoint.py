@@ -1,10 +1,13 @@
 """Checkpoints as files: whole or none, refused where they are not what they should be, never run as code."""
 
+import hashlib
 import json
 import os
 import re
 import resource
 import shutil
+import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,15 +18,16 @@ import torch
 
 import run
 from sage.files import LineFile
-from sage.interfaces import Place, Stopped, TrainingError
+from sage.interfaces import CommunicationError, Place, Stopped, TrainingError
 from sage.runfolder import checkpoint, manifest
-from sage.runfolder.checkpoint import Checkpoints, CheckpointWriter, read_state, write_state
-from sage.runfolder.folder import claimed
+from sage.runfolder.checkpoint import Checkpoints, CheckpointWriter, check_readable, read_state, write_state
+from sage.runfolder.folder import lock
 from sage.runfolder.record import Log, Recorder, cut_back
 from sage.runfolder.resume import NEWEST
 from sage.training import agree
 from sage.training.agree import Request
 from sage.workers.store import RendezvousStore
+from tests.test_launch import free_port, start
 
 CONFIG = ["configs/digits.yaml", "epochs=2", "task.batch_per_worker=128", "log.tensorboard=false"]
 Capture = pytest.CaptureFixture[str]
@@ -40,7 +44,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return Request.STOP if len(calls) >= 15 else Request.NOTHING  # 11 steps an epoch, and its end
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(agree, "asked_by_signal", ask)
+        patch.setattr(agree, "requested_by_signal", ask)
         assert run.main([*CONFIG, "--runs", str(runs)]) == 0
     steps = [path.parent.name for path in manifest.manifests(only_run(runs))]
     assert steps == ["step-00000014", "step-00000011"]
@@ -123,13 +127,12 @@ def test_what_changes_no_step_may_change_on_the_way(runs: Path) -> None:
     assert json.loads((only_run(runs) / "summary.json").read_text())["epochs"] == 3
 
 
-def test_a_run_that_a_process_trains_is_not_gone_on_with_by_another(runs: Path, capsys: Capture) -> None:
+def test_a_run_that_a_process_trains_cannot_be_resumed_by_another(runs: Path, capsys: Capture) -> None:
     folder = only_run(runs)
     before = contents(runs)
-    with claimed(folder) as trouble:
-        assert trouble == ""
+    with lock(folder):
         assert resume(runs) == 1
-    assert told(capsys).endswith(f"{folder}: expected a run that no process trains, got one that does")
+    assert told(capsys).endswith(f"run.py: rank 0: {folder}: another process is training this run")
     assert contents(runs) == before
     assert resume(runs) == 0
 
@@ -215,6 +218,12 @@ def change(folder: Path, of: Callable[[dict[str, Any]], Any]) -> None:
     path.write_text(json.dumps(of(json.loads(path.read_text()))))
 
 
+def with_file(name: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """Adds a file to a manifest's list."""
+    facts = {"bytes": 1, "sha256": "0" * 64}
+    return lambda content: {**content, "files": content["files"] | {name: facts}}
+
+
 def alter(folder: Path) -> None:
     """One bit, in the middle."""
     content = bytearray((folder / "shared.pt").read_bytes())
@@ -243,6 +252,10 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "a file not in its list": (
         lambda folder: change(folder, lambda content: {**content, "world_size": 2}),
         r"manifest\.json: files: expected rank1\.pt among them",
+    ),
+    "a file too many in its list": (
+        lambda folder: change(folder, with_file("../../../elsewhere.pt")),
+        r"manifest\.json: files: expected no \.\./\.\./\.\./elsewhere\.pt among them",
     ),
     "no manifest's content": (
         lambda folder: change(folder, lambda content: {**content, "step": -1}),
@@ -287,6 +300,80 @@ def test_one_without_its_manifest_is_none(runs: Path, capsys: Capture) -> None:
     (only_run(runs) / "checkpoints" / "step-00000014" / manifest.NAME).unlink()
     assert resume(runs) == 0
     assert "goes on after epoch 1, step 11" in capsys.readouterr().out
+
+
+@pytest.fixture
+def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The name of every file that is hashed, each time that it is."""
+    names: list[str] = []
+    file_digest = hashlib.file_digest
+
+    def digest(file: Any, kind: str) -> Any:
+        names.append(Path(file.name).name)
+        return file_digest(file, kind)
+
+    monkeypatch.setattr(hashlib, "file_digest", digest)
+    return names
+
+
+def test_a_resumed_run_hashes_each_file_once(runs: Path, hashed: list[str]) -> None:
+    assert resume(runs, "epochs=1") == 0
+    assert sorted(hashed) == ["rank0.pt", "shared.pt"]
+
+
+HASHING = """
+import hashlib, os, sys
+from pathlib import Path
+file_digest = hashlib.file_digest
+def digest(file, kind):
+    print("rank", os.environ["RANK"], "hashes", Path(file.name).name, flush=True)
+    return file_digest(file, kind)
+hashlib.file_digest = digest
+import run
+sys.exit(run.main(sys.argv[1:]))
+"""
+
+
+def test_two_workers_hash_each_file_that_they_need_once_and_rank_0_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hashed: list[str]
+) -> None:
+    """First of two simulated workers, which need each file once together, then as two processes."""
+    words = [*CONFIG, "--runs", str(tmp_path), "--threads", "1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(agree, "asked_by_signal", lambda: Request.STOP)
+        assert run.main([*words, "--simulate", "2"]) == 0
+        assert hashed == []
+        assert run.main([*words, "--simulate", "2", "--resume"]) == 0
+    assert sorted(hashed) == ["rank0.pt", "rank1.pt", "shared.pt"]
+
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    command = [sys.executable, "-c", HASHING, *words, "epochs=1", "--resume"]
+    workers = [start(command, {**address, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)]
+    for rank, worker in enumerate(workers):
+        output, _ = worker.communicate(timeout=120)
+        assert worker.returncode == 0, output
+        names = {0: ["rank0.pt", "rank1.pt", "shared.pt"], 1: ["rank1.pt", "shared.pt"]}[rank]
+        assert sorted(re.findall(f"rank {rank} hashes (.*)", output)) == names
+
+
+def test_a_verified_file_that_is_altered_is_hashed_again_and_refused(runs: Path, hashed: list[str]) -> None:
+    folder = only_run(runs) / "checkpoints" / "step-00000014"
+    found = manifest.read(folder)
+    check_readable(found)
+    read_state(found, manifest.SHARED)
+    assert sorted(hashed) == ["rank0.pt", "shared.pt"]
+    time.sleep(0.05)  # a file system's clock may stand still for some milliseconds
+    alter(folder)
+    with pytest.raises(ValueError, match=r"shared\.pt: expected the checksum in its manifest, got another"):
+        read_state(found, manifest.SHARED)
+    assert hashed.count("shared.pt") == 2
+
+
+def test_a_file_that_is_altered_while_it_is_read_is_refused(runs: Path) -> None:
+    folder = only_run(runs) / "checkpoints" / "step-00000014"
+    message = r"shared\.pt: the file was altered while it was read"
+    with pytest.raises(ValueError, match=message), manifest.read(folder).open(manifest.SHARED):
+        alter(folder)
 
 
 class Malicious:
@@ -371,9 +458,43 @@ def test_on_a_full_disk_the_last_whole_one_stays_and_the_run_ends_or_goes_on(
     assert line.startswith("no checkpoint after step 5: rank 0: No space left on device; the last one is ")
     for run_folder in (tmp_path / "a", tmp_path / "b"):
         assert [path.name for path in (run_folder / "checkpoints").iterdir()] == ["step-00000003"]
-        manifest.newest_whole(run_folder).check_whole(contents=True)
+        check_readable(manifest.newest_whole(run_folder))
     save(patient, 6)  # there is room again
     assert manifest.newest_whole(tmp_path / "b").manifest.step == 6
+
+
+def collect_with(text: str) -> Callable[[RendezvousStore, str, str], list[str]]:
+    """Every collection ends with a second worker's text."""
+
+    def collect(store: RendezvousStore, name: str, value: str) -> list[str]:
+        return [value, text]
+
+    return collect
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            '{"error": "No space left on device"}',
+            "no checkpoint after step 5: rank 1: No space left on device; ",
+        ),
+        ("!No space left on device", "checkpoint/1: expected a WriteReport of rank 1, got '!No space"),
+        ('{"files": {"rank1.pt": {"bytes": -1, "sha256": ""}}}', "expected a WriteReport of rank 1, got "),
+        (
+            '{"files": {"../rank1.pt": {"bytes": 1, "sha256": ""}}}',
+            "files: expected no ../rank1.pt among them",
+        ),
+    ],
+)
+def test_what_another_worker_reports_of_its_files_is_checked_and_its_error_ends_the_run(
+    text: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = keep(tmp_path / "run")
+    monkeypatch.setattr(RendezvousStore, "collect", collect_with(text))
+    with pytest.raises((TrainingError, CommunicationError), match=re.escape(expected)):
+        save(writer, 5)
+    assert not manifest.manifests(tmp_path / "run")
 
 
 @contextmanager

@@ -141,8 +141,8 @@ def test_a_bad_value_is_refused(refuse: Refuse, workers: list[str], override: st
     ("overrides", "told"),
     [
         (["reducer.name=exact"], "feedback.name: momentum: expected a reducer that sends selected elements"),
-        (["optimizer.name=adam"], "optimizer.name: expected sgd beside feedback momentum, got adam"),
-        ([], "optimizer.momentum: expected 0 (and nesterov: false) beside feedback momentum"),
+        (["optimizer.name=adam"], "optimizer.name: expected sgd with feedback momentum, got adam"),
+        ([], "optimizer.momentum: expected 0 (and nesterov: false) with feedback momentum"),
     ],
 )
 def test_momentum_that_cannot_work_with_the_other_parts_is_refused(

@@ -29,10 +29,6 @@ def test_the_loop_of_ones_own_learns(launcher: list[str]) -> None:
     assert all(0 < float(density) < 0.25 for _, density in told)  # 0.05 is the target
 
 
-def test_the_example_is_shorter_than_forty_lines() -> None:
-    assert len((ROOT / "examples/own_loop.py").read_text().splitlines()) < 40
-
-
 def test_a_reducer_is_built_from_keywords() -> None:
     reducer = build_reducer("sage", LAYOUT, worker=1, seed=3, density=0.2, exchange="union")
     assert isinstance(reducer, Sage)

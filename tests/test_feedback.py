@@ -10,8 +10,9 @@ from torch import Tensor
 
 from reducers import REDUCERS
 from sage.exchange.comm import LocalComm
+from sage.exchange.exchange import Exchange
 from sage.exchange.feedback import FEEDBACKS, Feedback
-from sage.interfaces import Progress, Reducer, Seeds
+from sage.interfaces import Progress, Reducer, Seeds, Slot
 from tests.cases import LAYOUT, N, gradient, layout_of
 
 TWO = layout_of(((2,),))
@@ -31,13 +32,17 @@ def step(
 ) -> Tensor:
     """One exchange; returns the mean (n,)."""
     progress, mean = Progress(index / 10, index, lr, 10), grad.clone()
-    reducer.begin_step(progress)
-    feedback.begin_step(progress)
-    feedback.compensate(reducer, mean)
-    assert torch.equal(mean, grad)
-    reducer.reduce(feedback.memory, mean, comm)
-    feedback.after_reduce(reducer)
+    layout = [Slot("all", 0, (grad.numel(),))]
+    Exchange(feedback, reducer, comm, layout).average(mean, progress)
     return mean
+
+
+@pytest.mark.parametrize("name", FEEDBACKS)
+def test_compensation_leaves_the_gradient_as_it_is(name: str) -> None:
+    feedback, grad = feedback_of(name, torch.zeros(N)), gradient(0, 0)
+    kept = grad.clone()
+    feedback.compensate(reducer_of("topk"), grad)
+    assert torch.equal(grad, kept)
 
 
 def by_hand(

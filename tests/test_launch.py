@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from sage.interfaces import TrainingError
-from sage.workers.worker import check_claims
+from sage.workers.worker import WorkerIdentity, check_identities
 
 ROOT = Path(__file__).parent.parent
 ENDLESS = ["configs/digits.yaml", "epochs=100000"]
@@ -182,17 +182,23 @@ def test_a_worker_whose_others_do_not_come_says_where_it_waited_and_shows_no_sta
         assert line.startswith(f"run.py: rank {rank}: could not meet the other workers at 127.0.0.1:{port}: ")
 
 
+def identities(*workers: str) -> list[WorkerIdentity]:
+    """Of workers given as "backend host [GPU]"."""
+    names = ("backend", "host", "gpu")
+    return [WorkerIdentity.model_validate(dict(zip(names, text.split(), strict=False))) for text in workers]
+
+
 def test_nccl_with_two_ranks_on_one_gpu_is_refused_with_what_to_do() -> None:
     told = r"NCCL: expected a GPU for each worker, got one GPU of host n1 for ranks 0, 2; .*--ntasks-per-node"
     with pytest.raises(TrainingError, match=told):
-        check_claims(["nccl n1 GPU-a", "nccl n2 GPU-b", "nccl n1 GPU-a"])
-    check_claims(["nccl n1 GPU-a", "nccl n1 GPU-b", "nccl n2 GPU-c"])
-    check_claims(["gloo n1 GPU-a", "gloo n1 GPU-a"])
-    check_claims(["gloo n1 cpu", "gloo n1 cpu"])
+        check_identities(identities("nccl n1 GPU-a", "nccl n2 GPU-b", "nccl n1 GPU-a"))
+    check_identities(identities("nccl n1 GPU-a", "nccl n1 GPU-b", "nccl n2 GPU-c"))
+    check_identities(identities("gloo n1 GPU-a", "gloo n1 GPU-a"))
+    check_identities(identities("gloo n1", "gloo n1"))
 
 
 def test_workers_that_would_choose_different_backends_are_refused_with_what_to_do() -> None:
     with pytest.raises(
         TrainingError, match="expected one backend, got rank 0: nccl, rank 1: gloo; give every"
     ):
-        check_claims(["nccl n1 GPU-a", "gloo n2 cpu"])
+        check_identities(identities("nccl n1 GPU-a", "gloo n2"))

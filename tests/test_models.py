@@ -65,7 +65,7 @@ def test_a_cifar_task_trains_the_network_it_names_which_has_its_published_size(
     task = TASKS[name](settings, tmp_path, Place(0, 1), seeds=Seeds.derive(1, 0), device=CPU)
     assert sum(parameter.numel() for parameter in task.model.parameters()) == COUNTS[model, num_classes]
     (batch,) = task.train_batches(0)
-    loss, _ = task.loss(batch)  # needs a logit for the last class
+    loss = task.loss(batch)  # needs a logit for the last class
     loss.backward()
     assert all(parameter.grad.isfinite().all() for parameter in task.model.parameters())
     with torch.no_grad():

@@ -482,7 +482,7 @@ def test_a_sweeps_missing_points_are_named_and_of_a_point_the_newest_finished_ru
 ) -> None:
     (tmp_path / "four.yaml").write_text(SWEEP)
     home = tmp_path / "runs"
-    places = [home / point.place for point in read(tmp_path / "four.yaml")]
+    places = [home / point.folder for point in read(tmp_path / "four.yaml")]
     write_run(places[0] / "old", "exact", EXACT[:3])
     write_run(places[0] / "new", "exact", EXACT)
     write_run(places[0] / "cut", "exact", EXACT[:1], done=False)

@@ -61,6 +61,17 @@ def assert_is_the_mean(new: Any, old: list[Any]) -> int:
     return 0
 
 
+def parts_of(exchange: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the feedback and the reducer hold, of an exchange of one bucket."""
+    (bucket,) = exchange["buckets"]
+    feedback, reducer = dict(bucket["feedback"]), dict(bucket["reducer"])
+    for parameter, values in exchange["parameters"].items():
+        for name, value in values.items():
+            owner = feedback if name.startswith("feedback.") else reducer
+            owner[f"{parameter}/{name}"] = value
+    return feedback, reducer
+
+
 @pytest.mark.parametrize(("old_size", "new_size"), [(2, 3), (3, 2), (2, 1)])
 @pytest.mark.parametrize("name", RESHARDED)
 def test_other_workers_get_the_mean_of_the_residuals_and_train_on(
@@ -73,7 +84,7 @@ def test_other_workers_get_the_mean_of_the_residuals_and_train_on(
 
     def worker(comm: LocalComm) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any], Trainer]:
         with trainer_of(settings, comm, folder=folder, keeps=True, resumed=found) as trainer:
-            given = trainer.feedback.state_dict(), trainer.reducer.state_dict()
+            given = parts_of(trainer.exchange.state_dict())
             before = state_of(trainer)
             # Three steps of 8 or 5 are as far as 1.875 of 5, or 4.8 of 8; or 6 of 16: rounded up.
             expected = {(2, 3): 2, (3, 2): 5, (2, 1): 6}[old_size, new_size]
@@ -82,16 +93,16 @@ def test_other_workers_get_the_mean_of_the_residuals_and_train_on(
             return *given, before, trainer
 
     told = LocalComm.run(new_size, worker)  # it ends with a check of the replicas, epoch by epoch
+    olds = [parts_of(state["parts"]["exchange"]) for state in states]
     for feedback, reducer, before, trainer in told:
-        parts = [state["parts"] for state in states]
-        residuals = assert_is_the_mean(feedback, [part["feedback"] for part in parts])
-        numbers = assert_is_the_mean(reducer, [part["reducer"] for part in parts])
+        residuals = assert_is_the_mean(feedback, [old[0] for old in olds])
+        numbers = assert_is_the_mean(reducer, [old[1] for old in olds])
         assert (residuals if feedback else numbers) > 0
         assert before["weights"] == weights_in(shared)
         after = state_of(trainer)["weights"]
         assert after == state_of(told[0][3])["weights"] != before["weights"]
     new = [generators_in(reducer) for _, reducer, _, _ in told]
-    old = [generators_in(state["parts"]["reducer"]) for state in states]
+    old = [generators_in(reducer) for _, reducer in olds]
     if settings.reducer.name in OWN:
         distinct = {generator for (generator,) in [*old, *new]}
         assert len(distinct) == old_size + new_size

@@ -169,7 +169,7 @@ class SlowTask(ToyTask):
         super().__init__(batch_per_worker, place)
         self.now = now
 
-    def loss(self, batch: slice) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, batch: slice) -> Tensor:
         self.now[0] += 60 * (self.place.rank == 0)
         return super().loss(batch)
 
@@ -338,5 +338,5 @@ def test_every_worker_gets_back_what_it_had_its_buffers_too(tmp_path: Path) -> N
 
     states = LocalComm.run(3, stopped)
     assert LocalComm.run(3, restored) == states
-    for part in ("buffers", "memory", "reducer"):  # each has its own
+    for part in ("buffers", "memory", "exchange"):  # each has its own
         assert len({repr(state[part]) for state in states}) == 3

@@ -54,7 +54,7 @@ def stop_at(monkeypatch: pytest.MonkeyPatch) -> Stop:
             num_asked += 1
             return Request.STOP if num_asked > step * world_size >= 0 else Request.NOTHING
 
-        monkeypatch.setattr(agree, "asked_by_signal", asked)
+        monkeypatch.setattr(agree, "requested_by_signal", asked)
 
     return stop_at
 

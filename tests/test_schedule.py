@@ -69,7 +69,7 @@ def test_a_fixed_count_follows_the_schedule(name: str) -> None:
 def test_the_automatic_threshold_follows_the_schedule() -> None:
     reducer = build("threshold")
     for epoch, density in ((0.0, 0.5), (1.0, 0.2), (2.0, 0.05)):
-        # 1 / (2 sqrt k), k = floor(density N)
+        # 1 / (2 sqrt k), k = floor(density N), as float32: 2^-24 = 6e-8
         metrics = step(reducer, epoch)
         assert metrics["threshold"] == pytest.approx(1 / (2 * int(density * N) ** 0.5), rel=1e-7)
         assert metrics["target_density"] == density
@@ -90,7 +90,8 @@ def test_sage_starts_at_the_first_density_and_aims_at_each(threshold: float | st
     for epoch, target in ((1.0, 0.2), (2.0, 0.05)):
         metrics = step(reducer, epoch)
         assert metrics["target_density"] == target
-        # beta = 2 / (1 + exp(d - d_exam))
+        # beta = 2 / (1 + exp(d - d_exam)), by hand in float32: exp's rounding, a sum's, a quotient's and one
+        # of the metric itself are below 8 * 2^-24 = 5e-7.
         beta = 2 / (1 + torch.tensor(target - metrics["density_exam"]).exp().item())
         assert metrics["beta"] == pytest.approx(beta, rel=1e-6)
 

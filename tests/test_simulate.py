@@ -242,7 +242,7 @@ def built(words: list[str], world_size: int, tmp_path: Path) -> list[Any]:
     worker, shared, tasks = launch.find_worker(1, tmp_path, None, None, world_size), [], []
     for rank in (*range(1, world_size), 0):
         comm = LocalComm(rank, ThreadRoom(world_size, 1))
-        task, *_ = run.build(settings, worker.standing_at(rank))
+        task = run.build(settings, worker.standing_at(rank)).task
         SimulatedContext(comm, TurnLock(threading.Lock(), worker.device), shared).share(task)
         tasks.append(task)
     return tasks
@@ -282,7 +282,7 @@ def test_each_turn_finds_the_global_generator_as_its_worker_left_it() -> None:
     for index in (0, 1, 1, 0):
         with turns[index]:
             drawn[index] += [torch.rand(()).item()]
-            with turns[index].away():  # another worker draws meanwhile
+            with turns[index].released():  # another worker draws meanwhile
                 torch.rand(7)
             drawn[index] += [torch.rand(()).item()]
     for seed in range(2):

@@ -72,9 +72,9 @@ def spoil_steps(task: Task, steps: set[int], spoil: Spoil = loss_becomes_nan) ->
     """Have the task's loss spoiled in these of its steps, counted over epochs."""
     loss, count = task.loss, iter(range(10**6))
 
-    def spoiled(batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        value, logged = loss(batch)
-        return (spoil(task, value) if next(count) in steps else value), logged
+    def spoiled(batch: Any) -> Tensor:
+        value = loss(batch)
+        return spoil(task, value) if next(count) in steps else value
 
     task.loss = spoiled  # type: ignore[method-assign]
 
@@ -199,14 +199,14 @@ def errors_of(settings: RunSettings, steps: set[int], spoil: Spoil = loss_become
 
 def test_so_many_dropped_steps_in_a_row_end_the_run() -> None:
     settings = skipping("topk", skip_limit=3)
-    told = "the loss became nan on rank 1 at epoch 1, step 10: step dropped, 3 in a row, which is skip_limit"
+    told = "the loss became nan on rank 1 at epoch 1, step 10: step skipped, 3 in a row, which is skip_limit"
     assert errors_of(settings, {6, 7, 10, 8, 9}) == [told.replace("1, step 10", "1, step 8")] * WORLD_SIZE
     assert errors_of(settings, {1, 2, 4, 5, 8, 9, 10}) == [told] * WORLD_SIZE
     assert errors_of(settings, {0, 1, 3, 4, 6, 7, 9, 10, 12, 13}) == [""] * WORLD_SIZE
 
 
 def test_an_epoch_without_a_step_that_was_used_ends_the_run() -> None:
-    told = "every step of an epoch was dropped"
+    told = "every step of an epoch was skipped"
     assert errors_of(skipping("exact", skip_limit=100), set(range(STEPS, 2 * STEPS))) == [told] * WORLD_SIZE
 
 
@@ -234,7 +234,7 @@ def test_without_skipping_the_first_step_that_is_not_finite_ends_the_run(
         (
             ["on_nonfinite=skip", "skip_limit=2"],
             1,
-            "the gradient of {} became nan on rank 1 at epoch 0, step 3: step dropped, 2 in a row, "
+            "the gradient of {} became nan on rank 1 at epoch 0, step 3: step skipped, 2 in a row, "
             "which is skip_limit",
         ),
         (["on_nonfinite=skip"], 0, None),
@@ -250,14 +250,14 @@ def test_run_py_ends_with_one_line_that_names_epoch_step_tensor_and_rank(
 ) -> None:
     loss, counts, named = Digits.loss, {}, []
 
-    def spoiled(self: Digits, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        value, logged = loss(self, batch)
+    def spoiled(self: Digits, batch: Any) -> Tensor:
+        value = loss(self, batch)
         count = counts[self.place.rank] = counts.get(self.place.rank, -1) + 1
         if self.place.rank == 1 and count in (2, 3):
             name, weight = list(self.model.named_parameters())[-1]
             named.append(name)
             hook = weight.register_hook(lambda grad: (hook.remove(), grad * math.nan)[1])
-        return value, logged
+        return value
 
     monkeypatch.setattr(Digits, "loss", spoiled)
     words = [DIGITS, "epochs=1", "task.batch_per_worker=64", "log.tensorboard=false", "--threads", "1"]
@@ -274,12 +274,12 @@ def test_run_py_ends_with_one_line_that_names_epoch_step_tensor_and_rank(
 class HugeTask(ToyTask):
     """Worker 1's gradient of its fifth batch is 1e38 everywhere, and a little."""
 
-    def loss(self, batch: slice) -> tuple[Tensor, dict[str, Tensor]]:
-        value, logged = super().loss(batch)
+    def loss(self, batch: slice) -> Tensor:
+        value = super().loss(batch)
         if self.place.rank == 1 and batch.start == 4 + 4 * 8:
             for parameter in self.model.parameters():
                 value = value + (1e38 * (parameter - parameter.detach())).sum()
-        return value, logged
+        return value
 
 
 @pytest.mark.parametrize("on_nonfinite", ["stop", "skip"])
@@ -297,11 +297,11 @@ def test_a_finite_gradient_is_used_though_its_sum_may_be_too_large(
     def worker(comm: LocalComm) -> tuple[list[dict[str, Any]], Trainer]:
         task = HugeTask(4, Place(comm.rank, 2), dtype)
         with trainer_of(settings, comm, folder=tmp_path, task=task) as trainer:
-            agree = trainer.agreement.agree
+            original = trainer.agreement.agree
 
             def noted(total: Tensor | None = None) -> agree.Request:
                 sums.append(math.inf if total is None else total.item())
-                return agree(total)
+                return original(total)
 
             trainer.agreement.agree = noted  # type: ignore[method-assign]
             return states_between_steps(trainer), trainer
@@ -324,10 +324,10 @@ def test_nothing_bad_is_found_where_only_the_sum_is() -> None:
     gradient = GradientBuffer(task.model)
     gradient.flat.fill_(1e38)
     assert not gradient.flat.sum().isfinite()
-    assert agree.find_bad(torch.tensor(1.0), gradient) == ""
+    assert agree.find_nonfinite(torch.tensor(1.0), gradient) == ""
     gradient.flat[100] = math.nan
-    assert agree.find_bad(torch.tensor(1.0), gradient) == "the gradient of 0.bias became nan"
-    assert agree.find_bad(torch.tensor(-math.inf), gradient) == "the loss became -inf"
+    assert agree.find_nonfinite(torch.tensor(1.0), gradient) == "the gradient of 0.bias became nan"
+    assert agree.find_nonfinite(torch.tensor(-math.inf), gradient) == "the loss became -inf"
 
 
 # --- and a stop -----------------------------------------------------------------------------------

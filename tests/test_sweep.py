@@ -1,12 +1,17 @@
 """Sweeps: a file's points and their order, what is done, what runs, what is refused."""
 
+import errno
+import fcntl
 import json
 import os
 import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +21,7 @@ import yaml
 import run
 from sage import cli, config, sweep
 from sage.config import ConfigError
+from sage.sweep import RUN_LOCK, SWEEP_LOCK, holder, lock
 from tests.test_cli import exit_code
 
 ROOT = Path(__file__).parent.parent
@@ -49,6 +55,15 @@ def finish(folder: Path, settings: config.Settings) -> Path:
     return folder
 
 
+@contextmanager
+def locked(folder: Path, name: str = RUN_LOCK) -> Iterator[None]:
+    """A point that is being run: its file is locked, as by another process."""
+    opened = lock(folder, name)
+    assert opened is not None
+    yield
+    os.close(opened)
+
+
 # --- points ---------------------------------------------------------------------------------------
 
 
@@ -79,7 +94,7 @@ def test_the_axis_base_varies_the_file_which_is_relative_to_the_sweeps(tmp_path:
     path = write(tmp_path / "sweeps", base=None, grid={"base": ["../a.yaml", "../b.yaml"]})
     points = sweep.read(path)
     assert [point.config for point in points] == [tmp_path / "a.yaml", tmp_path / "b.yaml"]
-    assert [point.place for point in points] == [Path("four/a,seed=1"), Path("four/b,seed=1")]
+    assert [point.folder for point in points] == [Path("four/a,seed=1"), Path("four/b,seed=1")]
 
 
 def test_seeds_alone_are_a_sweep(tmp_path: Path) -> None:
@@ -97,12 +112,12 @@ def test_an_override_gives_the_value_of_the_file_back(tmp_path: Path) -> None:
 
 def test_a_points_folder_says_what_it_is_and_is_one_folder(tmp_path: Path) -> None:
     points = sweep.read(write(tmp_path, grid={"x": [*VALUES, "x" * 300, "x" * 301, "a_b_c"]}))
-    places = [point.place for point in points]
-    assert places[0] == Path("four/digits,x=0.0001,seed=1")
-    assert len(set(places)) == len(places)
-    for place in places:
-        assert (len(place.parts), len(place.name) <= sweep.LONGEST_NAME) == (2, True)
-        assert place.name.isascii()
+    folders = [point.folder for point in points]
+    assert folders[0] == Path("four/digits,x=0.0001,seed=1")
+    assert len(set(folders)) == len(folders)
+    for folder in folders:
+        assert (len(folder.parts), len(folder.name) <= sweep.LONGEST_NAME) == (2, True)
+        assert folder.name.isascii()
 
 
 def test_a_point_is_what_run_takes_on_its_command_line(tmp_path: Path) -> None:
@@ -219,15 +234,17 @@ def test_a_run_is_a_finished_point_if_its_settings_are_equal_and_it_has_a_summar
 
 
 def test_the_list_tells_index_state_and_what_the_point_is(tmp_path: Path, capsys: Capture) -> None:
-    path = write(tmp_path, grid={"epochs": [1, 2]})
-    done = sweep.read(path)[1]
-    finish(tmp_path / done.place / "run", run.SETTLE(done.config, done.overrides))
-    assert exit_code("--sweep", str(path), "--list", "--runs", str(tmp_path)) == 0
+    path = write(tmp_path, grid={"epochs": [1, 2, 3]})
+    _, done, running = sweep.read(path)
+    finish(tmp_path / done.folder / "run", run.SETTLE(done.config, done.overrides))
+    with locked(tmp_path / running.folder):
+        assert exit_code("--sweep", str(path), "--list", "--runs", str(tmp_path)) == 0
     header, *lines = capsys.readouterr().out.splitlines()
-    assert header.split() == ["index", "done", "point"]
+    assert header.split() == ["index", "state", "point"]
     assert [line.split(maxsplit=2) for line in lines] == [
-        ["0", "no", f"{BASE} epochs=1 seed=1"],
-        ["1", "yes", f"{BASE} epochs=2 seed=1"],
+        ["0", "waiting", f"{BASE} epochs=1 seed=1"],
+        ["1", "done", f"{BASE} epochs=2 seed=1"],
+        ["2", "running", f"{BASE} epochs=3 seed=1"],
     ]
 
 
@@ -262,12 +279,25 @@ def test_all_points_run_in_turn_but_the_finished_and_a_failed_one_stops_none(
 ) -> None:
     path, log = write(tmp_path, grid={"epochs": [1, 2, 3, 4]}), tmp_path / "log"
     done = sweep.read(path)[2]
-    finish(tmp_path / done.place / "run", run.SETTLE(done.config, done.overrides))
+    finish(tmp_path / done.folder / "run", run.SETTLE(done.config, done.overrides))
     assert in_turn(path, tmp_path, ["-c", NOTE.format(log=log), "--sweep"]) == 1
     assert log.read_text().splitlines() == [f"--sweep --index {i}" for i in (0, 1, 3)]
     said = capsys.readouterr()
     assert said.err == "run.py: 1 of 4 points failed: 1\n"
     assert [line.endswith("is done") for line in said.out.splitlines()] == [False, False, True, False]
+
+
+def test_a_point_whose_folder_cannot_be_made_fails_and_stops_none(tmp_path: Path, capsys: Capture) -> None:
+    path, log = write(tmp_path, grid={"epochs": [1, 2, 3]}), tmp_path / "log"
+    folder = tmp_path / sweep.read(path)[0].folder
+    folder.parent.mkdir()
+    folder.write_text("")
+    assert in_turn(path, tmp_path, ["-c", NOTE.format(log=log)]) == 1
+    assert log.read_text().splitlines() == ["--index 1", "--index 2"]
+    first, last = capsys.readouterr().err.splitlines()
+    assert first.startswith("run.py: point 0: ")
+    assert str(folder) in first
+    assert last == "run.py: 2 of 3 points failed: 0, 1"
 
 
 def test_what_a_point_needs_is_checked_before_the_first_starts_but_not_of_a_finished_one(
@@ -282,7 +312,7 @@ def test_what_a_point_needs_is_checked_before_the_first_starts_but_not_of_a_fini
         f"run.py: {tmp_path}/cifar10/cifar10.npz: there is no such file"
     )
     for point in sweep.read(path):
-        finish(tmp_path / point.place / "run", run.SETTLE(point.config, point.overrides))
+        finish(tmp_path / point.folder / "run", run.SETTLE(point.config, point.overrides))
     assert exit_code(*words) == 0
     (tmp_path / "file").write_text("")
     assert exit_code(*words[:2], "--runs", str(tmp_path / "file")) == 2
@@ -313,6 +343,203 @@ time.sleep(60)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does on Ctrl-C
     assert process.wait(timeout=60) == 128 + signal.SIGINT
     assert log.read_text().splitlines() == ["started", f"signal {signal.SIGINT}"]
+
+
+# --- what is being run ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep, "LOCK_SECONDS", 0.1)
+
+
+def test_a_point_has_one_holder_who_is_named(tmp_path: Path, impatient: None) -> None:
+    folder = tmp_path / "point"
+    assert holder(folder) == ""
+    assert not folder.exists()
+    for name in (RUN_LOCK, SWEEP_LOCK):
+        with locked(folder, name):
+            assert lock(folder, name) is None
+            assert f"process {os.getpid()} on " in holder(folder)
+        assert holder(folder) == ""
+
+
+def test_one_who_asks_for_the_holder_keeps_nobody_from_locking(tmp_path: Path) -> None:
+    asking = os.open(tmp_path / RUN_LOCK, os.O_RDWR | os.O_CREAT)
+    fcntl.flock(asking, fcntl.LOCK_SH)
+    assert holder(tmp_path) == ""
+    timer = threading.Timer(0.2, os.close, [asking])
+    timer.start()
+    with locked(tmp_path):
+        timer.join()
+
+
+def test_a_killed_process_holds_no_point(tmp_path: Path) -> None:
+    code = f"""
+import time
+from pathlib import Path
+from sage.sweep import RUN_LOCK, lock
+opened = lock(Path({str(tmp_path)!r}), RUN_LOCK)
+print(opened, flush=True)
+time.sleep(60)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() != b"None\n"
+    assert f"process {process.pid} on " in holder(tmp_path)
+    process.kill()
+    process.communicate()
+    assert holder(tmp_path) == ""
+
+
+def test_where_the_file_system_has_no_locks_nobody_is_kept_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(opened: int, kind: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with locked(tmp_path), locked(tmp_path):
+        assert holder(tmp_path) == ""
+
+
+def test_the_index_of_a_point_that_is_being_run_is_refused_but_may_be_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setattr(run, "build", lambda *_: pytest.fail("something was built"))
+    path = write(tmp_path)
+    words = ["--sweep", str(path), "--index", "0", "--runs", str(tmp_path)]
+    with locked(tmp_path / sweep.read(path)[0].folder):
+        for more in ([], ["--workers", "2"]):
+            assert exit_code(*words, *more) == 2
+            (line,) = capsys.readouterr().err.splitlines()
+            assert line.startswith(f"run.py: --index 0: process {os.getpid()} on ")
+        assert exit_code(*words, "--print-config") == 0
+
+
+def test_a_process_that_is_late_by_a_moment_does_not_run_the_point(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture, impatient: None
+) -> None:
+    """The other one locked it after this one's command line was checked."""
+    path = write(tmp_path)
+    folder = tmp_path / sweep.read(path)[0].folder
+    monkeypatch.setattr(run, "build", lambda *_: pytest.fail("something was built"))
+    monkeypatch.setattr(cli, "choose_point", lambda options: sweep.read(path)[0])
+    with locked(folder):
+        assert run.main(["--sweep", str(path), "--index", "0", "--runs", str(tmp_path)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"run.py: rank 0: another process runs this point: process {os.getpid()} on ")
+    assert not list(folder.glob("*/"))
+
+
+@pytest.mark.parametrize("name", [RUN_LOCK, SWEEP_LOCK])
+def test_a_sweep_skips_what_is_being_run_and_says_at_its_end_what_still_is(
+    tmp_path: Path, capsys: Capture, impatient: None, name: str
+) -> None:
+    path, log = write(tmp_path, grid={"epochs": [2, 3, 4]}), tmp_path / "log"
+    with locked(tmp_path / sweep.read(path)[0].folder, name):
+        assert in_turn(path, tmp_path, ["-c", NOTE.format(log=log)]) == 1
+    assert log.read_text().splitlines() == ["--index 1", "--index 2"]
+    said = capsys.readouterr()
+    assert said.err == "run.py: 1 of 3 points failed: 1\n"
+    first, *lines = said.out.splitlines()
+    assert first.startswith(f"point 0 of 3: {BASE} epochs=2 seed=1 is skipped: process {os.getpid()} on ")
+    assert lines == [
+        f"point 1 of 3: {BASE} epochs=3 seed=1",
+        f"point 2 of 3: {BASE} epochs=4 seed=1",
+        "1 of 3 points are being run by other processes: 0",
+    ]
+
+
+def test_a_skipped_point_that_nobody_finished_is_run_in_the_end(tmp_path: Path, impatient: None) -> None:
+    """As where the process that ran it was killed; one that was finished is not run again."""
+    path, log = write(tmp_path, grid={"epochs": [1, 2, 3]}), tmp_path / "log"
+    killed, finished, _ = sweep.read(path)
+    locks = [lock(tmp_path / point.folder, RUN_LOCK) for point in (killed, finished)]
+
+    def end_the_others() -> None:
+        while not log.exists():
+            time.sleep(0.01)
+        finish(tmp_path / finished.folder / "run", run.SETTLE(finished.config, finished.overrides))
+        for opened in locks:
+            os.close(opened)
+
+    thread = threading.Thread(target=end_the_others)
+    thread.start()
+    wait = f"import sys, time; print(sys.argv[2], file=open({str(log)!r}, 'a'), flush=True); time.sleep(1)"
+    assert in_turn(path, tmp_path, ["-c", wait]) == 0
+    thread.join()
+    assert log.read_text().split() == ["2", "0"]
+
+
+def test_a_point_whose_process_lost_the_race_for_it_is_not_a_failure(
+    tmp_path: Path, capsys: Capture, impatient: None
+) -> None:
+    path = write(tmp_path)
+    opened: list[int | None] = []
+    # The process of the point ends as the late one does; meanwhile the other one has its lock.
+    code = f"import sys, time; open({str(tmp_path / 'started')!r}, 'w'); time.sleep(1); sys.exit(1)"
+
+    def take() -> None:
+        while not (tmp_path / "started").exists():
+            time.sleep(0.01)
+        opened.append(lock(tmp_path / sweep.read(path)[0].folder, RUN_LOCK))
+
+    thread = threading.Thread(target=take)
+    thread.start()
+    assert in_turn(path, tmp_path, ["-c", code]) == 0
+    thread.join()
+    assert capsys.readouterr().out.splitlines()[-1] == "1 of 1 points are being run by other processes: 0"
+    assert opened[0] is not None
+    os.close(opened[0])
+
+
+TINY = ["--threads", "1", "log.tensorboard=false", "reducer.name=exact"]
+
+
+def start_sweep(path: Path, runs: Path, *more: str) -> subprocess.Popen:
+    command = [sys.executable, "run.py", "--sweep", str(path), "--runs", str(runs), *TINY, *more]
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def test_two_sweeps_of_one_file_at_once_run_every_point_once(tmp_path: Path) -> None:
+    path, runs = write(tmp_path, grid={"epochs": [1]}, seeds=[1, 2, 3]), tmp_path / "runs"
+    both = [start_sweep(path, runs) for _ in range(2)]
+    outputs = [process.communicate(timeout=300)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    assert len(list(runs.glob("four/*/*/summary.json"))) == 3
+    assert len(list(runs.glob("four/*/*/config.yaml"))) == 3
+    assert "is skipped: process " in "".join(outputs)
+
+
+def test_a_point_of_a_killed_sweep_is_free_when_its_process_is_dead_too(tmp_path: Path) -> None:
+    path, runs = write(tmp_path), tmp_path / "runs"
+    folder = runs / sweep.read(path)[0].folder
+    first = start_sweep(path, runs, "epochs=100000")
+    wait_until(lambda: list(folder.glob("*/metrics.jsonl")) != [])
+    first.kill()
+    first.wait()
+    words = holder(folder).split()  # the point's process lives on, and keeps it
+    assert words[0] == "process"
+    second = start_sweep(path, runs, "epochs=1")
+    output, _ = second.communicate(timeout=120)
+    assert (second.returncode, "is skipped: process " + words[1] in output) == (0, True), output
+    os.kill(int(words[1]), signal.SIGKILL)
+    first.communicate()
+    wait_until(lambda: holder(folder) == "")
+    third = start_sweep(path, runs, "epochs=1")
+    output, _ = third.communicate(timeout=120)
+    assert third.returncode == 0, output
+    assert len(list(folder.glob("*/summary.json"))) == 1
+
+
+def wait_until(holds: Callable[[], bool], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, "it did not come to hold in time"
+        time.sleep(0.05)
 
 
 def test_help_comes_before_the_imports_that_take_seconds() -> None:

@@ -63,7 +63,7 @@ def test_one_worker_with_exact_is_torchs_own_loop() -> None:
     for epoch in range(2):
         for batch in task.train_batches(epoch):
             optimizer.zero_grad()
-            task.loss(batch)[0].backward()
+            task.loss(batch).backward()
             for group in optimizer.param_groups:
                 group["lr"] = 0.1 * 0.5**epoch
             optimizer.step()
@@ -97,8 +97,10 @@ def test_the_losses_of_twenty_steps_do_not_change_by_accident(reducer: str, tmp_
     LocalComm.run(2, lambda comm: train(settings, comm, 8, tmp_path, dtype=torch.float64))
     losses = losses_of(tmp_path)
     assert len(losses) == 20
-    # float64 sums of at most 16 terms may be ordered otherwise on another machine: 1e-15 a step; 1e-10
-    # allows for growth over 20 steps and still catches any change of the method.
+    # float64 sums of at most 16 terms, tanh and the normal numbers that start it may be rounded otherwise on
+    # another machine: by 1e-15 a step. That adds up and does not grow: weights and inputs that are off by a
+    # share of 1e-8 move no loss by more than 0.8e-8, and no element across the threshold. So 2e-14 after 20
+    # steps; 1e-10 is far from it and from any change of the method.
     assert losses == pytest.approx(RECORDED[reducer], rel=1e-10)
 
 
@@ -152,7 +154,8 @@ def test_density_counts_every_step_also_between_step_lines(tmp_path: Path) -> No
 def test_step_lines_hold_the_mean_loss_over_workers(tmp_path: Path) -> None:
     LocalComm.run(2, lambda comm: train(settings_of("exact"), comm, 8, tmp_path))
     tasks = [ToyTask(8, Place(rank, 2)) for rank in range(2)]
-    first = [task.loss(next(task.train_batches(0)))[0].item() for task in tasks]
+    first = [task.loss(next(task.train_batches(0))).item() for task in tasks]
+    # One float32 sum of two: 2^-24 = 6e-8.
     assert losses_of(tmp_path)[0] == pytest.approx(sum(first) / 2, rel=1e-7)
 
 
@@ -162,7 +165,7 @@ def test_the_norms_are_the_compressions(tmp_path: Path) -> None:
     (line,) = (line for line in read_lines(tmp_path) if line["kind"] == "step")
     task = ToyTask(NUM_TRAIN, Place(0, 1))
     gradient = GradientBuffer(task.model)
-    task.loss(slice(0, NUM_TRAIN))[0].backward()
+    task.loss(slice(0, NUM_TRAIN)).backward()
     kept = []
     for slot in gradient.layout:
         part = gradient.flat[slot.start : slot.stop].abs().sort().values
@@ -182,12 +185,14 @@ def test_clipping_bounds_the_gradient_where_it_says(before: bool) -> None:
     for rank in range(2):
         task = ToyTask(32, Place(rank, 2))
         flat = GradientBuffer(task.model).flat
-        task.loss(next(task.train_batches(0)))[0].backward()
+        task.loss(next(task.train_batches(0))).backward()
         raw.append(flat)
     clipped = [grad * 0.01 / (grad.norm() + 1e-6) for grad in raw]
     mean = sum(raw) / 2
     expected = sum(clipped) / 2 if before else mean * 0.01 / (mean.norm() + 1e-6)
-    assert torch.allclose(gradients[0], expected, rtol=1e-5, atol=1e-9)
+    # Norms as sums of 146 squares in another order: 9e-6 at most, of each worker's clipped gradient.
+    largest = max(grad.abs().max() for grad in [expected, *(clipped if before else [])])
+    assert (gradients[0] - expected).abs().max() <= 1e-5 * largest
 
 
 def test_without_feedback_nothing_is_carried_over() -> None:
@@ -195,11 +200,12 @@ def test_without_feedback_nothing_is_carried_over() -> None:
         settings = settings_of("topk", reducer={"density": 0.1}, feedback={"name": name}, epochs=1)
         trainer, _ = train(settings, LocalComm.alone(), 16)
         fresh, _ = train(settings, LocalComm.alone(), 16)
-        fresh.feedback.memory.fill_(7.0)
+        feedback = fresh.exchange.feedback
+        feedback.memory.fill_(7.0)
         grad = torch.full_like(fresh.gradient.flat, 0.5)
-        fresh.feedback.compensate(fresh.reducer, grad)
-        assert fresh.feedback.memory.unique().tolist() == [7.5 if kept else 0.5]
-        assert trainer.feedback.memory.count_nonzero() > 0
+        feedback.compensate(fresh.exchange.reducer, grad)
+        assert feedback.memory.unique().tolist() == [7.5 if kept else 0.5]
+        assert trainer.exchange.feedback.memory.count_nonzero() > 0
 
 
 def test_the_learning_rate_follows_the_schedule(tmp_path: Path) -> None:
@@ -218,7 +224,7 @@ def test_the_published_nesterov_step_is_gradient_plus_momentum() -> None:
     task = ToyTask(16, Place(0, 1))
     momenta = [torch.zeros_like(p) for p in task.model.parameters()]
     for batch in [*task.train_batches(0), *task.train_batches(1)]:
-        gradients = torch.autograd.grad(task.loss(batch)[0], list(task.model.parameters()))
+        gradients = torch.autograd.grad(task.loss(batch), list(task.model.parameters()))
         with torch.no_grad():
             for weight, grad, momentum in zip(task.model.parameters(), gradients, momenta, strict=True):
                 decayed = grad + (1e-3 * weight if weight.ndim > 1 else 0)
@@ -249,7 +255,7 @@ def test_tensorboard_holds_the_numbers_of_the_metrics(tmp_path: Path) -> None:
     train(settings_of("exact", log={"tensorboard": True}), LocalComm.alone(), 16, tmp_path)
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
-    logged = [(event.step, event.value) for event in events.Scalars("step/loss")]
+    logged = [(event.step, event.value) for event in events.Scalars("step/loss")]  # as float32: 6e-8
     assert logged == [(step, pytest.approx(loss, rel=1e-7)) for step, loss in enumerate(losses_of(tmp_path))]
     assert len(events.Scalars("epoch/test/loss")) == 2
     assert "step/seconds/reduce" in events.Tags()["scalars"]
@@ -258,9 +264,9 @@ def test_tensorboard_holds_the_numbers_of_the_metrics(tmp_path: Path) -> None:
 class PoisonedTask(ToyTask):
     """Its loss is NaN on one worker, at one step."""
 
-    def loss(self, batch: slice) -> tuple[Tensor, dict[str, Tensor]]:
-        loss, logged = super().loss(batch)
-        return (loss * math.nan if self.place.rank == 1 and batch.start == 40 else loss), logged
+    def loss(self, batch: slice) -> Tensor:
+        loss = super().loss(batch)
+        return loss * math.nan if self.place.rank == 1 and batch.start == 40 else loss
 
 
 @pytest.mark.parametrize("every", [1, 3, 100])
@@ -297,11 +303,11 @@ def test_an_evaluation_that_is_not_finite_is_no_success() -> None:
 class PoisonedGradientTask(ToyTask):
     """A finite loss with a gradient that is not."""
 
-    def loss(self, batch: slice) -> tuple[Tensor, dict[str, Tensor]]:
-        loss, logged = super().loss(batch)
+    def loss(self, batch: slice) -> Tensor:
+        loss = super().loss(batch)
         if self.place.rank == 1:
             loss.register_hook(lambda grad: grad * math.nan)
-        return loss, logged
+        return loss
 
 
 @pytest.mark.parametrize("reducer", ["exact", "sage", "threshold"])

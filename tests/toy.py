@@ -11,14 +11,14 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from reducers import REDUCERS
+import reducers
 from run import TABLES
 from sage.config import Named, to_yaml, validate
 from sage.exchange.clock import Clock
 from sage.exchange.comm import LocalComm
 from sage.exchange.feedback import FEEDBACKS
 from sage.exchange.gradient import GradientBuffer
-from sage.interfaces import Place, Seeds, Stateful, Stopped, Task
+from sage.interfaces import Place, Seeds, Stopped, Task
 from sage.runfolder.checkpoint import CheckpointWriter
 from sage.runfolder.folder import begin
 from sage.runfolder.manifest import Checkpoint
@@ -27,7 +27,7 @@ from sage.training.agree import Request
 from sage.training.optim import build_optimizer
 from sage.training.settings import RunSettings
 from sage.training.simulate import SimulatedStore
-from sage.training.train import Trainer
+from sage.training.train import RunServices, Trainer, TrainingParts
 
 NUM_TRAIN, NUM_TEST = 64, 30
 
@@ -58,8 +58,8 @@ class ToyTask(Task):
             first = (batch * self.place.world_size + self.place.rank) * self.batch_per_worker
             yield slice(first, first + self.batch_per_worker)
 
-    def loss(self, batch: slice) -> tuple[Tensor, dict[str, Tensor]]:
-        return F.mse_loss(self.model(self.x[batch]), self.y[batch]), {}
+    def loss(self, batch: slice) -> Tensor:
+        return F.mse_loss(self.model(self.x[batch]), self.y[batch])
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, tuple[float, float]]:
@@ -113,11 +113,11 @@ def trainer_of(
     task = task or ToyTask(batch_per_worker, place, dtype)
     gradient = GradientBuffer(task.model)
     seeds, device = Seeds.derive(settings.seed, comm.rank), torch.device("cpu")
-    reducer = REDUCERS[settings.reducer.name](settings.reducer, gradient.layout, seeds=seeds, device=device)
+    reducer = reducers.build(settings.reducer, gradient.layout, seeds=seeds, device=device)
     feedback = FEEDBACKS[settings.feedback.name](settings.feedback, gradient.flat)
     optimizer = build_optimizer(settings.optimizer, task.model)
     clock = Clock(device)
-    comm, side = LocalComm(comm.rank, comm._room, clock), LocalComm(comm.rank, comm._room)
+    comm, side = comm.another(clock), comm.another()
     store, writer = SimulatedStore(place, comm), None
     if keeps:
         assert folder is not None
@@ -127,12 +127,12 @@ def trainer_of(
         writer = CheckpointWriter(folder, config, settings.checkpoint, store, step)
     steps = settings.epochs * task.steps_per_epoch
     with Recorder(folder if comm.rank == 0 else None, steps, settings.log) as recorder:
-        parts = (task, reducer, feedback, gradient, optimizer)
-        trainer = Trainer(settings, *parts, comm, side, clock, recorder, store, writer)
+        parts = TrainingParts(task, reducer, feedback, gradient, optimizer)
+        trainer = Trainer(settings, parts, RunServices(comm, side, clock, recorder, store, writer))
         if resumed:
             trainer.restore(resumed)
         if stop_at is not None and comm.rank == comm.world_size - 1:
-            trainer.agreement.asked = lambda: (
+            trainer.agreement.requested = lambda: (
                 Request.STOP if trainer.position.step >= stop_at else Request.NOTHING
             )
         yield trainer
@@ -176,9 +176,8 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
             "weights": dict(trainer.task.model.named_parameters()),
             "buffers": dict(trainer.task.model.named_buffers()),
             "optimizer": trainer.optimizer.state_dict(),
-            "memory": trainer.feedback.memory,
-            "feedback": trainer.feedback.state_dict(),
-            "reducer": trainer.reducer.state_dict(),
-            "task": trainer.task.state_dict() if isinstance(trainer.task, Stateful) else None,
+            "memory": trainer.exchange.feedback.memory,
+            "exchange": trainer.exchange.state_dict(),
+            "task": trainer.task.state_dict(),
         }
     )

@@ -1,7 +1,7 @@
 """Collectives and their ledger: over processes (DistComm) and over threads of one process (LocalComm).
 
-The public methods count and time, then call the private ones; so bytes and communication time are known in
-one place, for all reducers alike, sizes and padding included.
+The public methods count and time, then call the private ones: bytes and communication time are known in one
+place for all reducers, sizes and padding included.
 """
 
 import math
@@ -23,13 +23,13 @@ from sage.exchange.threads import ThreadRoom
 from sage.interfaces import CommunicationError, Communicator
 
 Result = TypeVar("Result")
-Away = Callable[[], AbstractContextManager[None]]
+WhileWaiting = Callable[[], AbstractContextManager[None]]
 """Entered by a worker while it waits for the others."""
 
 
 @dataclass
 class Ledger:
-    """What one worker handed to collectives. Bytes are as in the design's table of metric names."""
+    """Counts what one worker hands to collectives."""
 
     num_collectives: int = 0
     payload_bytes: int = 0
@@ -135,26 +135,30 @@ class DistComm(CountingComm):
 
 
 class LocalComm(CountingComm):
-    """Over threads of one process, combined in rank order: the same bits at every run.
+    """Over threads of one process, combined in rank order: the same bits in every run.
 
     Workers that call different collectives get a CommunicationError, as do those that wait for one that has
     ended.
     """
 
     def __init__(
-        self, rank: int, room: ThreadRoom, clock: Clock | None = None, away: Away = nullcontext
+        self,
+        rank: int,
+        room: ThreadRoom,
+        clock: Clock | None = None,
+        while_waiting: WhileWaiting = nullcontext,
     ) -> None:
         super().__init__(rank, room.world_size, clock)
-        self._room, self._away = room, away
+        self._room, self._while_waiting = room, while_waiting
 
     @classmethod
     def alone(cls, clock: Clock | None = None) -> "LocalComm":
         """The communicator of a single worker."""
         return cls(0, ThreadRoom(1, timeout_seconds=0), clock)
 
-    def beside(self, clock: Clock | None = None, away: Away = nullcontext) -> "LocalComm":
-        """The same worker's once more, with a ledger of its own."""
-        return LocalComm(self.rank, self._room, clock, away)
+    def another(self, clock: Clock | None = None, while_waiting: WhileWaiting = nullcontext) -> "LocalComm":
+        """Another communicator of the same worker, with its own ledger."""
+        return LocalComm(self.rank, self._room, clock, while_waiting)
 
     def collect(self, name: str, value: Result) -> list[Result]:
         """Every worker's value, of any type, in rank order; not counted."""
@@ -210,7 +214,7 @@ class LocalComm(CountingComm):
 
     def _meet(self, call: str, x: Any, combine: Callable[[list[Any]], Result]) -> Result:
         """The combination shares no storage with any x, and is not to be changed."""
-        with self._away():
+        with self._while_waiting():
             result = self._room.meet(self.rank, call, x, combine)
         self._room.check(f"worker {self.rank} comes from {call}")  # another may have failed meanwhile
         return result

@@ -1,11 +1,7 @@
-"""Error feedback: what was not sent is added to the next gradient.
+"""Error feedback: what was not sent is added to the next gradient. An Exchange calls it, in the right
+order."""
 
-feedback.begin_step(progress)
-feedback.compensate(reducer, grad)            # memory: this worker's compensated gradient
-reducer.reduce(feedback.memory, grad, comm)   # grad: the mean over workers; memory: what was not sent
-feedback.after_reduce(reducer)
-"""
-
+from abc import ABC, abstractmethod
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -39,7 +35,7 @@ class MomentumSettings(Named):
     push on in an old direction. false: momentum as at density 1."""
 
 
-class Feedback(Stateful):
+class Feedback(Stateful, ABC):
     """A memory (n,) of what this worker has not sent, and how the next gradient joins it."""
 
     Settings: ClassVar[type[Named]]
@@ -53,29 +49,30 @@ class Feedback(Stateful):
         """Raise ValueError, in one line, where this feedback cannot work with these."""
         if not reducer.takes_feedback:
             name, own = reducer_config.name, cls.Settings.model_fields["name"].default
-            told = f"expected none, since {name} leaves no error to feed back, got {own}"
-            raise ValueError(f"feedback.name: {told}")
+            raise ValueError(
+                f"feedback.name: expected none, since {name} leaves no error to feed back, got {own}"
+            )
 
     def begin_step(self, progress: Progress) -> None:
-        """Told before each step."""
+        """Called before each step."""
 
+    @abstractmethod
     def compensate(self, reducer: Reducer, grad: Tensor) -> None:
-        """Make memory what this worker wants to send; the last addition goes through the reducer, which may
-        scan the sum in the same pass. grad (n,) stays as it is."""
-        raise NotImplementedError
+        """Make memory what this worker wants to send. The last addition goes through the reducer, which may
+        scan the sum in the same pass. grad (n,) is not changed."""
 
     def after_reduce(self, reducer: Reducer) -> None:
-        """Told when memory holds what was not sent."""
+        """Called when memory holds what was not sent."""
 
 
 class NoFeedback(Feedback):
-    """What was not sent is forgotten."""
+    """Forgets what was not sent."""
 
     Settings = NoFeedbackSettings
 
     @classmethod
     def check(cls, reducer: type[Reducer], reducer_config: Named, optimizer: Named) -> None:
-        """Always possible."""
+        """Works with every reducer and optimizer."""
 
     def compensate(self, reducer: Reducer, grad: Tensor) -> None:
         self.memory.zero_()
@@ -94,12 +91,13 @@ class Residual(Feedback):
 
     Settings = ResidualSettings
     state_names = ("memory", "previous_lr")
+    element_names = ("memory",)
 
     def __init__(self, config: ResidualSettings, like: Tensor) -> None:
         super().__init__(config, like)
         self.decay, self.lr_correction = config.decay, config.lr_correction
         self.previous_lr = 0.0  # the last positive one; 0: none yet
-        self._scale = config.decay  # without begin_step there is no other
+        self._scale = config.decay
 
     def begin_step(self, progress: Progress) -> None:
         self._scale = self.decay
@@ -124,6 +122,7 @@ class Momentum(Feedback):
 
     Settings = MomentumSettings
     state_names = ("memory", "velocity")
+    element_names = state_names
 
     def __init__(self, config: MomentumSettings, like: Tensor) -> None:
         super().__init__(config, like)
@@ -135,13 +134,13 @@ class Momentum(Feedback):
         super().check(reducer, reducer_config, optimizer)
         name, own = reducer_config.name, getattr(optimizer, "momentum", None)
         if not reducer.is_sparsifier(reducer_config):
-            told = f"expected a reducer that sends selected elements, such as topk, got {name}"
-            raise ValueError(f"feedback.name: momentum: {told}")
+            expected = "expected a reducer that sends selected elements, such as topk"
+            raise ValueError(f"feedback.name: momentum: {expected}, got {name}")
         if own is None:
-            raise ValueError(f"optimizer.name: expected sgd beside feedback momentum, got {optimizer.name}")
+            raise ValueError(f"optimizer.name: expected sgd with feedback momentum, got {optimizer.name}")
         if own != 0:
-            told = "(and nesterov: false) beside feedback momentum, which brings its own"
-            raise ValueError(f"optimizer.momentum: expected 0 {told}, got {own:g}")
+            expected = "expected 0 (and nesterov: false) with feedback momentum, which has its own"
+            raise ValueError(f"optimizer.momentum: {expected}, got {own:g}")
 
     def compensate(self, reducer: Reducer, grad: Tensor) -> None:
         if self.config.nesterov:

@@ -9,8 +9,8 @@ from sage.interfaces import lay_out
 class GradientBuffer:
     """A flat gradient (n,) whose pieces are the model's param.grad, in the order of model.named_parameters().
 
-    backward accumulates into an existing grad in place, so the views survive it, and so do torch's
-    optimizers and clipping. What replaces a grad (zero_grad with set_to_none) is found by check().
+    backward accumulates into an existing grad in place, so it keeps the views, and so do torch's optimizers
+    and clipping. check() finds where something replaced a grad (zero_grad with set_to_none does).
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -27,7 +27,7 @@ class GradientBuffer:
             parameter.grad = self.flat[slot.start : slot.stop].view(slot.shape)
 
     def zero(self) -> None:
-        """Ready for the next backward. Raises RuntimeError if a view was lost."""
+        """Set all gradients to zero, for the next backward. Raises RuntimeError if a view was lost."""
         self.check()
         self.flat.zero_()
 

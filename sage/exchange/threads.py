@@ -1,4 +1,4 @@
-"""Where the threads of one process meet, as the workers of LocalComm do."""
+"""The meeting point of threads of one process: LocalComm's collectives take place there."""
 
 import threading
 from collections.abc import Callable
@@ -10,7 +10,7 @@ Result = TypeVar("Result")
 
 
 class ThreadRoom:
-    """A meeting of world_size threads: the last to come combines what all have brought."""
+    """Lets world_size threads combine their values: the last thread to arrive does it for all."""
 
     def __init__(self, world_size: int, timeout_seconds: float) -> None:
         self.world_size = world_size
@@ -20,12 +20,13 @@ class ThreadRoom:
         self._generation = 0
         self._result: Any = None
         self._ended: set[int] = set()
-        self._trouble: str | None = None
+        self._error: str | None = None
 
     def meet(self, rank: int, call: str, x: Any, combine: Callable[[list[Any]], Result]) -> Result:
-        """The combination of what every worker brought, in rank order; all get the same object."""
+        """Combine every worker's x, in rank order; all workers get the same object. Raises
+        CommunicationError."""
         with self._condition:
-            self.check(f"worker {rank} calls {call}")  # after a failure no call can tell who is where
+            self.check(f"worker {rank} calls {call}")  # after a failure the calls no longer match
             generation = self._generation
             self._brought[rank] = (call, x)
             if self._ended:
@@ -33,7 +34,7 @@ class ThreadRoom:
             elif len(self._brought) == self.world_size:
                 self._finish(combine)
             arrived = self._condition.wait_for(
-                lambda: self._generation != generation or self._trouble is not None, self.timeout_seconds
+                lambda: self._generation != generation or self._error is not None, self.timeout_seconds
             )
             if self._generation != generation:
                 result: Result = self._result
@@ -41,10 +42,10 @@ class ThreadRoom:
             if not arrived:
                 missing = sorted(set(range(self.world_size)) - set(self._brought))
                 self.fail(f"workers {missing} did not come within {self.timeout_seconds:g} s")
-            raise CommunicationError(f"worker {rank} waits in {call}: {self._trouble}")
+            raise CommunicationError(f"worker {rank} waits in {call}: {self._error}")
 
     def leave(self, rank: int) -> None:
-        """A worker that has ended cannot come again: whoever waits for it is told."""
+        """Mark a worker as ended: the others' next meeting fails."""
         with self._condition:
             self._ended.add(rank)
             if self._brought:
@@ -52,21 +53,23 @@ class ThreadRoom:
 
     def check(self, where: str) -> None:
         """Raise CommunicationError where the room has failed."""
-        if self._trouble is not None:
-            raise CommunicationError(f"{where}: {self._trouble}")
+        if self._error is not None:
+            raise CommunicationError(f"{where}: {self._error}")
 
-    def fail(self, trouble: str) -> None:
-        """Whoever waits, or comes later, is told."""
+    def fail(self, error: str) -> None:
+        """Raise an error in all threads that wait, or come later."""
         with self._condition:
-            self._trouble = self._trouble or trouble
+            self._error = self._error or error
             self._brought = {}
             self._condition.notify_all()
 
     def _finish(self, combine: Callable[[list[Any]], Any]) -> None:
         calls = {call for call, _ in self._brought.values()}
         if len(calls) > 1:
-            told = ", ".join(f"worker {rank}: {call}" for rank, (call, _) in sorted(self._brought.items()))
-            self.fail(f"workers called different collectives ({told})")
+            described = ", ".join(
+                f"worker {rank}: {call}" for rank, (call, _) in sorted(self._brought.items())
+            )
+            self.fail(f"workers called different collectives ({described})")
             return
         self._result = combine([self._brought[rank][1] for rank in range(self.world_size)])
         self._brought = {}

@@ -32,7 +32,7 @@ def find_finished(points: Sequence[Point], runs: Path) -> tuple[list[Path], list
     """Find the newest finished run of each point; write a line for each point that has none."""
     found, missing = [], []
     for point in points:
-        metrics = sorted((runs / point.place).glob("*/metrics.jsonl"), key=lambda path: path.stat().st_mtime)
+        metrics = sorted((runs / point.folder).glob("*/metrics.jsonl"), key=lambda path: path.stat().st_mtime)
         folders = [path.parent for path in metrics]
         done = [folder for folder in folders if (folder / "summary.json").exists()]
         if done:

@@ -1,12 +1,10 @@
 """Checkpoints: when one is due, how all workers write it together, how a worker reads its part."""
 
 import hashlib
-import io
-import json
 import re
 import shutil
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO
@@ -40,6 +38,15 @@ class Checkpoints(Settings):
     required: bool = True
     """End the run where one cannot be written, on a full disk say; false: go on without, and try again when
     the next is due. What the disk does not take of metrics.jsonl then waits for room."""
+
+
+class WriteReport(Settings):
+    """What a worker tells the others once it has written its files of a checkpoint, or has failed to."""
+
+    files: dict[str, FileFacts] = {}
+    """Size and checksum of each file that was written."""
+    error: str = ""
+    """Why the files could not be written; empty: they were."""
 
 
 class CheckpointWriter:
@@ -83,11 +90,14 @@ class CheckpointWriter:
             return
         self._num_tries += 1
         states = {own(self._place.rank): mine} | ({SHARED: shared} if shared is not None else {})
-        told = self._board.collect(f"checkpoint/{self._num_tries}", self._write(step, states, sync))
-        trouble = next((f"rank {r}: {t[1:]}" for r, t in enumerate(told) if t.startswith("!")), "")
+
+        report = self._write(step, states, sync)
+        reports = self._board.collect_messages(f"checkpoint/{self._num_tries}", report)
+
+        errors = [f"rank {rank}: {report.error}" for rank, report in enumerate(reports) if report.error]
+        trouble = errors[0] if errors else ""
         if not trouble and self._place.rank == 0:
-            facts = {name: facts for text in told for name, facts in json.loads(text).items()}
-            trouble = self._finish(step, epoch, facts)
+            trouble = self._finish(step, epoch, reports)
         trouble = self._board.agree(f"manifest/{self._num_tries}", trouble)
         self._tried = time.monotonic()
         if trouble:
@@ -101,29 +111,28 @@ class CheckpointWriter:
         """The newest checkpoint's folder."""
         return manifest.folder_of(self.run, self._last_step) if self._last_step else None
 
-    def _write(self, step: int, states: Mapping[str, State], sync: Callable[[], None]) -> str:
-        """Write this worker's files: their facts in JSON, or ! and what went wrong."""
-        facts: dict[str, Any] = {}
+    def _write(self, step: int, states: Mapping[str, State], sync: Callable[[], None]) -> WriteReport:
+        """Write this worker's files."""
+        folder = manifest.folder_of(self.run, step)
         try:
             sync()
-            for name, state in states.items():
-                facts[name] = write_state(manifest.folder_of(self.run, step) / name, state).model_dump()
+            return WriteReport(files={name: write_state(folder / name, s) for name, s in states.items()})
         except OSError as error:
-            return f"!{error.strerror}"
-        return json.dumps(facts)
+            return WriteReport(error=error.strerror or str(error))
 
-    def _finish(self, step: int, epoch: int, facts: dict[str, Any]) -> str:
+    def _finish(self, step: int, epoch: int, reports: Sequence[WriteReport]) -> str:
         """Write the manifest; what went wrong, or nothing."""
-        folder, written = manifest.folder_of(self.run, step), {n: FileFacts(**f) for n, f in facts.items()}
-        made = Manifest(
-            format=manifest.FORMAT,
-            step=step,
-            epoch=epoch,
-            world_size=self._place.world_size,
-            config=dict(self._config),
-            files=written,
-        )
+        folder = manifest.folder_of(self.run, step)
         try:
+            made = Manifest(
+                format=manifest.FORMAT,
+                step=step,
+                epoch=epoch,
+                world_size=self._place.world_size,
+                config=dict(self._config),
+                files={name: facts for report in reports for name, facts in report.files.items()},
+            )
+            made.check_files()
             _wait_for(Checkpoint(folder, made))
             files.write_text(folder / manifest.NAME, made.model_dump_json(indent=2) + "\n")
         except (OSError, ValueError) as error:
@@ -161,7 +170,7 @@ def _wait_for(checkpoint: Checkpoint) -> None:
     deadline = time.monotonic() + VISIBLE_SECONDS
     while True:
         try:
-            return checkpoint.check_whole(contents=False)
+            return checkpoint.check_sizes()
         except ValueError as error:
             if time.monotonic() > deadline:
                 told = "runs must lie in a folder that all hosts share (--runs)"
@@ -218,17 +227,20 @@ def write_weights(path: Path, model: torch.nn.Module) -> None:
 def read_state(checkpoint: Checkpoint, name: str) -> State:
     """A file's state, on the CPU. Raises ValueError where it is not what the manifest says, or holds more
     than data: torch runs no code of it."""
-    return _load(checkpoint.folder / name, io.BytesIO(checkpoint.read(name)))
+    with checkpoint.open(name) as file:
+        return _load(checkpoint.folder / name, file)
 
 
 def check_readable(checkpoint: Checkpoint) -> None:
     """Raise ValueError where a file is not what the manifest says, or holds more than data."""
-    checkpoint.check_whole(contents=True)
+    checkpoint.check_sizes()
     for name in checkpoint.manifest.files:
-        _load(checkpoint.folder / name, checkpoint.folder / name, mmap=True)  # no tensor is read
+        path = checkpoint.folder / name
+        with checkpoint.open(name):
+            _load(path, path, mmap=True)  # reads no tensor
 
 
-def _load(path: Path, source: io.BytesIO | Path, **options: bool) -> State:
+def _load(path: Path, source: BinaryIO | Path, **options: bool) -> State:
     """path: for what is said."""
     try:
         state = torch.load(source, map_location="cpu", weights_only=True, **options)

@@ -26,29 +26,28 @@ REQUEUE = "requeue"
 
 
 @contextmanager
-def claimed(folder: Path | None) -> Iterator[str]:
-    """Make a run's folder, or hold the one that is there, against a second process that would go on with it;
-    yields what keeps one from it. Where the file system knows no locks nothing is held."""
-    if folder is None:
-        yield ""
-        return
+def lock(folder: Path) -> Iterator[None]:
+    """Make a run's folder where it is missing, and keep every other process from training in it.
+
+    Raises ValueError where another process trains in it, and OSError where it cannot be made or opened. A
+    file system without locks is not an error: nothing is locked then.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    opened = os.open(folder, os.O_RDONLY)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        opened = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        yield str(error)
-        return
-    trouble = ""
+        _lock_or_raise(opened, folder)
+        yield
+    finally:
+        os.close(opened)
+
+
+def _lock_or_raise(opened: int, folder: Path) -> None:
     try:
         fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        trouble = f"{folder}: expected a run that no process trains, got one that does"
-    except OSError:
+        raise ValueError(f"{folder}: another process is training this run") from None
+    except OSError:  # the file system has no locks
         pass
-    try:
-        yield trouble
-    finally:
-        os.close(opened)
 
 
 def begin(folder: Path, text: str, environment: dict[str, Any], resumed: Checkpoint | None = None) -> None:

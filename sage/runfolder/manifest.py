@@ -8,15 +8,18 @@ checkpoint.
 
 import hashlib
 import json
-from dataclasses import dataclass
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 from pydantic import Field, ValidationError
 
 from sage.config import Settings, one_line
 
-FORMAT = 1
+FORMAT = 2
 """Of the files; a program reads its own alone."""
 NAME = "manifest.json"
 SHARED = "shared.pt"
@@ -49,39 +52,84 @@ class Manifest(Settings):
     """The run's resolved configuration."""
     files: dict[str, FileFacts]
 
+    def check_files(self) -> None:
+        """Raise ValueError unless files names the shared file and one file of each worker, and no other."""
+        expected = {SHARED, *map(own, range(self.world_size))}
+        for name in sorted(expected - self.files.keys()):
+            raise ValueError(f"files: expected {name} among them")
+        for name in sorted(self.files.keys() - expected):
+            raise ValueError(f"files: expected no {name} among them")
+
+
+class FileVersion(NamedTuple):
+    """What the file system changes when a file is written to or replaced."""
+
+    device: int
+    inode: int
+    size: int
+    modified_ns: int
+    changed_ns: int
+
+    @classmethod
+    def of(cls, file: BinaryIO) -> "FileVersion":
+        found = os.fstat(file.fileno())
+        return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
 
 @dataclass(frozen=True)
 class Checkpoint:
+    """A checkpoint on disk. Remembers which files it has verified, so that none is hashed twice."""
+
     folder: Path
     manifest: Manifest
+    _verified: dict[str, FileVersion] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """By name, the version of a file that had the manifest's checksum."""
 
     @property
     def run(self) -> Path:
         """The run's folder."""
         return self.folder.parent.parent
 
-    def check_whole(self, contents: bool) -> None:
-        """Raise ValueError where a file is missing or has another size or, if contents are asked for (read
-        them), another checksum."""
+    def check_sizes(self) -> None:
+        """Raise ValueError where a file is missing or its size is not the manifest's."""
         for name, facts in self.manifest.files.items():
             path = self.folder / name
             size = path.stat().st_size if path.is_file() else None
             if size != facts.bytes:
                 found = "it is missing" if size is None else f"got {size}"
                 raise ValueError(f"{path}: expected {facts.bytes} bytes, as {NAME} says, {found}")
-            if contents:
-                self.read(name)
 
-    def read(self, name: str) -> bytes:
-        """A file's content. Raises ValueError where its checksum is not the manifest's."""
+    @contextmanager
+    def open(self, name: str) -> Iterator[BinaryIO]:
+        """Open a file for reading; what is read from it has the manifest's checksum.
+
+        Raises ValueError where it has not, and at the end where the file was altered meanwhile.
+        """
+        path = self.folder / name
         try:
-            content = (self.folder / name).read_bytes()
+            file = path.open("rb")
+        except OSError as error:
+            raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
+
+        with file:
+            version = FileVersion.of(file)
+            if self._verified.get(name) != version:
+                self._verify(name, file)
+                self._verified[name] = version
+            yield file
+            if FileVersion.of(file) != version:
+                raise ValueError(f"{path}: the file was altered while it was read")
+
+    def _verify(self, name: str, file: BinaryIO) -> None:
+        """Raise ValueError where an open file's checksum is not the manifest's."""
+        try:
+            checksum = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]  # a file
+            file.seek(0)
         except OSError as error:
             raise ValueError(f"{self.folder / name}: cannot be read: {error.strerror}") from None
-        if hashlib.sha256(content).hexdigest() != self.manifest.files[name].sha256:
-            told = "expected the checksum in its manifest, got another: the file was altered"
-            raise ValueError(f"{self.folder / name}: {told}")
-        return content
+        if checksum != self.manifest.files[name].sha256:
+            problem = "expected the checksum in its manifest, got another: the file was altered"
+            raise ValueError(f"{self.folder / name}: {problem}")
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -102,12 +150,12 @@ def read(folder: Path) -> Checkpoint:
         raise ValueError(f"{path}: format: expected {FORMAT}, got {one_line(version)}; {told}")
     try:
         made = Manifest.model_validate(raw)
+        made.check_files()
     except ValidationError as error:
         first = error.errors()[0]
         raise ValueError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-    for name in (SHARED, *map(own, range(made.world_size))):
-        if name not in made.files:
-            raise ValueError(f"{path}: files: expected {name} among them")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     return Checkpoint(folder, made)
 
 
@@ -123,7 +171,7 @@ def newest_whole(run: Path) -> Checkpoint:
     for path in manifests(run):
         try:
             checkpoint = read(path.parent)
-            checkpoint.check_whole(contents=False)
+            checkpoint.check_sizes()
             return checkpoint
         except ValueError as error:
             trouble = trouble or error

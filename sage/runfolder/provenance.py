@@ -14,9 +14,12 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 def run_id(reducer: str, seed: int) -> str:
-    """A name that says what the run is, and when it began (UTC, to the millisecond)."""
+    """A name that says what the run is, and when it began (UTC, to the millisecond).
+
+    Of a class of the user's own, package.module:Class, the name holds the class alone.
+    """
     now = datetime.now(UTC)
-    return f"{reducer}-s{seed}-{now:%Y%m%d-%H%M%S}-{now.microsecond // 1000:03d}"
+    return f"{reducer.rpartition(':')[2]}-s{seed}-{now:%Y%m%d-%H%M%S}-{now.microsecond // 1000:03d}"
 
 
 def environment(**facts: Any) -> dict[str, Any]:

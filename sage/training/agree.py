@@ -1,5 +1,5 @@
-"""What the workers do together or not at all: drop a step, write a checkpoint, end early; and what they
-watch: numbers that are not finite, replicas that differ."""
+"""What the workers do together or not at all: skip a step, write a checkpoint, end early; and what they
+watch for: numbers that are not finite, replicas that differ."""
 
 from collections.abc import Callable, Sequence
 from enum import IntEnum
@@ -20,40 +20,47 @@ class Request(IntEnum):
     SAVE = 1
     """A checkpoint."""
     STOP = 2
-    """A checkpoint and the end, to be taken up again."""
+    """A checkpoint and the end; the run is to be resumed."""
     QUIT = 3
     """The same, by Ctrl-C."""
-    DROP = 4
+    SKIP = 4
     """Not to use this step's gradient."""
 
 
-def asked_by_signal() -> Request:
-    """This process's request."""
+def requested_by_signal() -> Request:
+    """What the signal that this process received asks for."""
     if WATCH.received is None:
         return Request.NOTHING
     return Request.QUIT if WATCH.received == Signals.SIGINT else Request.STOP
 
 
 class Agreement:
-    """One all-reduce of 4 bytes a step; on a GPU one host synchronisation."""
+    """Lets all workers do what one of them asks for: one all-reduce of 4 bytes a step, and on a GPU one host
+    synchronisation."""
 
     def __init__(self, side: Communicator, device: torch.device, is_due: Callable[[], bool]) -> None:
         """side: a communicator that does not count. is_due: whether this worker wants a checkpoint."""
-        self.asked = asked_by_signal
+        self.requested = requested_by_signal
         self._side, self._device, self._is_due = side, device, is_due
 
     def agree(self, total: Tensor | None = None) -> Request:
-        """What all workers do. total: a scalar; where a worker's is not finite, all drop the step."""
-        request = self.asked() or (Request.SAVE if self._is_due() else Request.NOTHING)
+        """What all workers do. total: a scalar; where a worker's is not finite, all skip the step."""
+        request = self.requested() or (Request.SAVE if self._is_due() else Request.NOTHING)
         flag = torch.full((), request, dtype=torch.int32, device=self._device)
         if total is not None:
-            flag = torch.where(total.isfinite(), flag, flag.new_full((), Request.DROP))
+            flag = torch.where(total.isfinite(), flag, flag.new_full((), Request.SKIP))
         self._side.all_reduce(flag, "max")
         return Request(int(flag.item()))  # host synchronisation
 
 
-def find_bad(loss: Tensor, gradient: GradientBuffer) -> str:
-    """What is not finite here, the loss or the first such parameter's gradient, and its value; or nothing."""
+def wait_for_all(side: Communicator, device: torch.device) -> None:
+    """Return when all workers have come here."""
+    side.all_reduce(torch.zeros(1, device=device))
+
+
+def find_nonfinite(loss: Tensor, gradient: GradientBuffer) -> str:
+    """Name what is not finite here, the loss or the first such parameter's gradient, with its value; or
+    ""."""
     slots = ((f"the gradient of {s.name}", gradient.flat[s.start : s.stop]) for s in gradient.layout)
     for name, values in (("the loss", loss), *slots):
         bad = values[~values.isfinite()]  # host synchronisation
@@ -63,7 +70,7 @@ def find_bad(loss: Tensor, gradient: GradientBuffer) -> str:
 
 
 def find_difference(named: Sequence[tuple[str, Tensor]], side: Communicator) -> str:
-    """The first of the tensors whose bits are not the same on all workers, and of whom; or nothing."""
+    """Name the first tensor whose bits are not the same on all workers, and two of these; or ""."""
     checksums = side.all_gather(torch.stack([_checksum(tensor) for _, tensor in named]))  # (W, tensors)
     differs = (checksums != checksums[0]).nonzero()
     if not len(differs):

@@ -1,4 +1,4 @@
-"""What --dry-run tells: how large a run is, what a worker holds, how long a simulated step takes."""
+"""--dry-run: how large a run is, what a worker holds, how long a simulated step takes."""
 
 from statistics import median
 from typing import Any
@@ -10,52 +10,56 @@ from torch import Tensor
 from sage.console import readable_bytes
 from sage.exchange.clock import Clock
 from sage.exchange.comm import LocalComm
-from sage.exchange.gradient import GradientBuffer
-from sage.interfaces import Place, Progress, Reducer, Task
+from sage.interfaces import Place, Progress
 from sage.runfolder.record import Recorder
 from sage.training.settings import RunSettings
-from sage.training.train import Parts, Trainer
+from sage.training.train import RunServices, Trainer, TrainingParts
 from sage.workers.store import RendezvousStore
 from sage.workers.worker import Worker
 
 TIMED_STEPS = 3
-"""Gradients timed, after one that is not; their median is told."""
+"""Gradients that are timed, after one that is not; their median is shown."""
 
 
-def preview(settings: RunSettings, parts: Parts, worker: Worker) -> str:
-    """What a run would be. Makes a step of a single worker, of learning rate 0: on zeros, to fill what is
-    made at need (the optimizer's state, a reducer's buffers); of a simulation also a real one, and timed."""
-    task, reducer, _, gradient, _ = parts
+def describe_run(settings: RunSettings, parts: TrainingParts, worker: Worker) -> str:
+    """Describe what a run would be, line by line.
+
+    A single worker makes a step with learning rate 0 on a zero gradient, which fills what is made when it is
+    first needed (the optimizer's state, a reducer's buffers); of a simulation it also times a real one.
+    """
     torch.set_num_threads(worker.num_threads)
-    trainer = _lone_trainer(settings, parts)
+    trainer = _single_trainer(settings, parts)
     _make_step(trainer)
     held, world_size = held_bytes(parts), worker.place.world_size
     total = sum(held.values())
     listed = ", ".join(f"{name} {count:,}" for name, count in held.items())
     lines = [
-        describe(task, reducer, gradient, settings.epochs, worker.place),
+        describe_size(parts, settings.epochs, worker.place),
         f"memory      {total:,} B a worker: {listed}; data and activations not counted",
     ]
     if worker.simulated:
         once = held["parameters"] + held["optimizer"]
         in_all = once + world_size * (total - once)
         lines.append(f"simulated   {in_all:,} B for {world_size}: parameters and optimizer are held once")
-        lines.append(f"time        {_told_time(_time_step(trainer), world_size, task.steps_per_epoch)}")
+        lines.append(
+            f"time        {_describe_time(_time_step(trainer), world_size, parts.task.steps_per_epoch)}"
+        )
     return "\n".join(lines)
 
 
 def break_even_density(world_size: int, dense_bytes: int) -> float:
-    """The density from which on a gather of values and indices sends no less than the dense all-reduce.
+    """The density at which a gather of values and indices sends as much as the dense all-reduce.
 
     8 d n (W - 1) = 2 (W - 1) / W * dense_bytes * n, under the ring algorithm; 8: a value and an int32 index.
     """
     return 2 * dense_bytes / (8 * world_size)
 
 
-def describe(task: Task, reducer: Reducer, gradient: GradientBuffer, epochs: int, place: Place) -> str:
-    """What a run would be, without training."""
+def describe_size(parts: TrainingParts, epochs: int, place: Place) -> str:
+    """Parameters, workers, batches, steps and bytes of a run, line by line."""
+    task, gradient = parts.task, parts.gradient
     num_elements, steps = gradient.flat.numel(), task.steps_per_epoch
-    payload, dense = reducer.expected_payload_bytes(place.world_size), gradient.flat.nbytes
+    payload, dense = parts.reducer.expected_payload_bytes(place.world_size), gradient.flat.nbytes
     share = f", {payload / dense:.3%} of the dense gradient's {readable_bytes(dense)}" if payload else ""
     lines = [
         f"parameters  {num_elements:,} in {len(gradient.layout)} tensors",
@@ -70,25 +74,26 @@ def describe(task: Task, reducer: Reducer, gradient: GradientBuffer, epochs: int
     return "\n".join(lines)
 
 
-def _lone_trainer(settings: RunSettings, parts: Parts) -> Trainer:
-    device = parts[3].flat.device
+def _single_trainer(settings: RunSettings, parts: TrainingParts) -> Trainer:
+    device = parts.gradient.flat.device
     clock, recorder, store = (
         Clock(device),
         Recorder(None, 0, settings.log),
         RendezvousStore(Place(0, 1), None),
     )
-    return Trainer(settings, *parts, LocalComm.alone(clock), LocalComm.alone(), clock, recorder, store)
+    services = RunServices(LocalComm.alone(clock), LocalComm.alone(), clock, recorder, store)
+    return Trainer(settings, parts, services)
 
 
 def _make_step(trainer: Trainer) -> None:
     progress = Progress(0.0, 0, trainer.base_lrs[0], trainer.task.steps_per_epoch)
-    trainer.exchange(progress, measure=False)
+    trainer.exchange_gradient(progress, measure=False)
     trainer.apply(0.0)
 
 
 def _time_step(trainer: Trainer) -> dict[str, float]:
-    """Seconds by phase of one worker's step, with those of forward and backward, on one batch several times,
-    as "gradient"."""
+    """Seconds by phase of one worker's step; forward and backward together, on one batch several times, are
+    "gradient"."""
     batch, gradients = next(trainer.task.train_batches(0)), []
     for _ in range(1 + TIMED_STEPS):
         trainer.clock.take()
@@ -99,7 +104,7 @@ def _time_step(trainer: Trainer) -> dict[str, float]:
     return trainer.clock.take() | {"gradient": median(gradients[1:])}
 
 
-def _told_time(seconds: dict[str, float], world_size: int, steps_per_epoch: int) -> str:
+def _describe_time(seconds: dict[str, float], world_size: int, steps_per_epoch: int) -> str:
     # every worker's gradient and exchange, one after the other; one optimizer
     step = world_size * (seconds["gradient"] + seconds["reduce"]) + seconds["optimizer"]
     return (
@@ -108,16 +113,15 @@ def _told_time(seconds: dict[str, float], world_size: int, steps_per_epoch: int)
     )
 
 
-def held_bytes(parts: Parts) -> dict[str, int]:
-    """Bytes of what a worker holds, by name; what two of them hold counts for the first."""
-    task, reducer, feedback, gradient, optimizer = parts
+def held_bytes(parts: TrainingParts) -> dict[str, int]:
+    """Bytes of what a worker holds, by name; memory that two of them share counts for the first."""
     owners = {
-        "parameters": [parameter.data for parameter in task.model.parameters()],
-        "buffers": list(task.model.buffers()),
-        "gradient": gradient.flat,
-        "residual": feedback,
-        "optimizer": dict(optimizer.state),
-        "reducer": reducer,
+        "parameters": [parameter.data for parameter in parts.task.model.parameters()],
+        "buffers": list(parts.task.model.buffers()),
+        "gradient": parts.gradient.flat,
+        "residual": parts.feedback,
+        "optimizer": dict(parts.optimizer.state),
+        "reducer": parts.reducer,
     }
     found: dict[int, int] = {}
     held: dict[str, int] = {}
@@ -129,7 +133,7 @@ def held_bytes(parts: Parts) -> dict[str, int]:
 
 
 def bytes_of(root: Any) -> int:
-    """Of the tensors and arrays that are reachable from an object, each memory once."""
+    """Bytes of the tensors and arrays that can be reached from an object, each storage once."""
     return sum(_storages(root).values())
 
 

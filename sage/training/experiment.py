@@ -1,12 +1,10 @@
-"""One run on one worker: its folder, its parts put together, training, the summary."""
+"""One run on one worker: what is to be run, its parts put together, training, and what it leaves on disk."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from sage import config, sweep
 from sage.console import say
@@ -14,18 +12,19 @@ from sage.exchange.clock import Clock
 from sage.interfaces import Stopped, TrainingError
 from sage.runfolder import checkpoint, manifest, provenance
 from sage.runfolder.checkpoint import CheckpointWriter
-from sage.runfolder.folder import begin, claimed, finish, leave, link
+from sage.runfolder.folder import begin, finish, leave, link, lock
 from sage.runfolder.manifest import Checkpoint
 from sage.runfolder.record import Recorder
 from sage.runfolder.resume import ResumePoint, ResumeRequest, choose
+from sage.training.agree import wait_for_all
 from sage.training.settings import RunSettings
-from sage.training.simulate import WorkerContext, alone, simulate
-from sage.training.train import Parts
+from sage.training.simulate import WorkerContext, run_single, simulate
+from sage.training.train import RunServices, Trainer, TrainingParts
 from sage.workers import launch
 from sage.workers.store import RendezvousStore
 from sage.workers.worker import Worker
 
-Build = Callable[[RunSettings, Worker], Parts]
+Build = Callable[[RunSettings, Worker], TrainingParts]
 
 
 @dataclass(frozen=True)
@@ -33,137 +32,169 @@ class RunPlan:
     """What is to be run."""
 
     settings: RunSettings
-    place: Path
-    """Where its folder goes."""
-    again: sweep.Resolve | None
-    """How to read a run's configuration, to find out whether it is done; None: what is done is done again."""
-    found: ResumePoint | None
-    """What to go on with; None: begin."""
-    job: Path | None
-    """Where to leave a link to its folder."""
+    parent: Path
+    """Where the run's folder is made."""
+    load_settings: sweep.LoadSettings | None = None
+    """How to read the configuration of a finished run: a point of a sweep that is done is skipped. None: what
+    is done is run again."""
+    resume_point: ResumePoint | None = None
+    """The run to resume; None: a new one."""
+    job_link: Path | None = None
+    """Where to leave a link to the run's folder."""
+
+    @property
+    def checkpoint(self) -> Checkpoint | None:
+        return self.resume_point.checkpoint if self.resume_point else None
+
+    @property
+    def finished_run(self) -> Path | None:
+        """The run that --resume names, where nothing of it is left to do."""
+        return self.resume_point.run if self.resume_point and not self.resume_point.checkpoint else None
 
 
-def plan(
-    settings: RunSettings,
-    place: Path,
-    again: sweep.Resolve | None,
-    resume: str | None,
-    job: Path | None,
-    worker: Worker,
-) -> RunPlan:
-    """What is to be run. resume: what --resume names; in a sweep (again) a point without a run is begun.
+def find_resume_point(
+    settings: RunSettings, parent: Path, path: str, worker: Worker, *, required: bool
+) -> ResumePoint | None:
+    """The run and the checkpoint that --resume PATH names. required: without one there is an error, not a new
+    run.
 
-    Raises ValueError, in one line, where that cannot be gone on with; rank 0 reads all its files for that.
+    Raises ValueError, in one line, where it cannot be resumed; for that, rank 0 reads all files of it.
     """
-    found = None if resume is None else _find(settings, place, resume, worker)
-    if resume is not None and found is None and again is None:
-        raise ValueError(f"--resume: expected a run with a whole checkpoint in {place}, found none")
-    return RunPlan(settings, place, again, found, job)
-
-
-def _find(settings: RunSettings, place: Path, resume: str, worker: Worker) -> ResumePoint | None:
-    reshards = settings.resume.world_size == "reshard"
-    asked = ResumeRequest(settings.model_dump(mode="json"), settings.FREE, worker.place.world_size, reshards)
-    found = choose(resume, place, asked)
+    may_reshard = settings.resume.world_size == "reshard"
+    request = ResumeRequest(
+        settings.model_dump(mode="json"), settings.FREE, worker.place.world_size, may_reshard
+    )
+    found = choose(path, parent, request)
+    if found is None and required:
+        raise ValueError(f"--resume: expected a run with a whole checkpoint in {parent}, found none")
     if found is not None and found.checkpoint is not None and worker.place.rank == 0:
         checkpoint.check_readable(found.checkpoint)
     return found
 
 
-def start(order: RunPlan, build: Build, worker: Worker) -> int:
-    """Carry a run out on this worker, or on all that it simulates; returns the exit code."""
-    settings, timeout = order.settings, order.settings.timeout_seconds
-    if order.found is not None and order.found.checkpoint is None:
-        if worker.place.rank == 0:
-            say(f"{order.found.run}: done already")
+def start(plan: RunPlan, build: Build, worker: Worker) -> int:
+    """Run on this worker, or on all that this process simulates; returns the exit code."""
+    settings, speaks = plan.settings, worker.place.rank == 0
+    if plan.finished_run is not None:
+        if speaks:
+            say(f"{plan.finished_run}: done already")
         return 0
-    train = partial(carry_out, order, build)
-    run = partial(simulate if worker.simulated else alone, train, worker, timeout)
-    return launch.supervise(worker, timeout, settings.deterministic, run)
+    train = partial(run_worker if plan.load_settings is None else run_point, plan, build)
+    run = partial(simulate if worker.simulated else run_single, train, worker, settings.timeout_seconds)
+    return launch.supervise(worker, settings.timeout_seconds, settings.deterministic, run)
 
 
-def carry_out(
-    order: RunPlan, build: Build, worker: Worker, store: RendezvousStore, context: WorkerContext
+def run_point(
+    plan: RunPlan, build: Build, worker: Worker, store: RendezvousStore, context: WorkerContext
 ) -> None:
-    """Train what build makes and leave a run's folder in place, unless such a run is done."""
-    settings, device, speaks = order.settings, worker.device, worker.place.rank == 0
-    clock, world_size = Clock(device), worker.place.world_size
+    """Run a sweep's point, on one worker, while no other process runs it."""
+    with sweep.being_run(plan.parent if worker.place.rank == 0 else None) as error:
+        raise_on_all_workers("point", error, store)
+        run_worker(plan, build, worker, store, context)
+
+
+def run_worker(
+    plan: RunPlan, build: Build, worker: Worker, store: RendezvousStore, context: WorkerContext
+) -> None:
+    """Train what build makes, on one worker, and leave a run's folder; unless such a run is done."""
+    settings, world_size, speaks = plan.settings, worker.place.world_size, worker.place.rank == 0
+    clock = Clock(worker.device)
     comm, side = context.connect(world_size, clock), context.connect(world_size)
-    if order.again and _is_done(order.place, settings, order.again, worker, store):
-        side.all_reduce(torch.zeros(1, device=device))  # rank 0 may hold the store: no one leaves alone
+    if _is_done(plan, worker, store):
+        wait_for_all(side, worker.device)  # rank 0 may hold the store: nobody leaves alone
         return
+
+    # 1. what is trained
     parts = build(settings, worker)
-    context.share(task := parts[0])
-    resumed = _agree(order, store)
-    new = order.place / provenance.run_id(settings.reducer.name, settings.seed)
+    context.share(parts.task)
+
+    # 2. where, and from which step on
+    resumed = _agree_on_checkpoint(plan, store)
+    new = plan.parent / provenance.run_id(settings.reducer.name, settings.seed)
     folder = resumed.run if resumed else Path(store.agree("run", str(new)))
-    step, steps = resumed.manifest.step if resumed else 0, settings.epochs * task.steps_per_epoch
-    writer = CheckpointWriter(folder, settings.model_dump(mode="json"), settings.checkpoint, store, step)
-    waits = not settings.checkpoint.required
-    recorder = Recorder(folder if speaks else None, steps, settings.log, step, waits)
-    trainer = context.trainer(settings, *parts, comm, side, clock, recorder, store, writer)
-    if resumed:  # before anything in the run's folder is changed
-        _share_trouble("restored", _trouble(lambda: trainer.restore(resumed)), store)
+    first_step = resumed.manifest.step if resumed else 0
+
+    # 3. the trainer; of a resumed run everything is loaded before anything in its folder is changed
+    dump = settings.model_dump(mode="json")
+    writer = CheckpointWriter(folder, dump, settings.checkpoint, store, first_step)
+    recorder = Recorder(
+        folder if speaks else None,
+        settings.epochs * parts.task.steps_per_epoch,
+        settings.log,
+        first_step,
+        keep_waiting=not settings.checkpoint.required,
+    )
+    services = RunServices(comm, side, clock, recorder, store, writer)
+    trainer = context.trainer(settings, parts, services)
+    if resumed:
+        _on_all_workers("restored", lambda: trainer.restore(resumed), store)
+
+    # 4. training
     workers = store.collect("where", worker.where())
-    with claimed(folder if speaks else None) as claim:
+    with ExitStack() as held:
         if speaks:
             say(f"{folder}: {worker.describe(workers)}")
-        environment = provenance.environment(**worker.facts(), workers=workers) if speaks else {}
-        _share_trouble("begun", claim or _trouble(lambda: _open(order, folder, environment, resumed)), store)
+
+        def open_folder() -> None:
+            if not speaks:
+                return
+            held.enter_context(lock(folder))
+            environment = provenance.environment(**worker.facts(), workers=workers)
+            begin(folder, config.to_yaml(settings), environment, resumed)
+            if plan.job_link:
+                link(plan.job_link, folder)
+
+        _on_all_workers("opened", open_folder, store)
         with recorder:
-            try:
-                summary = trainer.run()
-            except Stopped as stopped:
-                if speaks:
-                    leave(folder, trainer.position.step, stopped, writer.saved())
-                raise
-            if speaks:
-                finish(folder, summary, task.model)
+            _train(trainer, folder, speaks)
 
 
-def _is_done(
-    place: Path, settings: RunSettings, again: sweep.Resolve, worker: Worker, store: RendezvousStore
-) -> bool:
-    """What rank 0 finds: another worker's host may not see its files, or see them later."""
-    speaks = worker.place.rank == 0
-    found = store.agree("done", str((speaks and sweep.finished_run(place, settings, again)) or ""))
-    if found and speaks:
-        say(f"{found}: done already")
-    return bool(found)
-
-
-def _agree(order: RunPlan, store: RendezvousStore) -> Checkpoint | None:
-    """The checkpoint that rank 0 found. Raises TrainingError, on all workers, where one does not see it."""
-    mine = order.found.checkpoint if order.found else None
-    folder = store.agree("resume", str(mine.folder) if mine else "")
-    found, trouble = None, ""
+def _train(trainer: Trainer, folder: Path, speaks: bool) -> None:
+    """Train to the end, or until a signal stops the run; the worker that speaks leaves the folder in
+    order."""
     try:
-        found = manifest.read(Path(folder)) if folder else None
-    except ValueError as error:
-        trouble = str(error)
-    _share_trouble("seen", trouble, store)
-    return found
+        summary = trainer.run()
+    except Stopped as stopped:
+        if speaks:
+            leave(folder, trainer.position.step, stopped, trainer.writer.saved() if trainer.writer else None)
+        raise
+    if speaks:
+        finish(folder, summary, trainer.task.model)
 
 
-def _share_trouble(name: str, trouble: str, store: RendezvousStore) -> None:
-    """Raise TrainingError on all workers where one has trouble."""
-    for rank, told in enumerate(store.collect(name, trouble)):
-        if told:
-            raise TrainingError(f"rank {rank}: {told}")
+def _is_done(plan: RunPlan, worker: Worker, store: RendezvousStore) -> bool:
+    """Whether rank 0 finds a finished run of the settings. The others' hosts may see its files later, or
+    not."""
+    if plan.load_settings is None:
+        return False
+    speaks = worker.place.rank == 0
+    found = sweep.finished_run(plan.parent, plan.settings, plan.load_settings) if speaks else None
+    name = store.agree("done", str(found) if found else "")
+    if name and speaks:
+        say(f"{name}: done already")
+    return bool(name)
 
 
-def _trouble(call: Callable[[], object]) -> str:
-    """What went wrong in a call, or nothing."""
+def _agree_on_checkpoint(plan: RunPlan, store: RendezvousStore) -> Checkpoint | None:
+    """The checkpoint that rank 0 found. Raises TrainingError, on all workers, where one does not see it."""
+    folder = store.agree("resume", str(plan.checkpoint.folder) if plan.checkpoint else "")
+    seen: list[Checkpoint] = []
+    _on_all_workers("seen", lambda: seen.append(manifest.read(Path(folder))) if folder else None, store)
+    return seen[0] if seen else None
+
+
+def _on_all_workers(name: str, call: Callable[[], object], store: RendezvousStore) -> None:
+    """Make a call on every worker; raise TrainingError on all of them where it failed on one."""
+    error = ""
     try:
         call()
-    except (ValueError, OSError) as error:
-        return str(error)
-    return ""
+    except (ValueError, OSError) as failure:
+        error = str(failure)
+    raise_on_all_workers(name, error, store)
 
 
-def _open(order: RunPlan, folder: Path, environment: dict[str, Any], resumed: Checkpoint | None) -> None:
-    """Begin or go on in a run's folder; nothing on a worker that does not speak (without an environment)."""
-    if environment:
-        begin(folder, config.to_yaml(order.settings), environment, resumed)
-        if order.job:
-            link(order.job, folder)
+def raise_on_all_workers(name: str, error: str, store: RendezvousStore) -> None:
+    """Raise TrainingError on all workers where one of them has an error."""
+    for rank, message in enumerate(store.collect(name, error)):
+        if message:
+            raise TrainingError(f"rank {rank}: {message}")

@@ -46,7 +46,7 @@ class Meter(Stateful):
         side: Communicator,
         device: torch.device,
     ) -> None:
-        """take_bytes: the ledger's take."""
+        """take_bytes: Ledger.take of the communicator that counts."""
         self._take_bytes, self._clock, self._side, self._device = take_bytes, clock, side, device
         self._losses: list[Tensor] = []  # of the steps since the last step line
         self._line: dict[str, float] = {}  # bytes and seconds since then
@@ -78,10 +78,10 @@ class Meter(Stateful):
 
     def epoch_line(self) -> dict[str, Any]:
         """The totals since the last epoch line. Raises TrainingError where no step was used."""
-        if self._losses:  # a step line was due at a step that was dropped
+        if self._losses:  # a step line was due at a step that was skipped
             self._mean_losses()
         if not self._epoch_losses:
-            raise TrainingError("every step of an epoch was dropped")
+            raise TrainingError("every step of an epoch was skipped")
         self._drain()
         self._line = {}
         wall, self._started = time.monotonic() - self._started, time.monotonic()

@@ -62,7 +62,8 @@ class PublishedNesterov(torch.optim.Optimizer):
             weights: list[Tensor] = [p for p in group["params"] if p.grad is not None]
             grads: list[Tensor] = [p.grad for p in weights if p.grad is not None]
             for weight in weights:
-                self.state[weight].setdefault("momentum_buffer", torch.zeros_like(weight))
+                if "momentum_buffer" not in self.state[weight]:
+                    self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
             buffers = [self.state[weight]["momentum_buffer"] for weight in weights]
             # g = grad + wd w;  m = mu m + g;  w -= lr (g + m)
             steps = list(torch._foreach_add(grads, weights, alpha=group["weight_decay"]))
@@ -139,8 +140,8 @@ _BIAS = re.compile(r"(\w+_)?bias|bias_[ih]h_l\d+(_reverse)?|bias_[ih]h")
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Two groups: weights, decayed, and biases and normalisation layers, not.
 
-    Normalisation is told by the module's type; a bias by torch's own parameter names (bias, in_proj_bias,
-    bias_ih_l0), never by the model's names for its modules.
+    A normalisation layer is recognised by its type, a bias by torch's own parameter names (bias,
+    in_proj_bias, bias_ih_l0); the model's names for its modules do not matter.
     """
     decayed: list[nn.Parameter] = []
     undecayed: list[nn.Parameter] = []

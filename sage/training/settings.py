@@ -44,10 +44,10 @@ class RunSettings(Settings):
     world_size: int | None = Field(default=None, ge=1)
     """How many workers there are, where no launcher says so: one ./run.sh a worker, by hand."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    """What a loss or gradient that is not finite does, on any worker: stop ends the run; skip drops the step
-    on all workers before the memory, the threshold or a generator of the exchange has moved."""
+    """What a loss or gradient that is not finite does, on any worker: stop ends the run; skip leaves the
+    step out on all workers before the memory, the threshold or a generator of the exchange has moved."""
     skip_limit: int = Field(default=10, ge=1)
-    """So many dropped steps in a row end the run all the same."""
+    """So many skipped steps in a row end the run all the same."""
     checkpoint: Checkpoints = Checkpoints()
     resume: Resume = Resume()
     log: Log = Log()
@@ -56,7 +56,7 @@ class RunSettings(Settings):
         {"epochs", "stop_at_score", "timeout_seconds", "world_size", "on_nonfinite", "skip_limit"}
         | {"checkpoint", "resume", "log"}
     )
-    """What a run may have otherwise than the checkpoint it goes on from: no step's numbers change."""
+    """What may differ from the checkpoint that a run resumes: none of it changes the numbers of a step."""
 
 
 def check(

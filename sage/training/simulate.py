@@ -1,8 +1,8 @@
-"""Workers that take turns in one process, on one model: --simulate W.
+"""Several workers that take turns in one process, on one model: --simulate W.
 
-Each worker is a thread with a trainer, task, reducer, memory and generators of its own. One of them computes
-at a time; it gives up its turn while it waits for the others in a collective. What they would hold alike, the
-weights, the optimizer's state and the data, is held once.
+Each worker is a thread with its own trainer, task, reducer, memory and generators. One of them computes at a
+time; while it waits for the others in a collective, it lets another compute. What all of them hold alike (the
+weights, the optimizer's state, the data) is held once.
 """
 
 import threading
@@ -16,31 +16,32 @@ from torch import Tensor
 
 from sage.exchange.clock import Clock
 from sage.exchange.comm import CountingComm, LocalComm, connect_comm
-from sage.interfaces import CommunicationError, Place, Stateful, Stopped, Task, TrainingError
+from sage.interfaces import CommunicationError, Place, Stopped, Task, TrainingError
+from sage.training.agree import wait_for_all
 from sage.training.train import Trainer
 from sage.workers.store import RendezvousStore
 from sage.workers.worker import Worker
 
 
 class WorkerContext:
-    """How a worker stands to the others: by itself in its process."""
+    """What depends on how many workers a process has: here one."""
 
     trainer: type[Trainer] = Trainer
 
     def connect(self, world_size: int, clock: Clock | None = None) -> CountingComm:
-        """A communicator of this worker."""
+        """A new communicator of this worker."""
         return connect_comm(world_size, clock)
 
     def share(self, task: Task) -> None:
-        """Hold once what the workers of this process hold alike."""
+        """Hold once what is the same for all workers of this process."""
 
 
 TrainWorker = Callable[[Worker, RendezvousStore, WorkerContext], None]
 
 
 class TurnLock:
-    """A worker's turn: while it lasts no other worker computes, and torch's global generators are in the
-    state in which this worker left them (dropout draws from them)."""
+    """Lets one worker of the process compute at a time, with torch's global generators (dropout draws from
+    them) in the state in which this worker left them."""
 
     def __init__(self, lock: threading.Lock, device: torch.device) -> None:
         """lock: one for all workers."""
@@ -59,8 +60,8 @@ class TurnLock:
         self._lock.release()
 
     @contextmanager
-    def away(self) -> Iterator[None]:
-        """The turn is the others'."""
+    def released(self) -> Iterator[None]:
+        """Let other workers compute in the with-block."""
         self.__exit__()
         try:
             yield
@@ -78,11 +79,11 @@ class SimulatedTrainer(Trainer):
         return self.comm.rank == 0
 
     def apply(self, lr_factor: float) -> None:
-        self._wait()  # until every worker has its gradient
+        wait_for_all(self.side, self.device)  # until every worker has its gradient
         with self.clock.phase("optimizer"):  # on all workers: the time that each of them would take
             if self.comm.rank == 0:
                 super().apply(lr_factor)
-            self._wait()
+            wait_for_all(self.side, self.device)
 
     def replicated(self) -> list[tuple[str, Tensor]]:
         """The mean of the last step: rank 0 applied its own, and every worker must have the same."""
@@ -91,20 +92,20 @@ class SimulatedTrainer(Trainer):
 
 
 class SimulatedContext(WorkerContext):
-    """One worker's thread; the others are on the same context."""
+    """What one of several workers of a process has of its own, in a thread of its own."""
 
     trainer = SimulatedTrainer
 
     def __init__(self, comm: LocalComm, turn: TurnLock, shared: list[Task]) -> None:
-        """shared: of all workers, empty until the first has built its task."""
+        """shared: one list for all workers, empty until the first of them has built its task."""
         self.comm, self.turn, self._shared = comm, turn, shared
 
     def connect(self, world_size: int, clock: Clock | None = None) -> CountingComm:
-        return self.comm.beside(clock, self.turn.away)
+        return self.comm.another(clock, self.turn.released)
 
     def share(self, task: Task) -> None:
-        """Point the task's parameters to the first task's, which get rank 0's values, and likewise what it
-        holds of the data with the same bits; a worker's state (state_names) and buffers stay its own."""
+        """Let the task's parameters be the first task's, with rank 0's values, and likewise the data that it
+        holds with the same bits. A worker's state (state_names) and buffers remain its own."""
         if not self._shared:
             self._shared.append(task)
             return
@@ -113,15 +114,14 @@ class SimulatedContext(WorkerContext):
             if self.comm.rank == 0:
                 ours.data.copy_(mine.data)
             mine.data = ours.data
-        own = task.state_names if isinstance(task, Stateful) else ()
         for name, value in vars(task).items():
-            alike = isinstance(value, Tensor) and _same_bits(value, getattr(first, name))
-            if alike and name not in own:
+            is_same = isinstance(value, Tensor) and _same_bits(value, getattr(first, name))
+            if is_same and name not in task.state_names:
                 setattr(task, name, getattr(first, name))
 
 
 class SimulatedStore(RendezvousStore):
-    """What the workers of a simulation tell one another; every one of them calls each method."""
+    """The rendezvous store of workers in one process; every one of them calls each method."""
 
     def __init__(self, place: Place, comm: LocalComm) -> None:
         super().__init__(place, None)
@@ -134,16 +134,16 @@ class SimulatedStore(RendezvousStore):
         return self._comm.collect(name, value)
 
 
-def alone(train: TrainWorker, worker: Worker, timeout_seconds: float, store: RendezvousStore) -> None:
-    """Call train(worker, store, context) for a worker that has its process to itself."""
+def run_single(train: TrainWorker, worker: Worker, timeout_seconds: float, store: RendezvousStore) -> None:
+    """Call train(worker, store, context) for the only worker of this process."""
     train(worker, store, WorkerContext())
 
 
 def simulate(train: TrainWorker, worker: Worker, timeout_seconds: float, store: RendezvousStore) -> None:
-    """Call train(worker, store, context) for every worker of worker.place.world_size, in a thread each.
+    """Call train(worker, store, context) for each of worker.place.world_size workers, in a thread of its own.
 
-    A collective waits as long as the other workers may take in turn, timeout_seconds each. Raises
-    Stopped, or TrainingError, which names the first worker to fail; the traceback of what nobody foresaw is
+    A collective waits as long as the other workers may take one after the other, timeout_seconds each. Raises
+    Stopped, or TrainingError, which names the first worker to fail. The traceback of an unexpected error is
     printed.
     """
     world_size, lock, shared = worker.place.world_size, threading.Lock(), list[Task]()
@@ -154,7 +154,7 @@ def simulate(train: TrainWorker, worker: Worker, timeout_seconds: float, store: 
         place, turn = Place(comm.rank, world_size), TurnLock(lock, worker.device)
         try:
             with turn:
-                context = SimulatedContext(comm.beside(away=turn.away), turn, shared)
+                context = SimulatedContext(comm.another(while_waiting=turn.released), turn, shared)
                 train(worker.standing_at(comm.rank), SimulatedStore(place, context.comm), context)
         except Exception as error:
             failures.append((comm.rank, error))
@@ -163,14 +163,14 @@ def simulate(train: TrainWorker, worker: Worker, timeout_seconds: float, store: 
     try:
         LocalComm.run(world_size, train_one, timeout_seconds * world_size)
     except Exception as error:
-        # One may have more to tell than that it was stopped like the others.
+        # A worker that failed says more than one that was only stopped like the others.
         rank, failure = min(failures or [(0, error)], key=lambda pair: isinstance(pair[1], Stopped))
         if isinstance(failure, Stopped):  # every worker has
             raise failure from None
-        raise _told(rank, failure) from failure
+        raise _as_training_error(rank, failure) from failure
 
 
-def _told(rank: int, failure: Exception) -> TrainingError:
+def _as_training_error(rank: int, failure: Exception) -> TrainingError:
     if isinstance(failure, TrainingError):  # every worker has found it
         return failure
     if isinstance(failure, CommunicationError | OSError):
@@ -181,7 +181,7 @@ def _told(rank: int, failure: Exception) -> TrainingError:
 
 
 def _same_bits(value: Tensor, other: object) -> bool:
-    """Whether two tensors have one type, shape and content; NaN is like itself."""
+    """Whether two tensors have the same type, shape and bits; NaN equals itself."""
     if not isinstance(other, Tensor) or (value.dtype, value.shape) != (other.dtype, other.shape):
         return False
     ours, theirs = (tensor.contiguous().view(-1).view(torch.uint8) for tensor in (value, other))

@@ -1,4 +1,4 @@
-"""Everything by which training goes on: what all workers hold alike, and what is each one's own."""
+"""Everything that the next step depends on: what is the same on all workers, and what is each one's own."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -7,13 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from sage.console import first_line
+from sage.exchange.exchange import Exchange
 from sage.interfaces import Place, Stateful, Task, seed_of
 from sage.runfolder.checkpoint import State, read_state
 from sage.runfolder.manifest import SHARED, Checkpoint, own
 
 
 class Position(Stateful):
-    """Where training stands, alike on all workers."""
+    """How far training has come; the same on all workers."""
 
     state_names = (
         "epoch",
@@ -23,7 +24,7 @@ class Position(Stateful):
         "scores",
         "skipped",
         "skipped_in_a_row",
-        "owed",
+        "log_due",
     )
 
     def __init__(self, steps_per_epoch: int) -> None:
@@ -32,33 +33,33 @@ class Position(Stateful):
         self.index = 0
         """The next batch of the epoch."""
         self.step = 0
-        """Steps done, dropped ones included."""
+        """Steps done, skipped ones included."""
         self.scores: list[float] = []
         self.skipped = 0
         self.skipped_in_a_row = 0
-        self.owed = False
-        """Whether a step line was due when a step was dropped."""
+        self.log_due = False
+        """Whether a step line was due at a step that was skipped."""
 
-    def stretch(self, steps_per_epoch: int) -> None:
-        """Stand at the same part of an epoch that has another number of steps."""
+    def rescale(self, steps_per_epoch: int) -> None:
+        """Move to the same part of an epoch that has another number of steps."""
         self.index = -(-self.index * steps_per_epoch // self.steps_per_epoch)  # rounded up
         self.steps_per_epoch = steps_per_epoch
 
 
 class TrainingState:
-    """What a worker's checkpoint holds, and how it gets it back."""
+    """Collects what a worker's part of a checkpoint holds, and puts it back."""
 
     def __init__(
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         position: Position,
-        parts: Mapping[str, object],
+        parts: Mapping[str, Exchange | Stateful],
         device: torch.device,
     ) -> None:
-        """parts: what is the worker's own, by name; of these the Stateful ones have a state."""
+        """parts: what is the worker's own, by name."""
         self.model, self.optimizer, self.position, self.device = model, optimizer, position, device
-        self.parts = {name: part for name, part in parts.items() if isinstance(part, Stateful)}
+        self.parts = parts
 
     def shared(self) -> State:
         """Rank 0's weights, optimizer and position."""
@@ -91,16 +92,16 @@ class TrainingState:
                 self.load_own(read_state(checkpoint, own(place.rank)))
             else:
                 states = (read_state(checkpoint, own(rank)) for rank in range(old))
-                begun = seed_of(
+                own_seed = seed_of(
                     seed, "worker", place.rank, "of", place.world_size, "from", self.position.step
                 )
-                self.reshard(states, steps_per_epoch, begun)
+                self.reshard(states, steps_per_epoch, own_seed)
         except (KeyError, RuntimeError) as error:
-            told = f"expected the state of this program's parts, got another ({first_line(error)})"
-            raise ValueError(f"{checkpoint.folder}: {told}") from None
+            message = f"expected the state of this program's parts, got another ({first_line(error)})"
+            raise ValueError(f"{checkpoint.folder}: {message}") from None
         if self.position.steps_per_epoch != steps_per_epoch:
-            told = f"expected {steps_per_epoch} steps an epoch, as the data have now"
-            raise ValueError(f"{checkpoint.folder}: {told}, got {self.position.steps_per_epoch}")
+            message = f"expected {steps_per_epoch} steps an epoch, as the data have now"
+            raise ValueError(f"{checkpoint.folder}: {message}, got {self.position.steps_per_epoch}")
 
     def load_shared(self, state: State, with_optimizer: bool) -> None:
         self.model.load_state_dict(state["model"])
@@ -118,8 +119,8 @@ class TrainingState:
 
     def reshard(self, states: Iterable[State], steps_per_epoch: int, seed: int) -> None:
         """The state of a worker among another number of them, from all old workers' states: the mean of
-        their numbers, the first one's integers and common generators; generators of its own and the global
-        ones begin anew from the seed, and the task's state (a hidden state) is left as it began."""
+        their numbers, the first one's integers and common generators. Generators of its own and the global
+        ones start anew from the seed; the task's state (a hidden state) stays as it was built."""
         first, mean = mean_of(states)
         self._load_buffers(first)
         for name, part in self.parts.items():
@@ -127,7 +128,7 @@ class TrainingState:
                 part.load_state_dict(mean["parts"][name])
             part.reseed(seed)
         torch.manual_seed(seed)
-        self.position.stretch(steps_per_epoch)
+        self.position.rescale(steps_per_epoch)
 
     def _load_buffers(self, state: State) -> None:
         for name, buffer in self.model.named_buffers():
@@ -135,7 +136,7 @@ class TrainingState:
 
 
 class TaskSnapshot:
-    """A task's state and buffers as they were before a step's forward pass."""
+    """Keeps a task's state and buffers as they were before a step's forward pass."""
 
     def __init__(self, task: Task) -> None:
         self._task = task
@@ -145,19 +146,17 @@ class TaskSnapshot:
     def take(self) -> None:
         for buffer, kept in self._buffers:
             kept.copy_(buffer)
-        if isinstance(self._task, Stateful):
-            self._state = self._task.state_dict()
+        self._state = self._task.state_dict()
 
     def put_back(self) -> None:
         for buffer, kept in self._buffers:
             buffer.copy_(kept)
-        if isinstance(self._task, Stateful):
-            self._task.load_state_dict(self._state)
+        self._task.load_state_dict(self._state)
 
 
 def mean_of(states: Iterable[State]) -> tuple[State, State]:
-    """The first state, and the mean of them all: of floating point tensors and numbers, in float64, the very
-    value where all are alike; of anything else the first. Holds one state at a time, besides."""
+    """The first state, and the mean of all: of floating point tensors and numbers, computed in float64 and
+    exact where all are equal; of anything else the first. Holds one more state at a time."""
     remaining = iter(states)
     first = mean = next(remaining)
     for count, state in enumerate(remaining, start=2):
@@ -166,7 +165,7 @@ def mean_of(states: Iterable[State]) -> tuple[State, State]:
 
 
 def _step(mean: Any, value: Any, count: int) -> Any:
-    """The mean of count values, from that of all but the last."""
+    """The mean of count values, from the mean of all but the last."""
     if isinstance(value, dict):
         return {key: _step(mean[key], part, count) for key, part in value.items()}
     if isinstance(value, list | tuple):
@@ -177,7 +176,7 @@ def _step(mean: Any, value: Any, count: int) -> Any:
 
 
 def _cast(mean: Any, like: Any) -> Any:
-    """In the types that it had."""
+    """A mean in the types of the first state."""
     if isinstance(like, dict):
         return {key: _cast(mean[key], part) for key, part in like.items()}
     if isinstance(like, list | tuple):

@@ -1,7 +1,8 @@
-"""The loop: compute_gradient, exchange, apply; what is logged; what ends a run."""
+"""The training loop: compute_gradient, exchange_gradient, apply; what is logged; what ends a run."""
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,99 +11,104 @@ from torch import Tensor
 from sage.console import say
 from sage.exchange.clock import Clock
 from sage.exchange.comm import CountingComm
+from sage.exchange.exchange import Exchange
 from sage.exchange.feedback import Feedback
 from sage.exchange.gradient import GradientBuffer
-from sage.interfaces import Communicator, Place, Progress, Reducer, Stopped, Task, TrainingError
+from sage.interfaces import Communicator, Place, Progress, Reducer, Stateful, Stopped, Task, TrainingError
 from sage.runfolder.checkpoint import CheckpointWriter
 from sage.runfolder.manifest import Checkpoint
 from sage.runfolder.record import Recorder
-from sage.training.agree import Agreement, Request, find_bad, find_difference
+from sage.training.agree import Agreement, Request, find_difference, find_nonfinite, wait_for_all
 from sage.training.metrics import Meter
 from sage.training.optim import clip_norm
 from sage.training.settings import RunSettings
 from sage.training.state import Position, TaskSnapshot, TrainingState
 from sage.workers.store import RendezvousStore
 
-Parts = tuple[Task, Reducer, Feedback, GradientBuffer, torch.optim.Optimizer]
-"""What a trainer is built from, in its order."""
 Sums = dict[str, tuple[float, float]]
 
 
-class Trainer:
-    """Trains a task with a reducer and feedback over the workers of comm.
+@dataclass(frozen=True)
+class TrainingParts:
+    """What is trained, and how: built from the configuration."""
 
-    comm is counted; side carries what is not part of the method: metrics, checks, the first weights.
-    """
+    task: Task
+    reducer: Reducer
+    feedback: Feedback
+    gradient: GradientBuffer
+    optimizer: torch.optim.Optimizer
+
+
+@dataclass(frozen=True)
+class RunServices:
+    """What a trainer uses and does not own: communicators, clock, files."""
+
+    comm: CountingComm
+    """For the exchange: its ledger counts."""
+    side: Communicator
+    """For what is not part of the method (metrics, checks, the first weights): not counted."""
+    clock: Clock
+    recorder: Recorder
+    store: RendezvousStore
+    writer: CheckpointWriter | None = None
+    """Writes the run's checkpoints; None: there are none."""
+
+
+class Trainer:
+    """Trains a task with a reducer and error feedback over the workers of a communicator."""
 
     simulated = False
 
-    def __init__(
-        self,
-        settings: RunSettings,
-        task: Task,
-        reducer: Reducer,
-        feedback: Feedback,
-        gradient: GradientBuffer,
-        optimizer: torch.optim.Optimizer,
-        comm: CountingComm,
-        side: Communicator,
-        clock: Clock,
-        recorder: Recorder,
-        store: RendezvousStore,
-        writer: CheckpointWriter | None = None,
-    ) -> None:
-        """writer: writes the run's checkpoints; None: there are none."""
-        self.settings, self.task, self.reducer, self.feedback = settings, task, reducer, feedback
-        self.gradient, self.optimizer = gradient, optimizer
-        self.comm, self.side, self.clock = comm, side, clock
-        self.recorder, self.store, self.writer = recorder, store, writer
-        self.base_lrs = [group["lr"] for group in optimizer.param_groups]
-        self.global_batch = task.batch_per_worker * comm.world_size
-        device = gradient.flat.device
-        self.meter = Meter(comm.ledger.take, clock, side, device)
-        self.agreement = Agreement(side, device, writer.is_due if writer else lambda: False)
-        self.position = Position(task.steps_per_epoch)
-        own = {"feedback": feedback, "reducer": reducer, "meter": self.meter, "task": task}
-        self.state = TrainingState(task.model, optimizer, self.position, own, device)
-        self._snapshot = TaskSnapshot(task) if settings.on_nonfinite == "skip" else None
+    def __init__(self, settings: RunSettings, parts: TrainingParts, services: RunServices) -> None:
+        self.settings = settings
+        self.task, self.gradient, self.optimizer = parts.task, parts.gradient, parts.optimizer
+        self.comm, self.side, self.clock = services.comm, services.side, services.clock
+        self.recorder, self.store, self.writer = services.recorder, services.store, services.writer
+        self.exchange = Exchange(
+            parts.feedback, parts.reducer, self.comm, self.gradient.layout, clock=self.clock
+        )
 
-    # --- one step ------------------------------------------------------------------------------------------
+        self.base_lrs = [group["lr"] for group in self.optimizer.param_groups]
+        self.global_batch = self.task.batch_per_worker * self.comm.world_size
+        self.device = self.gradient.flat.device
+        self.meter = Meter(self.comm.ledger.take, self.clock, self.side, self.device)
+        self.agreement = Agreement(self.side, self.device, self.writer.is_due if self.writer else _never)
+
+        self.position = Position(self.task.steps_per_epoch)
+        own: dict[str, Exchange | Stateful]
+        own = {"exchange": self.exchange, "meter": self.meter, "task": self.task}
+        self.state = TrainingState(self.task.model, self.optimizer, self.position, own, self.device)
+        self._snapshot = TaskSnapshot(self.task) if settings.on_nonfinite == "skip" else None
+
+    # --- one step -------------------------------------------------------------------------------------
 
     def compute_gradient(self, batch: Any) -> Tensor:
         """Fill the flat gradient with this worker's; returns its loss, a scalar, detached."""
         self.gradient.zero()
         autocast = torch.autocast(
-            self.gradient.flat.device.type, torch.bfloat16, enabled=self.settings.precision == "bfloat16"
+            self.device.type, torch.bfloat16, enabled=self.settings.precision == "bfloat16"
         )
         with self.clock.phase("forward"), autocast:
-            loss, _ = self.task.loss(batch)
+            loss = self.task.loss(batch)
         with self.clock.phase("backward"):
             loss.backward()
         return loss.detach()
 
-    def exchange(self, progress: Progress, measure: bool) -> dict[str, float]:
-        """Replace the flat gradient by the estimate of the workers' mean; returns the norms, where asked
-        for."""
-        grad, clip, memory = self.gradient.flat, self.settings.clip, self.feedback.memory
+    def exchange_gradient(self, progress: Progress, measure: bool) -> dict[str, float]:
+        """Replace the flat gradient by the estimate of the workers' mean; returns norms, if measure."""
+        grad, clip = self.gradient.flat, self.settings.clip
         self.gradient.check()
-        norms = [grad.norm()] if measure else []
+        raw_norm = grad.norm() if measure else None
+
         if clip.norm is not None and clip.before_reduce:
             clip_norm(grad, clip.norm)
-        self.reducer.begin_step(progress)
-        self.feedback.begin_step(progress)
-        with self.clock.phase("reduce"):
-            self.feedback.compensate(self.reducer, grad)
-        norms += [memory.norm()] if measure else []
-        with self.clock.phase("reduce"):
-            self.reducer.reduce(memory, grad, self.comm)
-            self.feedback.after_reduce(self.reducer)
-        norms += [memory.norm()] if measure else []
+        norms = self.exchange.average(grad, progress, measure=measure)
         if clip.norm is not None and not clip.before_reduce:
             clip_norm(grad, clip.norm)
-        named = _named_norms(*(norm.item() for norm in norms)) if measure else {}
-        if not self.reducer.takes_feedback:  # what is left in send is no error
-            named.pop("compression_error", None)
-        return named
+
+        if raw_norm is None or norms is None:
+            return {}
+        return {"gradient_norm": raw_norm.item(), **norms.read()}
 
     def apply(self, lr_factor: float) -> None:
         """One step of the optimizer, with the base learning rates times lr_factor."""
@@ -111,93 +117,117 @@ class Trainer:
                 group["lr"] = base * lr_factor
             self.optimizer.step()
 
-    # --- the loop ------------------------------------------------------------------------------------------
+    # --- the loop -------------------------------------------------------------------------------------
 
     def run(self) -> dict[str, Any]:
-        """Train all epochs, from where the position stands; returns the summary.
+        """Train all epochs from the current position on; returns the summary.
 
         Raises TrainingError, CommunicationError from a collective, and Stopped.
         """
-        at = self.position
+        position = self.position
         self._broadcast([parameter.data for parameter in self.task.model.parameters()])
-        while at.epoch < self.settings.epochs and not (at.scores and self._reached(at.scores[-1])):
+        while position.epoch < self.settings.epochs and not self._has_reached_target():
             self._train_epoch()
-            values = self._evaluate(self.task.evaluate)
-            for name, value in values.items():
-                if not math.isfinite(value):
-                    told = f"the {self.task.evaluated} {name} became {value} after epoch {at.epoch}"
-                    raise TrainingError(told)
-            if told := find_difference(self.replicated(), self.side):
-                raise TrainingError(f"the replicas differ after epoch {at.epoch}: {told}")
-            at.scores.append(values[self.task.score])
-            self._log_epoch(values)
-            at.epoch, at.index = at.epoch + 1, 0
-            self._act_on(
-                self.agreement.agree(), self.writer is not None and self.writer.is_due_after(at.epoch)
-            )
+            self._end_epoch()
+            due = self.writer is not None and self.writer.is_due_after(position.epoch)
+            self._act_on(self.agreement.agree(), due)
         return self._summary(self._evaluate(self.task.evaluate_at_end))
 
-    def _reached(self, score: float) -> bool:
-        """Whether a score is the target of stop_at_score or better."""
-        target = self.settings.stop_at_score
-        return target is not None and (score >= target if self.task.higher_is_better else score <= target)
-
     def _train_epoch(self) -> None:
-        """What is left of the epoch."""
-        at = self.position
-        batches = self.task.train_batches(at.epoch, at.index)
-        while at.index < self.task.steps_per_epoch:
-            self.store.set_step(at.step)
+        """Train what is left of the epoch."""
+        position = self.position
+        batches = self.task.train_batches(position.epoch, position.index)
+        while position.index < self.task.steps_per_epoch:
+            self.store.set_step(position.step)
             request = self._train_step(batches)
-            at.index, at.step = at.index + 1, at.step + 1
-            self.recorder.step_done(at.step)
+            position.index, position.step = position.index + 1, position.step + 1
+            self.recorder.step_done(position.step)
             self._act_on(request)
 
+    def _end_epoch(self) -> None:
+        """Evaluate, check that the replicas are equal, log, and move on to the next epoch."""
+        position, task = self.position, self.task
+        values = self._evaluate(task.evaluate)
+        for name, value in values.items():
+            if not math.isfinite(value):
+                raise TrainingError(
+                    f"the {task.evaluated} {name} became {value} after epoch {position.epoch}"
+                )
+        if difference := find_difference(self.replicated(), self.side):
+            raise TrainingError(f"the replicas differ after epoch {position.epoch}: {difference}")
+        position.scores.append(values[task.score])
+        self._log_epoch(values)
+        position.epoch, position.index = position.epoch + 1, 0
+
     def _train_step(self, batches: Iterator[Any]) -> Request:
-        """One batch, used or dropped; what the workers request besides."""
-        at, steps = self.position, self.task.steps_per_epoch
+        """Train on one batch, or skip it; returns what the workers request."""
         with self.clock.phase("data"):
             batch = next(batches)
             if self._snapshot:
                 self._snapshot.take()
-        epoch = at.epoch + at.index / steps
-        factor = self.settings.schedule.factor(epoch, self.global_batch)
-        progress = Progress(epoch, at.step, self.base_lrs[0] * factor, steps)
-        logging = at.step % self.settings.log.every == 0 or at.index == steps - 1 or at.owed
+        progress, lr_factor = self._progress()
+        logging = self._is_logging_step()
+
         loss = self.compute_gradient(batch)
         with self.clock.phase("agree"):
             request = self.agreement.agree(loss + self.gradient.flat.sum())
-        if request is Request.DROP:
-            told = self.store.collect(f"bad/{at.step}", find_bad(loss, self.gradient))
-            if bad := [f"{what} on rank {rank}" for rank, what in enumerate(told) if what]:
-                self._drop(bad[0], logging)
-                return request  # else only the sum was too large
-        norms = self.exchange(progress, measure=logging)
-        self.apply(factor)
-        self.meter.add_step(loss, self.reducer.density)
-        at.owed, at.skipped_in_a_row = False, 0
+        if request is Request.SKIP and self._skip_nonfinite(loss, logging):
+            return request
+
+        norms = self.exchange_gradient(progress, measure=logging)
+        self.apply(lr_factor)
+
+        self.meter.add_step(loss, self.exchange.reducer.density)
+        self.position.log_due, self.position.skipped_in_a_row = False, 0
         if logging:
             self._log_step(progress, norms)
         return request
 
-    # --- dropped steps, checkpoints -------------------------------------------------------------------
+    def _progress(self) -> tuple[Progress, float]:
+        """Where training stands, and what the base learning rates are multiplied by there."""
+        position, steps = self.position, self.task.steps_per_epoch
+        epoch = position.epoch + position.index / steps
+        lr_factor = self.settings.schedule.factor(epoch, self.global_batch)
+        return Progress(epoch, position.step, self.base_lrs[0] * lr_factor, steps), lr_factor
 
-    def _drop(self, bad: str, logging: bool) -> None:
-        """Undo what this step's forward pass changed. Raises TrainingError where steps are not dropped."""
-        at = self.position
-        told = f"{bad} at epoch {at.epoch}, step {at.step}"
+    def _is_logging_step(self) -> bool:
+        position = self.position
+        is_last = position.index == self.task.steps_per_epoch - 1
+        return position.step % self.settings.log.every == 0 or is_last or position.log_due
+
+    def _has_reached_target(self) -> bool:
+        """Whether the last score is the target of stop_at_score or better."""
+        target, scores = self.settings.stop_at_score, self.position.scores
+        if target is None or not scores:
+            return False
+        return scores[-1] >= target if self.task.higher_is_better else scores[-1] <= target
+
+    # --- skipped steps, checkpoints -------------------------------------------------------------------
+
+    def _skip_nonfinite(self, loss: Tensor, logging: bool) -> bool:
+        """Find what is not finite, on any worker, and undo what this step's forward pass changed; False where
+        all is finite and only the sum was too large. Raises TrainingError where steps are not skipped."""
+        position = self.position
+        found = self.store.collect(f"bad/{position.step}", find_nonfinite(loss, self.gradient))
+        bad = [f"{what} on rank {rank}" for rank, what in enumerate(found) if what]
+        if not bad:
+            return False
+        message = f"{bad[0]} at epoch {position.epoch}, step {position.step}"
         if self._snapshot is None:
-            raise TrainingError(told)
+            raise TrainingError(message)
+
         self._snapshot.put_back()
-        at.owed, at.skipped, at.skipped_in_a_row = logging, at.skipped + 1, at.skipped_in_a_row + 1
-        told += f": step dropped, {at.skipped_in_a_row} in a row"
-        if at.skipped_in_a_row >= self.settings.skip_limit:
-            raise TrainingError(f"{told}, which is skip_limit")
+        position.log_due = logging
+        position.skipped, position.skipped_in_a_row = position.skipped + 1, position.skipped_in_a_row + 1
+        message += f": step skipped, {position.skipped_in_a_row} in a row"
+        if position.skipped_in_a_row >= self.settings.skip_limit:
+            raise TrainingError(f"{message}, which is skip_limit")
         if self.comm.rank == 0:
-            say(told)
+            say(message)
+        return True
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Go on from a checkpoint. Raises ValueError where its files cannot be used."""
+        """Take everything from a checkpoint. Raises ValueError where its files cannot be used."""
         place, steps = Place(self.comm.rank, self.comm.world_size), self.task.steps_per_epoch
         self.state.restore(checkpoint, place, steps, self.settings.seed, self.holds_optimizer)
 
@@ -207,41 +237,46 @@ class Trainer:
         return True
 
     def _act_on(self, request: Request, due: bool = False) -> None:
-        """Write a checkpoint where one is due or wished; raise Stopped where the run is to end."""
+        """Write a checkpoint where one is due or requested; raise Stopped where the run is to end."""
         ends = request in (Request.STOP, Request.QUIT)
         if self.writer is not None and (ends or due or request is Request.SAVE):
-            at = self.position
+            position = self.position
             shared = self.state.shared() if self.comm.rank == 0 else None
             with self.clock.phase("checkpoint"):
-                self.writer.save(at.step, at.epoch, shared, self.state.own(), self.recorder.sync)
+                self.writer.save(position.step, position.epoch, shared, self.state.own(), self.recorder.sync)
         if ends:
-            self._wait()  # rank 0 may hold the store: no one leaves alone
+            wait_for_all(self.side, self.device)  # rank 0 may hold the store: nobody leaves alone
             raise Stopped(by_hand=request is Request.QUIT)
 
-    def _wait(self) -> None:
-        """For all workers."""
-        self.side.all_reduce(torch.zeros(1, device=self.gradient.flat.device))
-
-    # --- lines ----------------------------------------------------------------------------------------
+    # --- what is logged -------------------------------------------------------------------------------
 
     def _log_step(self, progress: Progress, norms: dict[str, float]) -> None:
-        values = {"lr": progress.lr, "density": self.reducer.density, **self.reducer.metrics(), **norms}
+        reducer, position = self.exchange.reducer, self.position
+        values = {"lr": progress.lr, "density": reducer.density, **reducer.metrics(), **norms}
         line = self.meter.step_line(values)
-        at = self.position
-        for name in norms:  # finite gradients whose norm is not, or a memory that has grown
+        for name in norms:  # finite gradients may have a norm that is not, and a memory may have grown
             if not math.isfinite(line[name]):
-                raise TrainingError(f"{name} became {line[name]} at epoch {at.epoch}, step {at.step}")
-        line = {"kind": "step", "epoch": at.epoch, "step": at.step, **line}
+                message = f"{name} became {line[name]} at epoch {position.epoch}, step {position.step}"
+                raise TrainingError(message)
+        line = {"kind": "step", "epoch": position.epoch, "step": position.step, **line}
         self.recorder.write(line)
         self.recorder.show_step(line)
 
     def _log_epoch(self, values: dict[str, float]) -> None:
-        at, score = self.position, {"name": self.task.score, "value": self.position.scores[-1]}
-        line = {"kind": "epoch", "epoch": at.epoch, "step": at.step, self.task.evaluated: values}
-        line |= {"score": score, "skipped": at.skipped, **self.meter.epoch_line()}
+        position = self.position
+        score = {"name": self.task.score, "value": position.scores[-1]}
+        line = {
+            "kind": "epoch",
+            "epoch": position.epoch,
+            "step": position.step,
+            self.task.evaluated: values,
+            "score": score,
+            "skipped": position.skipped,
+            **self.meter.epoch_line(),
+        }
         self.recorder.write(line)
         self.recorder.show_epoch(line, self.settings.epochs)
-        at.owed = False
+        position.log_due = False
 
     def _evaluate(self, evaluate: Callable[[], Sums | None]) -> dict[str, float]:
         """The values over all workers' shares, with rank 0's buffers (BatchNorm's) on all of them."""
@@ -250,13 +285,13 @@ class Trainer:
             sums = evaluate()
             if sums is None:
                 return {}
-            packed = torch.tensor(list(sums.values()), dtype=torch.float64, device=self.gradient.flat.device)
+            packed = torch.tensor(list(sums.values()), dtype=torch.float64, device=self.device)
             self.side.all_reduce(packed)  # (values, 2)
         values = dict(zip(sums, (packed[:, 0] / packed[:, 1]).tolist(), strict=True))
         return self.task.derive(values)
 
     def replicated(self) -> list[tuple[str, Tensor]]:
-        """What the workers hold alike, by name."""
+        """What must be the same on all workers, by name."""
         return [(name, parameter.data) for name, parameter in self.task.model.named_parameters()]
 
     def _broadcast(self, tensors: list[Tensor]) -> None:
@@ -265,7 +300,7 @@ class Trainer:
 
     def _summary(self, test: dict[str, float]) -> dict[str, Any]:
         better = max if self.task.higher_is_better else min
-        totals, scores = self.meter.totals(), self.position.scores
+        totals, scores, target = self.meter.totals(), self.position.scores, self.settings.stop_at_score
         return {
             "world_size": self.comm.world_size,
             "simulated": self.simulated,
@@ -278,8 +313,8 @@ class Trainer:
                 "higher_is_better": self.task.higher_is_better,
                 "last": scores[-1],
                 "best": better(scores),
-                "target": self.settings.stop_at_score,
-                "reached": self._reached(scores[-1]) if self.settings.stop_at_score is not None else None,
+                "target": target,
+                "reached": None if target is None else self._has_reached_target(),
             },
             **({"test": test} if test else {}),
             **totals,
@@ -287,8 +322,6 @@ class Trainer:
         }
 
 
-def _named_norms(gradient: float, before: float, after: float) -> dict[str, float]:
-    """gradient: of the raw gradient; before, after: of the send buffer around the reduction."""
-    # ||send - sent||^2 / ||send||^2: what remains in send is send - sent
-    error = 0.0 if before == 0 else (after / before) ** 2
-    return {"gradient_norm": gradient, "residual_norm": after, "compression_error": error}
+def _never() -> bool:
+    """No checkpoint is ever due."""
+    return False

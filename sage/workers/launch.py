@@ -27,7 +27,7 @@ from sage.workers import rendezvous
 from sage.workers.rendezvous import Rendezvous
 from sage.workers.signals import WATCH
 from sage.workers.store import PATIENCE_SECONDS, STORE_SECONDS, RendezvousStore
-from sage.workers.worker import Worker, check_claims
+from sage.workers.worker import Worker, check_identities
 
 POLL_SECONDS = 0.2
 
@@ -151,7 +151,7 @@ def connect(worker: Worker, timeout_seconds: float, *, deterministic: bool) -> I
         store = RendezvousStore(
             worker.place, dist.PrefixStore("run", tcp_store), min(timeout_seconds, PATIENCE_SECONDS)
         )
-        check_claims(store.collect("claim", worker.claim()))
+        check_identities(store.collect_messages("identity", worker.identity()))
         _join_group(worker, tcp_store, timedelta(seconds=timeout_seconds))
     except TrainingError:
         raise

@@ -4,8 +4,11 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Protocol, TypeVar
 
+from pydantic import ValidationError
+
+from sage.config import Settings
 from sage.console import first_line
 from sage.interfaces import CommunicationError, Place
 
@@ -14,6 +17,7 @@ PATIENCE_SECONDS = 10.0
 They may have entered it at different times, and then give up at different times."""
 STORE_SECONDS = 5.0
 """How long the store may take to answer."""
+Message = TypeVar("Message", bound=Settings)
 
 
 class KeyValueStore(Protocol):
@@ -51,6 +55,17 @@ class RendezvousStore:
         with _asking():
             self._store.set(f"{name}/{self.place.rank}", value)
             return [self._store.get(f"{name}/{rank}").decode() for rank in range(self.place.world_size)]
+
+    def collect_messages(self, name: str, message: Message) -> list[Message]:
+        """Every worker's message, in rank order: sent as JSON, and validated on arrival."""
+        messages: list[Message] = []
+        for rank, text in enumerate(self.collect(name, message.model_dump_json())):
+            try:
+                messages.append(type(message).model_validate_json(text))
+            except ValidationError as error:
+                expected = f"expected a {type(message).__name__} of rank {rank}"
+                raise CommunicationError(f"{name}: {expected}, got {text[:60]!r}") from error
+        return messages
 
     def set_step(self, step: int) -> None:
         if self._store is not None:

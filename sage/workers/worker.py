@@ -9,8 +9,18 @@ from typing import Any
 
 import torch
 
+from sage.config import Settings
 from sage.interfaces import Place, TrainingError
 from sage.workers.rendezvous import Rendezvous
+
+
+class WorkerIdentity(Settings):
+    """What a worker brings to a process group, as it tells the others."""
+
+    backend: str
+    host: str
+    gpu: str | None = None
+    """The GPU's UUID; null: the worker has none."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +64,12 @@ class Worker:
         """Whether the workers are processes that this one is to start."""
         return self.place.world_size > 1 and not self.simulated and not self.rendezvous.launched
 
-    def claim(self) -> str:
-        """What this worker brings to a process group: backend, host and GPU."""
-        properties = torch.cuda.get_device_properties(self.device) if self.device.type == "cuda" else None
-        return f"{self.backend} {socket.gethostname()} {properties.uuid if properties else 'cpu'}"
+    def identity(self) -> WorkerIdentity:
+        """What this worker brings to a process group."""
+        gpu = None
+        if self.device.type == "cuda":
+            gpu = str(torch.cuda.get_device_properties(self.device).uuid)
+        return WorkerIdentity(backend=self.backend, host=socket.gethostname(), gpu=gpu)
 
     def describe(self, workers: Sequence[str]) -> str:
         """The choices made here, in one line; with several workers (where() of each), a row for each."""
@@ -80,20 +92,21 @@ class Worker:
         )
 
 
-def check_claims(claims: Sequence[str]) -> None:
-    """Raise TrainingError where the workers' claims, by rank, make no process group."""
-    backends = [claim.split()[0] for claim in claims]
+def check_identities(identities: Sequence[WorkerIdentity]) -> None:
+    """Raise TrainingError where the workers, by rank, cannot form a process group."""
+    backends = [identity.backend for identity in identities]
     if len(set(backends)) > 1:
-        told = ", ".join(f"rank {rank}: {backend}" for rank, backend in enumerate(backends))
+        listed = ", ".join(f"rank {rank}: {backend}" for rank, backend in enumerate(backends))
         raise TrainingError(
-            f"expected one backend, got {told}; give every worker a GPU of its own (nccl), "
+            f"expected one backend, got {listed}; give every worker a GPU of its own (nccl), "
             "or none a GPU with CUDA_VISIBLE_DEVICES= (gloo)"
         )
-    shared, count = Counter(claims).most_common(1)[0]
-    if backends[0] == "nccl" and count > 1:
-        ranks = [str(rank) for rank, claim in enumerate(claims) if claim == shared]
+
+    shared, count = Counter(identities).most_common(1)[0]
+    if shared.backend == "nccl" and count > 1:
+        ranks = [str(rank) for rank, identity in enumerate(identities) if identity == shared]
         raise TrainingError(
-            f"NCCL: expected a GPU for each worker, got one GPU of host {shared.split()[1]} for ranks "
+            f"NCCL: expected a GPU for each worker, got one GPU of host {shared.host} for ranks "
             f"{', '.join(ranks)}; start as many workers a host as it has GPUs (sbatch: --ntasks-per-node, "
             "--gpus-per-task=1), or share them over gloo with --workers on one host"
         )
