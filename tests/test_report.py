@@ -482,14 +482,14 @@ def test_a_sweeps_missing_points_are_named_and_of_a_point_the_newest_finished_ru
 ) -> None:
     (tmp_path / "four.yaml").write_text(SWEEP)
     home = tmp_path / "runs"
-    places = [home / point.folder for point in read(tmp_path / "four.yaml")]
-    write_run(places[0] / "old", "exact", EXACT[:3])
-    write_run(places[0] / "new", "exact", EXACT)
-    write_run(places[0] / "cut", "exact", EXACT[:1], done=False)
+    folders = [home / point.folder for point in read(tmp_path / "four.yaml")]
+    write_run(folders[0] / "old", "exact", EXACT[:3])
+    write_run(folders[0] / "new", "exact", EXACT)
+    write_run(folders[0] / "cut", "exact", EXACT[:1], done=False)
     for i, name in enumerate(("old", "new", "cut")):
-        os.utime(places[0] / name / "metrics.jsonl", (i, i))
-    write_run(places[1] / "run", "sage", SAGE)
-    write_run(places[2] / "run", "exact", EXACT[:2], seed=2, done=False)
+        os.utime(folders[0] / name / "metrics.jsonl", (i, i))
+    write_run(folders[1] / "run", "sage", SAGE)
+    write_run(folders[2] / "run", "exact", EXACT[:2], seed=2, done=False)
     assert report.main(["--sweep", str(tmp_path / "four.yaml"), "--runs", str(home)]) == 0
     lines = capsys.readouterr().out.splitlines()
     base = tmp_path / "base.yaml"
