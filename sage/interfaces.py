@@ -218,11 +218,12 @@ class Reducer(Stateful, ABC):
         return {}
 
 
-class Task(ABC):
+class Task(Stateful, ABC):
     """A model, its data and its score. backward, clipping and the optimizer belong to the loop.
 
-    Tensors that are its attributes, and are not named in state_names, are never changed in place: workers
-    that are simulated in one process share those that they hold alike.
+    Its state, beside the model's, are the attributes named in state_names (none, by default). Tensors that
+    are attributes, and are not named there, are never changed in place: workers that are simulated in one
+    process share those that they hold alike.
     """
 
     Settings: ClassVar[type[Any]]

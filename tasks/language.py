@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from sage.config import Named
-from sage.interfaces import Place, Seeds, Stateful, Task
+from sage.interfaces import Place, Seeds, Task
 from tasks.data.corpus import Corpus
 from tasks.data.text import Text, TokenizerName
 from tasks.models.lstm import LanguageLSTM
@@ -42,7 +42,7 @@ class LanguageSettings(Named):
     """Train on the first so many tokens of the training text, for a quick run; null: on all of it."""
 
 
-class LanguageModelling(Task, Stateful):
+class LanguageModelling(Task):
     """Cross entropy of each next token.
 
     The training text is cut into batch_per_worker x world_size columns of equal length (up to a column's

@@ -18,7 +18,7 @@ from sage.exchange.clock import Clock
 from sage.exchange.comm import LocalComm
 from sage.exchange.feedback import FEEDBACKS
 from sage.exchange.gradient import GradientBuffer
-from sage.interfaces import Place, Seeds, Stateful, Stopped, Task
+from sage.interfaces import Place, Seeds, Stopped, Task
 from sage.runfolder.checkpoint import CheckpointWriter
 from sage.runfolder.folder import begin
 from sage.runfolder.manifest import Checkpoint
@@ -179,6 +179,6 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
             "memory": trainer.feedback.memory,
             "feedback": trainer.feedback.state_dict(),
             "reducer": trainer.reducer.state_dict(),
-            "task": trainer.task.state_dict() if isinstance(trainer.task, Stateful) else None,
+            "task": trainer.task.state_dict(),
         }
     )
