@@ -72,7 +72,7 @@ class Accordion(Reducer):
         self.total = torch.zeros(sums, device=device)  # the epoch's raw gradients so far
         self._progress: Progress | None = None
         self._applied: list[float] = []
-        self._set(torch.ones(len(layout), dtype=torch.uint8, device=device))
+        self.set_compression(torch.ones(len(layout), dtype=torch.uint8, device=device))
 
     def slot_slices(self, name: str, layout: list[Slot]) -> list[slice] | None:
         if name in ("levels", "previous"):
@@ -98,6 +98,19 @@ class Accordion(Reducer):
     def sent_indices(self) -> Tensor:
         return self.inner.sent_indices()
 
+    def set_compression(self, low: Tensor) -> None:
+        """Compress each tensor little or much from now on. low (tensors,) uint8: 1 for low compression."""
+        self.levels = low
+        choices = self.config.densities if self.config.inner == "topk" else self.config.ranks
+        levels: list[float] = [choices[0] if is_low else choices[1] for is_low in low.tolist()]
+        if self.config.inner == "topk" and self.config.vectors == "whole":
+            levels = [
+                level if len(slot.shape) > 1 else 1.0 for level, slot in zip(levels, self.layout, strict=True)
+            ]
+        if levels != self._applied:
+            self._applied = levels
+            self.inner.set_levels(levels)
+
     def _watch(self, grad: Tensor, progress: Progress, comm: Communicator) -> None:
         """Take the raw gradient (n,) of a step; where an epoch begins, decide if it is time to."""
         epoch, ended = int(progress.epoch), self.epoch
@@ -108,7 +121,7 @@ class Accordion(Reducer):
             if judged >= 0 and judged % self.config.interval_epochs == 0:
                 self._decide(grad if by_batch else self.total, comm)
             if fell:
-                self._set(torch.ones_like(self.levels))
+                self.set_compression(torch.ones_like(self.levels))
             self.total.zero_()
         if not by_batch:
             self.total.add_(grad)
@@ -122,25 +135,11 @@ class Accordion(Reducer):
         low = (~calm).to(torch.uint8)
         comm.broadcast(low)
         self.previous = norms
-        self._set(low)
-
-    def _set(self, low: Tensor) -> None:
-        """low (tensors,) uint8: 1 for low compression."""
-        self.levels = low
-        choices = self.config.densities if self.config.inner == "topk" else self.config.ranks
-        levels: list[float] = [choices[0] if is_low else choices[1] for is_low in low.tolist()]
-        if self.config.inner == "topk" and self.config.vectors == "whole":
-            levels = [
-                level if len(slot.shape) > 1 else 1.0 for level, slot in zip(levels, self.layout, strict=True)
-            ]
-        if levels != self._applied:
-            self._applied = levels
-            self.inner.set_levels(levels)
+        self.set_compression(low)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._set(
-            state["levels"].to(self.levels.device)
-        )  # the sizes of the inner reducer's state follow from the levels
+        # The sizes of the inner reducer's state follow from the levels.
+        self.set_compression(state["levels"].to(self.levels.device))
         super().load_state_dict(state)
 
     def expected_payload_bytes(self, world_size: int) -> int:

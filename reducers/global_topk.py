@@ -25,7 +25,7 @@ class GlobalTopK(LargestSparsifier):
     def __init__(
         self, config: GlobalTopKSettings, layout: list[Slot], *, seeds: Seeds, device: torch.device
     ) -> None:
-        super().__init__(config, layout)
+        super().__init__(config, layout, device)
 
     def parts(self, density: float) -> list[Part]:
         return [Part(0, self.n, target_count(density, self.n))]

@@ -6,15 +6,16 @@ answer, and the part is searched whole. So the sample decides how long it takes,
 """
 
 import math
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from reducers.sparse import Sparsifier, SparsifierSettings, lists_candidates, scan_in_chunks
-from sage.interfaces import Place, Slot
+from reducers.kernels.scan import scan
+from reducers.sparse import CandidateSparsifier, SparsifierSettings
+from sage.interfaces import Slot
 
 NUM_ABOVE = 16
 """Of a part's k largest at least so many are expected in its sample, of k / size each ..."""
@@ -64,29 +65,56 @@ def top(magnitudes: Tensor, k: int) -> Tensor:
     return magnitudes.topk(k, dim=-1, sorted=False).indices
 
 
-@dataclass
-class Search:
-    """How a list of parts, in ascending order, is searched on the CPU."""
+class Search(ABC):
+    """How the parts of a gradient, in ascending order, are searched: begin, then finish, once a step."""
 
-    parts: list[Part]
-    sampled: list[Part] = field(default_factory=list)
-    gaps: list[slice] = field(default_factory=list)
-    """What lies between the sampled parts."""
-    batches: list[tuple[Tensor, int]] = field(default_factory=list)
-    """The other parts, those of one size and k together: their elements (parts, size) int64, and k."""
+    def __init__(self, parts: list[Part]) -> None:
+        self.parts = parts
 
-    def __post_init__(self) -> None:
-        self.sampled = [part for part in self.parts if part.is_worth_a_sample()]
-        edges = [0, *(edge for part in self.sampled for edge in (part.start, part.stop)), self.parts[-1].stop]
+    @abstractmethod
+    def begin(self, send: Tensor, grad: Tensor | None) -> list[Tensor]:
+        """send += grad, where one is given; the candidates that finish takes."""
+
+    @abstractmethod
+    def finish(self, send: Tensor, candidates: list[Tensor]) -> Tensor:
+        """The indices (sum of k,) int64 of the largest of every part."""
+
+
+class WholeSearch(Search):
+    """For any device: searches every part whole. It waits for no device, as k is fixed; the size of a list of
+    candidates would have to be waited for."""
+
+    def begin(self, send: Tensor, grad: Tensor | None) -> list[Tensor]:
+        if grad is not None:
+            send.add_(grad)
+        return []
+
+    def finish(self, send: Tensor, candidates: list[Tensor]) -> Tensor:
+        return torch.cat(
+            [part.start + top(send[part.start : part.stop].abs(), part.k) for part in self.parts]
+        )
+
+
+class SampledSearch(Search):
+    """For the CPU: large parts among candidates above a sampled bound, small ones in batches of one size."""
+
+    def __init__(self, parts: list[Part]) -> None:
+        super().__init__(parts)
+        self.sampled = [part for part in parts if part.is_worth_a_sample()]
+        edges = [0, *(edge for part in self.sampled for edge in (part.start, part.stop)), parts[-1].stop]
         self.gaps = [slice(a, b) for a, b in zip(edges[::2], edges[1::2], strict=True) if a < b]
+        """What lies between the sampled parts."""
         alike: dict[tuple[int, int], list[int]] = defaultdict(list)
-        for part in self.parts:
+        for part in parts:
             if not part.is_worth_a_sample():
                 alike[part.size, part.k].append(part.start)
-        for (size, k), starts in alike.items():
-            self.batches.append((torch.tensor(starts).unsqueeze(1) + torch.arange(size), k))
+        self.batches = [
+            (torch.tensor(starts).unsqueeze(1) + torch.arange(size), k) for (size, k), starts in alike.items()
+        ]
+        """The other parts, those of one size and k together: their elements (parts, size) int64, and k."""
         rng = torch.Generator().manual_seed(0)  # any: it changes no answer
-        self._positions = torch.cat([torch.empty(0).long(), *(spread(part, rng) for part in self.sampled)])
+        self.positions = torch.cat([torch.empty(0).long(), *(spread(part, rng) for part in self.sampled)])
+        """What is sampled, of all parts."""
 
     def begin(self, send: Tensor, grad: Tensor | None) -> list[Tensor]:
         """send += grad, where one is given; the candidates of each sampled part, counted from its start."""
@@ -94,7 +122,7 @@ class Search:
         for part, bound in zip(self.sampled, self._bounds(send, grad), strict=True):
             own = slice(part.start, part.stop)
             added = None if grad is None else grad[own]
-            candidates.append(scan_in_chunks(send[own], added, bound, selects_nan=True))
+            candidates.append(scan(send[own], added, bound, selects_nan=True))
         if grad is not None:
             for gap in self.gaps:
                 send[gap].add_(grad[gap])
@@ -102,8 +130,8 @@ class Search:
 
     def _bounds(self, send: Tensor, grad: Tensor | None) -> list[Tensor]:
         """A scalar for each sampled part; positive, so that zeros are no candidates."""
-        values = send[self._positions]
-        sample = (values if grad is None else values.add_(grad[self._positions])).abs_()
+        values = send[self.positions]
+        sample = (values if grad is None else values.add_(grad[self.positions])).abs_()
         pieces = sample.split([part.num_sampled() for part in self.sampled])
         least = torch.finfo(send.dtype).tiny
         return [
@@ -112,7 +140,6 @@ class Search:
         ]
 
     def finish(self, send: Tensor, candidates: list[Tensor]) -> Tensor:
-        """The indices (sum of k,) int64 of the largest of every part."""
         found = []
         for part, own in zip(self.sampled, candidates, strict=True):
             whole = send[part.start : part.stop]
@@ -123,14 +150,14 @@ class Search:
         return torch.cat(found)
 
 
-class LargestSparsifier(Sparsifier):
+class LargestSparsifier(CandidateSparsifier[list[Tensor]]):
     """Selects the k largest magnitudes of each part; a subclass says which parts. NaN is the largest, and is
     sent. Which of several equal magnitudes is sent is not defined, but the same input gives the same."""
 
-    def __init__(self, config: SparsifierSettings, layout: list[Slot]) -> None:
+    def __init__(self, config: SparsifierSettings, layout: list[Slot], device: torch.device) -> None:
         super().__init__(config, layout)
         self.layout = layout
-        self._candidates: list[Tensor] | None
+        self._search_of = SampledSearch if device.type == "cpu" else WholeSearch
         self.aim(config.density)
 
     @abstractmethod
@@ -139,21 +166,12 @@ class LargestSparsifier(Sparsifier):
 
     def aim(self, density: float) -> None:
         super().aim(density)
-        self._parts = self.parts(density)
-        self._search = Search(self._parts)
-        self._candidates = None  # of other parts
+        self._search = self._search_of(self.parts(density))
 
-    def accumulate(self, send: Tensor, grad: Tensor) -> None:
-        if lists_candidates(send):
-            self._candidates = self._search.begin(send, grad)
-        else:
-            send.add_(grad)
+    def find_candidates(self, send: Tensor, grad: Tensor | None) -> list[Tensor]:
+        return self._search.begin(send, grad)
 
-    def select(self, send: Tensor, place: Place) -> Tensor:
-        if not lists_candidates(send):
-            return torch.cat([top(send[p.start : p.stop].abs(), p.k) + p.start for p in self._parts])
-        ready, self._candidates = self._candidates, None
-        candidates = self._search.begin(send, None) if ready is None else ready  # reduce without accumulate
+    def select_among(self, send: Tensor, candidates: list[Tensor]) -> Tensor:
         return self._search.finish(send, candidates)
 
     def target_counts(self) -> int:

@@ -1,24 +1,21 @@
-"""What the sparsifiers share: the scan by threshold, the exchanges gather and union.
+"""What the sparsifiers share: the exchanges gather and union, selection by a threshold.
 
-A sparsifier is a subclass of Sparsifier that writes one method, select. One that selects by a threshold is
-a subclass of ThresholdSparsifier that passes a law: who sets the threshold.
+A sparsifier is a subclass of Sparsifier that writes one method, select. One that finds candidates while the
+gradient is added is a subclass of CandidateSparsifier; one that selects by a threshold is a subclass of
+ThresholdSparsifier that passes a law: who sets the threshold.
 """
 
-from abc import abstractmethod
-from typing import Annotated, Literal
+from abc import ABC, abstractmethod
+from typing import Annotated, Generic, Literal, TypeVar
 
-import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from reducers.common import average_at
+from reducers.kernels.scan import scan
 from reducers.schedule import DensitySettings, ScheduledReducer
 from sage.interfaces import Communicator, Place, Slot, Stateful
-
-CHUNK = 65_536
-"""Elements a step of the scan on the CPU: send, gradient and scratch of a chunk stay in a core's cache
-together."""
 
 
 class SparsifierSettings(DensitySettings):
@@ -38,59 +35,6 @@ def target_count(density: float, n: int) -> int:
 def resolve_threshold(threshold: float | Literal["auto"], density: float, n: int) -> float:
     """auto is 1 / (2 sqrt k), the rule of Sahu et al. 2021, arXiv 2108.00951, for a learning rate of 1."""
     return 1 / (2 * target_count(density, n) ** 0.5) if threshold == "auto" else threshold
-
-
-# --- the scan -------------------------------------------------------------------------------------
-
-
-def scan(send: Tensor, grad: Tensor | None, threshold: Tensor) -> Tensor:
-    """send += grad (where one is given), and the ascending indices (k,) int64 of |send| >= threshold.
-
-    send, grad (n,), contiguous; threshold is a scalar of the same dtype. One pass: on the CPU in chunks
-    that stay in cache, elsewhere as whole-tensor operations; both give the same bits. NaN is never
-    selected.
-    """
-    return (
-        scan_in_chunks(send, grad, threshold)
-        if send.device.type == "cpu"
-        else scan_whole(send, grad, threshold)
-    )
-
-
-def lists_candidates(send: Tensor) -> bool:
-    """Whether a list of candidates is worth its host synchronisation: where there is none."""
-    return send.device.type == "cpu"
-
-
-def scan_whole(send: Tensor, grad: Tensor | None, threshold: Tensor) -> Tensor:
-    """The form of scan for any device."""
-    if grad is not None:
-        send.add_(grad)
-    return (send.abs() >= threshold).nonzero().view(-1)  # host synchronisation: the selection's size
-
-
-def scan_in_chunks(send: Tensor, grad: Tensor | None, threshold: Tensor, selects_nan: bool = False) -> Tensor:
-    """The form of scan for the CPU: numpy on the tensors' own memory, since its calls cost less than
-    torch's. selects_nan: NaN reaches every threshold, and everything reaches NaN."""
-    flat, n, limit = send.numpy(), send.numel(), threshold.numpy()
-    added = None if grad is None else grad.numpy()
-    magnitude = np.empty(min(CHUNK, n), flat.dtype)
-    selected = np.empty(min(CHUNK, n), np.bool_)
-    found = [np.empty(0, np.int64)]
-    with np.errstate(all="ignore"):  # inf - inf and overflow are as silent as in torch
-        for start in range(0, n, CHUNK):
-            part = flat[start : start + CHUNK]
-            size = part.size
-            if added is not None:
-                np.add(part, added[start : start + CHUNK], out=part)
-            np.abs(part, out=magnitude[:size])
-            if selects_nan:
-                np.less(magnitude[:size], limit, out=selected[:size])
-                np.logical_not(selected[:size], out=selected[:size])
-            else:
-                np.greater_equal(magnitude[:size], limit, out=selected[:size])
-            found.append(np.flatnonzero(selected[:size]) + start)
-    return torch.from_numpy(np.concatenate(found))
 
 
 # --- the exchanges --------------------------------------------------------------------------------
@@ -185,29 +129,61 @@ class Sparsifier(ScheduledReducer):
         return {"target_density": self.target_density, "union_density": union / self.n}
 
 
-class ThresholdLaw(Stateful):
+Candidates = TypeVar("Candidates")
+
+
+class CandidateSparsifier(Sparsifier, Generic[Candidates]):
+    """Finds candidates in the pass that adds the gradient, and selects among them."""
+
+    def __init__(self, config: SparsifierSettings, layout: list[Slot]) -> None:
+        super().__init__(config, layout)
+        self._candidates: Candidates | None = None
+
+    @abstractmethod
+    def find_candidates(self, send: Tensor, grad: Tensor | None) -> Candidates:
+        """send += grad, where one is given; what select_among needs to know of the sum. Once a step."""
+
+    @abstractmethod
+    def select_among(self, send: Tensor, candidates: Candidates) -> Tensor:
+        """The indices (k,) int64 to send, unique, k may be 0."""
+
+    def accumulate(self, send: Tensor, grad: Tensor) -> None:
+        self._candidates = self.find_candidates(send, grad)
+
+    def select(self, send: Tensor, place: Place) -> Tensor:
+        candidates, self._candidates = self._candidates, None
+        if candidates is None:  # reduce without accumulate
+            candidates = self.find_candidates(send, None)
+        return self.select_among(send, candidates)
+
+    def aim(self, density: float) -> None:
+        super().aim(density)
+        self._candidates = None  # of another density
+
+
+class ThresholdLaw(Stateful, ABC):
     """Who sets the threshold. A step calls lower_bound, then threshold; both return scalars on the law's
     device.
 
     The scan finds the candidates at the lower bound; the final threshold is then applied to those few.
     """
 
+    @abstractmethod
     def lower_bound(self, send: Tensor, grad: Tensor | None) -> Tensor:
         """A scalar that this step's threshold is not below. send + grad is what will be scanned."""
-        raise NotImplementedError
 
+    @abstractmethod
     def threshold(self, magnitudes: Tensor, n: int) -> Tensor:
         """This step's threshold, from the magnitudes (c,) of the candidates among n elements."""
-        raise NotImplementedError
 
     def aim(self, density: float) -> None:
-        """Told when the target density changes."""
+        """Called when the target density changes; a law may have no use for it."""
 
     def metrics(self) -> dict[str, float]:
         return {}
 
 
-class ThresholdSparsifier(Sparsifier):
+class ThresholdSparsifier(CandidateSparsifier[Tensor]):
     """Selects |send| >= threshold, the threshold set by a law, in one pass that also adds the gradient."""
 
     state_names = ("law",)
@@ -215,36 +191,19 @@ class ThresholdSparsifier(Sparsifier):
     def __init__(self, config: SparsifierSettings, layout: list[Slot], law: ThresholdLaw) -> None:
         super().__init__(config, layout)
         self.law = law
-        self._candidates: Tensor | slice | None = None
 
     def aim(self, density: float) -> None:
         super().aim(density)
         self.law.aim(density)
 
-    def accumulate(self, send: Tensor, grad: Tensor) -> None:
-        self._candidates = self._begin(send, grad)
+    def find_candidates(self, send: Tensor, grad: Tensor | None) -> Tensor:
+        """send += grad, where one is given; the indices (c,) of what can reach this step's threshold."""
+        return scan(send, grad, self.law.lower_bound(send, grad))
 
-    def select(self, send: Tensor, place: Place) -> Tensor:
-        ready, self._candidates = self._candidates, None
-        candidates = self._begin(send, None) if ready is None else ready  # None: reduce without accumulate
-        magnitudes = send[candidates].abs()
+    def select_among(self, send: Tensor, candidates: Tensor) -> Tensor:
+        magnitudes = send[candidates].abs()  # (c,)
         threshold = self.law.threshold(magnitudes, self.n)
-        if isinstance(candidates, slice):
-            return scan(send, None, threshold)
-        return candidates[magnitudes >= threshold]
-
-    def _begin(self, send: Tensor, grad: Tensor | None) -> Tensor | slice:
-        """send += grad, where one is given; which elements can reach this step's threshold.
-
-        On the CPU their indices, from the same pass. Elsewhere all elements: a list of candidates would cost
-        a host synchronisation of its own.
-        """
-        bound = self.law.lower_bound(send, grad)
-        if lists_candidates(send):
-            return scan(send, grad, bound)
-        if grad is not None:
-            send.add_(grad)
-        return slice(None)
+        return candidates[magnitudes >= threshold]  # host synchronisation on a GPU: the selection's size
 
     def metrics(self) -> dict[str, float]:
         return {**super().metrics(), **self.law.metrics()}

@@ -29,7 +29,7 @@ class TopK(LargestSparsifier, Leveled):
         self, config: TopKSettings, layout: list[Slot], *, seeds: Seeds, device: torch.device
     ) -> None:
         self._levels: Sequence[float] = ()
-        super().__init__(config, layout)
+        super().__init__(config, layout, device)
 
     def set_levels(self, levels: Sequence[float]) -> None:
         """A density for each slot from now on, in place of the configuration's."""

@@ -5,7 +5,6 @@ only home. A bad value is a ConfigError whose every line names the path, the val
 """
 
 import difflib
-import re
 import types
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -13,13 +12,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import annotated_types
-import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 
-
-class ConfigError(ValueError):
-    """A configuration that cannot be used; the message has one line an error."""
+from sage import yamlfile
+from sage.yamlfile import ConfigError
 
 
 class Settings(BaseModel):
@@ -44,53 +41,13 @@ Schema = TypeVar("Schema", bound=Settings)
 # --- reading --------------------------------------------------------------------------------------
 
 
-class _Loader(yaml.SafeLoader):
-    """SafeLoader, but 1e-3 is a number (YAML 1.1 wants 1.0e-3), and no key may stand twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(
-                    problem="a key must be a text", problem_mark=key.start_mark
-                )
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    problem=f"the key {key.value} stands twice", problem_mark=key.start_mark
-                )
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
-
-
-def read_yaml(text: str, origin: str) -> Any:
-    """The value that a YAML text stands for. Raises ConfigError, which names the origin."""
-    try:
-        return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" (line {mark.line + 1})" if mark else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-    except (ValueError, AttributeError, RecursionError) as error:  # a date that is none; brackets without end
-        where, problem = "", str(error)
-    raise ConfigError(f"{origin}: not valid YAML{where}: {problem}")
-
-
 def load(path: Path, overrides: list[str], schema: type[Schema], tables: Tables) -> Schema:
     """The settings in a file with overrides applied.
 
     An override of `reducer.name` chooses another component: of the file's section the keys that the new one
     knows are kept, the others are dropped. Raises ConfigError.
     """
-    try:
-        raw = read_yaml(path.read_text(encoding="utf-8"), str(path))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not a text file"
-        raise ConfigError(f"{path}: cannot read the configuration: {reason}") from None
+    raw = yamlfile.read(path)
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: expected a mapping of keys to values, got {_shown(raw)}")
     changes = [_parse_override(override) for override in overrides]
@@ -121,9 +78,7 @@ def validate(raw: dict[str, Any], schema: type[Schema], tables: Tables) -> Schem
 
 def to_yaml(settings: Settings) -> str:
     """The resolved configuration; loading it gives equal settings."""
-    return yaml.safe_dump(
-        settings.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=100
-    )
+    return yamlfile.dump(settings.model_dump(mode="json"))
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -136,8 +91,7 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 def one_line(value: Any) -> str:
     """A value in one line of YAML, as an override takes it."""
-    text: str = yaml.safe_dump(value, default_flow_style=True, width=10**6)
-    return text.strip().removesuffix("...").strip()
+    return yamlfile.dump(value, on_one_line=True).strip().removesuffix("...").strip()
 
 
 def _component(section: str, raw: Any, table: Mapping[str, type[Named]], complaints: "_Complaints") -> Named:
@@ -183,7 +137,7 @@ def _parse_override(override: str) -> tuple[list[str], Any]:
     path, equals, text = override.partition("=")
     if not equals or not all(path.split(".")):
         raise ConfigError(f"{override}: expected an override of the form key.path=value")
-    return path.split("."), read_yaml(text, override)
+    return path.split("."), yamlfile.parse(text, override)
 
 
 def _assign(raw: dict[str, Any], keys: list[str], value: Any) -> None:

@@ -234,8 +234,9 @@ class Reducer(Stateful, ABC):
 class Task(Stateful, ABC):
     """A model, its data and its score. backward, clipping and the optimizer belong to the loop.
 
-    A tensor attribute that is not named in state_names is never changed in place: workers that are simulated
-    in one process share those that have the same bits.
+    Its state, beside the model's, are the attributes named in state_names (none, by default). A tensor
+    attribute that is not named there is never changed in place: workers that are simulated in one process
+    share those that have the same bits.
     """
 
     Settings: ClassVar[type[Any]]

@@ -24,8 +24,8 @@ _FLOAT = re.compile(
 )
 
 
-class YamlError(ValueError):
-    """A text that is not the YAML of this program; one line that names its origin."""
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message has one line an error."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -87,9 +87,9 @@ _Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_float)
 
 
 def parse(text: str, origin: str) -> Any:
-    """The value that a YAML text describes. Raises YamlError, which names the origin."""
+    """The value that a YAML text describes. Raises ConfigError, which names the origin."""
     if len(text) > MAX_BYTES:
-        raise YamlError(f"{origin}: expected at most {MAX_BYTES:,} characters, got {len(text):,}")
+        raise ConfigError(f"{origin}: expected at most {MAX_BYTES:,} characters, got {len(text):,}")
     try:
         return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
@@ -100,23 +100,23 @@ def parse(text: str, origin: str) -> Any:
         where, problem = "", "brackets are nested too deep"
     except (ValueError, AttributeError) as error:  # a date that is none
         where, problem = "", str(error)
-    raise YamlError(f"{origin}: not valid YAML{where}: {problem[:MAX_PROBLEM]}")
+    raise ConfigError(f"{origin}: not valid YAML{where}: {problem[:MAX_PROBLEM]}")
 
 
 def read(path: Path) -> Any:
-    """The value in a file. Raises YamlError, which names the path, where it cannot be read, is too large or
+    """The value in a file. Raises ConfigError, which names the path, where it cannot be read, is too large or
     is not YAML."""
     try:
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
     except OSError as error:
-        raise YamlError(f"{path}: cannot be read: {error.strerror}") from None
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     if len(content) > MAX_BYTES:
-        raise YamlError(f"{path}: expected at most {MAX_BYTES:,} bytes, got more")
+        raise ConfigError(f"{path}: expected at most {MAX_BYTES:,} bytes, got more")
     try:
         text = content.decode()
     except UnicodeDecodeError:
-        raise YamlError(f"{path}: cannot be read: not a text file") from None
+        raise ConfigError(f"{path}: cannot be read: not a text file") from None
     return parse(text, str(path))
 
 

@@ -104,7 +104,7 @@ def test_powersgd_gets_ranks() -> None:
     wide = layout_of(((20, 30),))
     reducer = build(wide, inner="powersgd", ranks=(3, 1))
     assert reducer.expected_payload_bytes(2) == 4 * 3 * 50
-    reducer._set(torch.zeros(1, dtype=torch.uint8))
+    reducer.set_compression(torch.zeros(1, dtype=torch.uint8))
     assert reducer.expected_payload_bytes(2) == 4 * 1 * 50
 
 
@@ -113,7 +113,7 @@ def test_factors_go_on_where_a_decision_changes_nothing() -> None:
     reducer = build(wide, inner="powersgd", ranks=(2, 1), interval_epochs=1)
     factors = [reducer.inner.p.clone()]  # type: ignore[attr-defined]
     for low in (1, 0, 0):
-        reducer._set(torch.full((1,), low, dtype=torch.uint8))
+        reducer.set_compression(torch.full((1,), low, dtype=torch.uint8))
         factors.append(reducer.inner.p.clone())  # type: ignore[attr-defined]
     assert torch.equal(factors[0], factors[1])
     assert len(factors[2]) == len(factors[1]) / 2

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from reducers import REDUCERS
-from reducers.largest import Part, Search, spread
+from reducers.largest import Part, SampledSearch, WholeSearch, spread
 from sage.interfaces import Place, Reducer, Seeds
 from tests.cases import layout_of
 
@@ -105,14 +105,25 @@ def test_the_magnitudes_are_those_of_plain_topk(
     )
 
 
-def search(density: float = 0.01) -> Search:
-    return Search(
-        [Part(slot.start, slot.stop, min(slot.size, max(1, int(density * slot.size)))) for slot in LAYOUT]
+PARTS = [Part(slot.start, slot.stop, min(slot.size, max(1, int(0.01 * slot.size)))) for slot in LAYOUT]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_search_of_any_device_takes_the_same_magnitudes(
+    kind: Callable[[torch.Generator], Tensor],
+) -> None:
+    send, grad = (kind(torch.Generator().manual_seed(seed)) for seed in (5, 6))
+    whole = send + grad
+    plan = WholeSearch(PARTS)
+    chosen = plan.finish(send, plan.begin(send, grad))
+    assert send.numpy().tobytes() == whole.numpy().tobytes()
+    assert torch.equal(
+        found("topk", send, chosen).nan_to_num(1e300), plain("topk", send, 0.01).nan_to_num(1e300)
     )
 
 
 def test_large_tensors_are_sampled_and_the_others_searched_in_batches_of_one_size() -> None:
-    plan = search()
+    plan = SampledSearch(PARTS)
     assert [(part.start, part.stop) for part in plan.sampled] == [
         (LAYOUT[i].start, LAYOUT[i].stop) for i in (1, 5)
     ]
@@ -126,7 +137,7 @@ def test_large_tensors_are_sampled_and_the_others_searched_in_batches_of_one_siz
 
 
 def test_the_candidates_of_a_heavy_tailed_gradient_are_few_and_enough() -> None:
-    plan = search()
+    plan = SampledSearch(PARTS)
     rng = torch.Generator().manual_seed(0)
     for _ in range(20):
         for part, own in zip(plan.sampled, plan.begin(heavy(rng), None), strict=True):
@@ -136,11 +147,11 @@ def test_the_candidates_of_a_heavy_tailed_gradient_are_few_and_enough() -> None:
 
 
 def test_a_bound_that_leaves_too_few_is_not_believed() -> None:
-    plan = search()
+    plan = SampledSearch(PARTS)
     part = plan.sampled[-1]
     send = heavy(torch.Generator().manual_seed(1)) * 0.001
     send[spread(part, torch.Generator().manual_seed(0))] = 1.0  # any drawn positions
-    send[plan._positions] = torch.linspace(2, 3, len(plan._positions)).double()  # and those it looks at
+    send[plan.positions] = torch.linspace(2, 3, len(plan.positions)).double()  # and those it looks at
     candidates = plan.begin(send, None)
     assert any(len(own) < part.k for own, part in zip(candidates, plan.sampled, strict=True))
     chosen = plan.finish(send, candidates)
@@ -158,4 +169,4 @@ def test_the_sample_is_the_same_in_every_object_and_has_no_period() -> None:
     assert positions.max() < part.stop
     # Of 1600 independent gaps, none of 125 values holds much more than its share of about 26.
     assert positions.diff().bincount().max() < 60
-    assert torch.equal(search()._positions, search()._positions)
+    assert torch.equal(SampledSearch(PARTS).positions, SampledSearch(PARTS).positions)

@@ -15,11 +15,10 @@ import yaml
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 from matplotlib.lines import Line2D
-from rich.console import Console
 
 from sage.report import __main__ as report
 from sage.report import figures, runs, tables
-from sage.report.groups import Group, Section, exact_for, gather
+from sage.report.groups import Group, Section, find_exact, gather
 from sage.report.runs import Run
 from sage.sweep import read
 
@@ -91,30 +90,24 @@ def group_of(*members: Run) -> Group:
 
 
 def text_in_80_columns(section: Section, target: float | None = None) -> str:
-    file = StringIO()
-    console = Console(width=80, markup=False, highlight=False, file=file)
-    for sheet in tables.build_sheets(section, target):
-        for part in tables.to_terminal(sheet):
-            console.print(part)
-    return file.getvalue()
+    return tables.to_terminal(tables.build_sheets(section, target), width=80)
 
 
-PLACE = "digits, world size 2"
+WORKLOAD = "digits, world size 2"
 
 
-def test_a_simulations_time_in_collectives_is_not_told(folder: Path) -> None:
+def test_a_simulations_time_in_collectives_is_not_reported(folder: Path) -> None:
     (folder / "sage/environment.json").write_text('{"world_size": 2, "simulated": true}')
     apart = gather([runs.read_run(path) for path in runs.find_runs([folder])])
-    exact, sage = (
-        {section.place: section for section in apart}[place] for place in (PLACE, f"{PLACE}, simulated")
-    )
+    sections = {section.workload: section for section in apart}
+    exact, sage = sections[WORKLOAD], sections[f"{WORKLOAD}, simulated"]
     assert tables.time_row(sage.groups[0], None) == ["8.00", "3.00", "-", "-", "-"]
-    assert runs.phases(sage.groups[0].runs[0])["communication"] == 0
-    assert runs.phases(exact.groups[0].runs[0])["communication"] == 8
+    assert runs.phase_milliseconds(sage.groups[0].runs[0])["communication"] == 0
+    assert runs.phase_milliseconds(exact.groups[0].runs[0])["communication"] == 8
     assert tables.target_row(sage.groups[0], 0.0)[2] == "-"
-    told = "simulated: one worker's times"
-    assert told in text_in_80_columns(sage)
-    assert told not in text_in_80_columns(exact)
+    note = "simulated: one worker's times"
+    assert note in text_in_80_columns(sage)
+    assert note not in text_in_80_columns(exact)
 
 
 def test_the_rows_hold_the_numbers_worked_by_hand(folder: Path) -> None:
@@ -179,7 +172,7 @@ def test_tasks_and_world_sizes_are_compared_apart(tmp_path: Path) -> None:
         write_run(tmp_path / "2", "exact", EXACT),
     ]
     sections = gather(made)
-    assert [section.place for section in sections] == ["digits, world size 2", "cnn, world size 4"]
+    assert [section.workload for section in sections] == ["digits, world size 2", "cnn, world size 4"]
     assert [[group.label for group in section.groups] for section in sections] == [
         ["exact", "sage"],
         ["topk"],
@@ -198,11 +191,11 @@ def test_what_a_target_took_is_counted_up_to_the_epoch_that_reached_it(tmp_path:
     run = write_run(tmp_path / "run", "sage", lines)
     # An epoch: compute 16 ms, reduce 10 ms; 2 MB.
     assert runs.training_seconds(run.epochs[0]) == pytest.approx(0.026, rel=1e-14)
-    epochs, seconds, sent = tables.first_reached(run, 0.75) or ()
+    epochs, seconds, sent = tables.cost_to_reach(run, 0.75) or ()
     assert (epochs, sent) == (2, 4e6)
     assert seconds == pytest.approx(0.052, rel=1e-14)  # roundings of 2^-53 each
-    assert tables.first_reached(run, 0.76)[0] == 3
-    assert tables.first_reached(run, 0.9) is None
+    assert tables.cost_to_reach(run, 0.76)[0] == 3
+    assert tables.cost_to_reach(run, 0.9) is None
     late = write_run(tmp_path / "late", "sage", lines[:3] + lines_of([0.1], 1e6, SAGE_SECONDS)[2:], seed=2)
     assert tables.target_row(group_of(run, late), 0.75) == ["1 of 2", "2.00", "0.0520", "4.00"]
     other = write_run(tmp_path / "other", "sage", lines, seed=3)
@@ -212,16 +205,16 @@ def test_what_a_target_took_is_counted_up_to_the_epoch_that_reached_it(tmp_path:
 def test_a_lower_score_reaches_a_target_where_lower_is_better(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", "sage", lines_of([0.1] * 2, 1.0, SAGE_SECONDS))
     run.summary["score.higher_is_better"] = False
-    assert tables.first_reached(run, 0.6)[0] == 1
-    assert tables.first_reached(run, 0.4) is None
+    assert tables.cost_to_reach(run, 0.6)[0] == 1
+    assert tables.cost_to_reach(run, 0.4) is None
 
 
 def test_the_target_is_the_runs_own_where_all_have_the_same() -> None:
     def stopping_at(score: float | None) -> Run:
         return Run(Path(), {"stop_at_score": score}, "", [], [], {}, False, False)
 
-    assert report.target_of([stopping_at(0.5), stopping_at(0.5)]) == 0.5
-    assert report.target_of([stopping_at(0.5), stopping_at(None)]) is None
+    assert report.common_target([stopping_at(0.5), stopping_at(0.5)]) == 0.5
+    assert report.common_target([stopping_at(0.5), stopping_at(None)]) is None
 
 
 @pytest.mark.parametrize("other", [{"size": 4}, {"name": "cnn"}, {"batch_per_worker": 64}, {"done": False}])
@@ -232,8 +225,8 @@ def test_only_a_finished_exact_run_of_the_same_task_and_world_size_is_compared_w
     apart = group_of(write_run(tmp_path / "apart", "exact", EXACT, **other))
     half = group_of(write_run(tmp_path / "half", {"name": "exact", "dtype": "bfloat16"}, EXACT))
     alike = group_of(write_run(tmp_path / "alike", "exact", EXACT, seed=2))
-    assert exact_for(sage, [sage, apart, half]) is None
-    assert exact_for(sage, [sage, apart, half, alike]) is alike
+    assert find_exact(sage, [sage, apart, half]) is None
+    assert find_exact(sage, [sage, apart, half, alike]) is alike
     assert tables.bytes_row(sage, None)[-1] == tables.time_row(sage, None)[-1] == "-"
 
 
@@ -271,7 +264,7 @@ def test_labels_name_results_first_then_seeds_then_recording_then_folders() -> N
 def test_where_a_name_is_long_all_are_numbered_and_a_last_table_is_the_key(tmp_path: Path) -> None:
     settings = [{"name": "sage", "exchange": word * 12} for word in ("one", "two")]
     section = section_of(*(write_run(tmp_path / str(i), reducer, SAGE) for i, reducer in enumerate(settings)))
-    assert [group.name for group in section.groups] == ["1 sage", "2 sage"]
+    assert [group.short_label for group in section.groups] == ["1 sage", "2 sage"]
     key = tables.build_sheets(section, None)[-1]
     assert key.rows == [["1 sage", f"sage exchange={'one' * 12}"], ["2 sage", f"sage exchange={'two' * 12}"]]
     assert "two" * 12 in text_in_80_columns(section)
@@ -388,7 +381,7 @@ def test_the_curves_are_the_files_numbers(folder: Path) -> None:
 def test_a_band_reaches_from_the_least_to_the_greatest_of_the_seeds(tmp_path: Path) -> None:
     made = seeds_of_sage(tmp_path, 0.02, 0.04, 0.03)
     made[2].steps.pop()  # the curve ends where the shortest run does
-    curve = figures.curve(group_of(*made), lambda run: figures.over_steps(run, "density"))
+    curve = figures.average_curve(group_of(*made), lambda run: figures.over_steps(run, "density"))
     assert [step for step, *_ in curve] == [0, 1, 2]
     assert curve[2] == (2, pytest.approx(0.03, rel=1e-14), 0.02, 0.04)
     axes = draw_one(section_of(*made)).axes[3]
@@ -428,11 +421,11 @@ def test_a_bar_is_as_long_as_a_step_and_stacked_from_its_phases(folder: Path) ->
 
 
 def test_lines_and_bars_can_be_told_apart_without_colour(tmp_path: Path) -> None:
-    settings = [{"name": "topk", "density": i / 100} for i in range(figures.PAGE)]
+    settings = [{"name": "topk", "density": i / 100} for i in range(figures.MOST_PER_PICTURE)]
     made = [write_run(tmp_path / str(i), reducer, SAGE) for i, reducer in enumerate(settings)]
     figure = draw_one(section_of(*made))
     looks = {(x.get_linestyle(), x.get_marker()) for x in figure.axes[0].get_lines()}
-    assert len(looks) == figures.PAGE
+    assert len(looks) == figures.MOST_PER_PICTURE
     bars = [container.patches[0] for container in figure.axes[5].containers]
     assert len({(bar.get_hatch(), round(sum(bar.get_facecolor()[:3]), 1)) for bar in bars}) == 6
 
@@ -509,14 +502,14 @@ def test_a_sweeps_missing_points_are_named_and_of_a_point_the_newest_finished_ru
 ) -> None:
     (tmp_path / "four.yaml").write_text(SWEEP)
     home = tmp_path / "runs"
-    places = [home / point.folder for point in read(tmp_path / "four.yaml")]
-    write_run(places[0] / "old", "exact", EXACT[:3])
-    write_run(places[0] / "new", "exact", EXACT)
-    write_run(places[0] / "cut", "exact", EXACT[:1], done=False)
+    folders = [home / point.folder for point in read(tmp_path / "four.yaml")]
+    write_run(folders[0] / "old", "exact", EXACT[:3])
+    write_run(folders[0] / "new", "exact", EXACT)
+    write_run(folders[0] / "cut", "exact", EXACT[:1], done=False)
     for i, name in enumerate(("old", "new", "cut")):
-        os.utime(places[0] / name / "metrics.jsonl", (i, i))
-    write_run(places[1] / "run", "sage", SAGE)
-    write_run(places[2] / "run", "exact", EXACT[:2], seed=2, done=False)
+        os.utime(folders[0] / name / "metrics.jsonl", (i, i))
+    write_run(folders[1] / "run", "sage", SAGE)
+    write_run(folders[2] / "run", "exact", EXACT[:2], seed=2, done=False)
     assert report.main(["--sweep", str(tmp_path / "four.yaml"), "--runs", str(home)]) == 0
     lines = capsys.readouterr().out.splitlines()
     base = tmp_path / "base.yaml"
@@ -546,9 +539,12 @@ def test_runs_or_a_sweep_are_expected_and_not_both(arguments: list[str], capsys:
     assert "expected RUNs, or --sweep FILE" in capsys.readouterr().err
 
 
-def test_it_starts_without_torch() -> None:
-    code = "import sys, sage.report; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+def test_it_answers_at_once_and_imports_what_draws_and_prints_when_it_does() -> None:
+    code = (
+        "import sys, sage.report.__main__; print({'torch', 'matplotlib', 'numpy', 'rich'} & {*sys.modules})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True)
+    assert (done.stdout, done.stderr) == ("set()\n", "")
 
 
 def test_a_line_cut_off_at_the_end_is_ignored_with_a_note(folder: Path, capsys: Capture) -> None:
@@ -558,7 +554,7 @@ def test_a_line_cut_off_at_the_end_is_ignored_with_a_note(folder: Path, capsys: 
     cut = runs.read_run(metrics.parent)
     assert (cut.steps, cut.epochs) == (whole.steps, whole.epochs)
     assert report.main([str(folder), "--output", str(output)]) == 0
-    note = f"{metrics.resolve()}: the last line was cut off, and is ignored"
+    note = f"{metrics.resolve()}: the last line was cut off and is ignored"
     paths = [str(output.with_suffix(kind)) for kind in (".md", ".csv", ".png")]
     assert capsys.readouterr().out.splitlines()[-4:] == [note, *paths]
 

@@ -7,11 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from reducers import sparse
 from reducers.sage import Sage, SageLaw, SageSettings, Sampler
 from sage.exchange.comm import LocalComm
 from sage.interfaces import Seeds
-from tests.cases import CASES, LAYOUT, Case, N, gradient, layout_of, run_case, run_steps
+from tests.cases import LAYOUT, N, gradient, layout_of, run_steps
 
 CPU = torch.device("cpu")
 
@@ -139,19 +138,6 @@ def test_the_bound_leaves_no_selected_element_out() -> None:
     for seen in run_steps(reducer, LocalComm.alone(), range(30), torch.zeros(N)):
         selected = seen.before.abs() >= torch.tensor(seen.metrics["threshold"])
         assert torch.equal(seen.mean != 0, selected)
-
-
-@pytest.mark.parametrize("case", [case for case in CASES if case.reducer in ("sage", "threshold")], ids=str)
-def test_with_and_without_a_list_of_candidates_the_bits_are_the_same(
-    case: Case, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    listed = LocalComm.run(2, lambda comm: run_case(case, comm, 20))
-    monkeypatch.setattr(sparse, "lists_candidates", lambda send: False)  # as on a GPU
-    whole = LocalComm.run(2, lambda comm: run_case(case, comm, 20))
-    for a, b in zip(listed[0] + listed[1], whole[0] + whole[1], strict=True):
-        assert torch.equal(a.mean, b.mean)
-        assert torch.equal(a.after, b.after)
-        assert a.metrics == b.metrics
 
 
 def test_the_sample_is_slovins_number_of_draws() -> None:

@@ -1,52 +1,15 @@
-"""The scan, the messages and the selections that the sparsifiers share."""
+"""The messages and the selections that the sparsifiers share."""
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from reducers import REDUCERS
-from reducers.sparse import (
-    CHUNK,
-    pack,
-    resolve_threshold,
-    scan,
-    scan_in_chunks,
-    scan_whole,
-    target_count,
-    unpack,
-)
+from reducers import build_reducer
+from reducers.sparse import Sparsifier, pack, resolve_threshold, target_count, unpack
 from sage.exchange.comm import LocalComm
-from sage.interfaces import Seeds, Slot
+from sage.interfaces import Place, Slot
 from tests.cases import LAYOUT, N, gradient
-
-
-@pytest.mark.parametrize("n", [1, 7, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("with_grad", [True, False])
-def test_the_two_forms_of_the_scan_agree_bit_for_bit(n: int, dtype: torch.dtype, with_grad: bool) -> None:
-    rng = torch.Generator().manual_seed(n)
-    send, grad = (torch.randn(n, generator=rng, dtype=dtype) for _ in range(2))
-    send[:: max(1, n // 11)] = torch.tensor([float("nan")], dtype=dtype)
-    send[1 :: max(1, n // 7)] = float("inf")
-    given = grad if with_grad else None
-    for threshold in (0.0, 0.5, 2.0, 1e30):
-        limit = torch.tensor(threshold, dtype=dtype)
-        chunked, whole = send.clone(), send.clone()
-        found = scan_in_chunks(chunked, given, limit)
-        assert torch.equal(found, scan_whole(whole, given, limit))
-        assert found.dtype == torch.int64
-        assert torch.equal(chunked, whole) or bool(chunked.isnan().any())
-        assert chunked.numpy().tobytes() == whole.numpy().tobytes()
-
-
-def test_the_scan_adds_and_finds_what_reaches_the_threshold() -> None:
-    send = torch.tensor([1.0, -2.0, 0.5, float("nan"), -0.75, 3.0])
-    grad = torch.tensor([0.0, 1.0, 0.5, 1.0, -0.25, -3.0])
-    found = scan(send, grad, torch.tensor(1.0))
-    assert found.tolist() == [0, 1, 2, 4]
-    assert send.nan_to_num(9).tolist() == [1.0, -1.0, 1.0, 9.0, -1.0, 0.0]
-    assert grad.tolist() == [0.0, 1.0, 0.5, 1.0, -0.25, -3.0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -78,15 +41,15 @@ def test_the_automatic_threshold_is_the_published_table() -> None:
     assert resolve_threshold(0.02, 0.001, 100) == 0.02
 
 
-def build(name: str, layout: list[Slot] = LAYOUT, **settings: object) -> object:
-    reducer = REDUCERS[name]
-    config = reducer.Settings.model_validate(settings)
-    return reducer(config, layout, seeds=Seeds.derive(1, 0), device=torch.device("cpu"))
+def build(name: str, layout: list[Slot] = LAYOUT, **settings: object) -> Sparsifier:
+    reducer = build_reducer(name, layout, worker=0, **settings)
+    assert isinstance(reducer, Sparsifier)
+    return reducer
 
 
 def selected_by(name: str, send: Tensor, **settings: object) -> set[int]:
     before = send.clone()
-    build(name, **settings).reduce(send, torch.zeros(N), LocalComm.alone())  # type: ignore[attr-defined]
+    build(name, **settings).reduce(send, torch.zeros(N), LocalComm.alone())
     return set((before != send).nonzero().view(-1).tolist())
 
 
@@ -124,7 +87,7 @@ def test_the_union_exchange_sends_every_workers_values_at_every_selected_index()
 
     def worker(comm: LocalComm) -> tuple[list[float], list[float]]:
         send, mean = sends[comm.rank].clone(), torch.zeros(N)
-        build("threshold", threshold=0.5, exchange="union").reduce(send, mean, comm)  # type: ignore[attr-defined]
+        build("threshold", threshold=0.5, exchange="union").reduce(send, mean, comm)
         return mean[[3, 9, 20]].tolist(), send[[3, 9, 20]].tolist()
 
     half = np.float32(0.1) / 2
@@ -138,10 +101,30 @@ def test_the_gather_exchange_keeps_what_a_worker_did_not_select() -> None:
         send = torch.zeros(N)
         send[3] = 1.0 if comm.rank == 0 else 0.25
         mean = torch.zeros(N)
-        build("threshold", threshold=0.5).reduce(send, mean, comm)  # type: ignore[attr-defined]
+        build("threshold", threshold=0.5).reduce(send, mean, comm)
         return mean[3].item(), send[3].item()
 
     assert LocalComm.run(2, worker) == [(0.5, 0.0), (0.5, 0.25)]
+
+
+@pytest.mark.parametrize("name", ["threshold", "sage", "topk", "global_topk"])
+def test_reduce_without_accumulate_selects_the_same(name: str) -> None:
+    fused, plain = build(name, density=0.1), build(name, density=0.1)
+    for step in range(3):
+        send, grad = gradient(0, step), gradient(1, step)
+        whole = send + grad
+        fused.accumulate(send, grad)
+        assert torch.equal(fused.select(send, Place(0, 1)), plain.select(whole, Place(0, 1)))
+
+
+@pytest.mark.parametrize("name", ["threshold", "topk", "global_topk"])
+def test_candidates_of_another_density_are_forgotten(name: str) -> None:
+    """As where Accordion decides: between accumulate and reduce."""
+    moved, send = build(name, density=0.02), torch.zeros(N)
+    moved.accumulate(send, 10 * gradient(0, 0))
+    moved.aim(0.2)
+    selected = moved.select(send, Place(0, 1))
+    assert torch.equal(selected, build(name, density=0.2).select(send, Place(0, 1)))
 
 
 def test_more_than_2_to_the_31_elements_are_refused() -> None:

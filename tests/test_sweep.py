@@ -19,7 +19,7 @@ import pytest
 import yaml
 
 import run
-from sage import cli, config, sweep
+from sage import cli, config, sweep, yamlfile
 from sage.config import ConfigError
 from sage.sweep import RUN_LOCK, SWEEP_LOCK, holder, lock
 from tests.test_cli import exit_code
@@ -107,7 +107,7 @@ VALUES = [0.0001, 1e-12, "auto", None, True, [1.5, 2.0], {"name": "topk"}, "a/b 
 def test_an_override_gives_the_value_of_the_file_back(tmp_path: Path) -> None:
     points = sweep.read(write(tmp_path, grid={"x": VALUES}))
     texts = [point.overrides[0].removeprefix("x=") for point in points]
-    assert [config.read_yaml(text, "x") for text in texts] == VALUES
+    assert [yamlfile.parse(text, "x") for text in texts] == VALUES
 
 
 def test_a_points_folder_says_what_it_is_and_is_one_folder(tmp_path: Path) -> None:

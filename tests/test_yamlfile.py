@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from sage import yamlfile
-from sage.yamlfile import YamlError, dump, parse, read
+from sage.yamlfile import ConfigError, dump, parse, read
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def bomb(depth: int) -> str:
 )
 def test_what_is_refused_is_one_line_at_once(text: str, message: str) -> None:
     started = time.monotonic()
-    with pytest.raises(YamlError, match=f"^here: .*{message}") as error:
+    with pytest.raises(ConfigError, match=f"^here: .*{message}") as error:
         parse(text, "here")
     assert "\n" not in str(error.value)
     assert len(str(error.value)) <= 60 + yamlfile.MAX_PROBLEM
@@ -109,12 +109,12 @@ def test_a_merge_key_without_an_anchor_is_a_key() -> None:
 def test_a_file_is_read_up_to_the_limit(tmp_path: Path) -> None:
     path = tmp_path / "a.yaml"
     path.write_bytes(b"# " + b"x" * 10_000_000)
-    with pytest.raises(YamlError, match=r"a\.yaml: expected at most 1,000,000 bytes, got more"):
+    with pytest.raises(ConfigError, match=r"a\.yaml: expected at most 1,000,000 bytes, got more"):
         read(path)
     path.write_bytes(b"\xff\xfe")
-    with pytest.raises(YamlError, match="not a text file"):
+    with pytest.raises(ConfigError, match="not a text file"):
         read(path)
-    with pytest.raises(YamlError, match="cannot be read: No such file"):
+    with pytest.raises(ConfigError, match="cannot be read: No such file"):
         read(tmp_path / "b.yaml")
     path.write_text("a: 1\n")
     assert read(path) == {"a": 1}

@@ -1,1 +1,1 @@
-"""Compare runs from what they left on disk: python -m sage.report."""
+"""Compares runs by the files they left on disk: python -m sage.report."""

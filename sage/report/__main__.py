@@ -1,36 +1,35 @@
-"""Compare runs: tables on the terminal, in Markdown and CSV, and pictures, from the runs' folders alone."""
+"""Compares runs by the files in their folders: tables on the terminal, in Markdown and CSV, and pictures.
+
+Imports matplotlib only when it draws: --help and a wrong argument are answered at once.
+"""
 
 import argparse
-import io
 import os
 import shutil
 import sys
 from collections.abc import Sequence
-from itertools import chain
 from pathlib import Path
-
-from rich.console import Console
 
 from sage import files
 from sage.config import ConfigError
 from sage.console import complain, show
-from sage.report.figures import draw, to_png
 from sage.report.groups import Section, gather
 from sage.report.runs import ReportError, Run, find_runs, read_run
 from sage.report.tables import Sheet, build_sheets, to_csv, to_markdown, to_terminal
 from sage.sweep import Point, read
 
 HELP = """\
-Compare runs, from nothing but the files in their folders: a row a configuration, with mean and standard
-deviation over its seeds. A report is FILE.png (more pictures: FILE-2.png, ...), FILE.md and FILE.csv.
+Compare runs by the files in their folders alone. Each configuration is a row, with mean and standard
+deviation over its seeds. The report is printed, and written to FILE.md, FILE.csv and FILE.png (more pictures:
+FILE-2.png, ...).
 
   python -m sage.report runs/digits                     a folder of runs, or several, or single runs
-  python -m sage.report --sweep configs/sweeps/X.yaml   a sweep's points, the missing ones named
+  python -m sage.report --sweep configs/sweeps/X.yaml   the points of a sweep; says which are missing
 """
 
 
-def find_points(points: Sequence[Point], runs: Path) -> tuple[list[Path], list[str]]:
-    """Of each point its newest finished run; a line for each point that has none."""
+def find_finished(points: Sequence[Point], runs: Path) -> tuple[list[Path], list[str]]:
+    """Find the newest finished run of each point; write a line for each point that has none."""
     found, missing = [], []
     for point in points:
         metrics = sorted((runs / point.folder).glob("*/metrics.jsonl"), key=lambda path: path.stat().st_mtime)
@@ -45,32 +44,36 @@ def find_points(points: Sequence[Point], runs: Path) -> tuple[list[Path], list[s
 
 
 def find_folders(options: argparse.Namespace) -> tuple[list[Path], list[str]]:
-    """The folders of the runs to report; a line for each point of a sweep that has none."""
+    """Find the runs to report; write a line for each point of a sweep that has no finished run."""
     if not options.sweep:
         return find_runs(options.runs), []
-    folders, missing = find_points(read(options.sweep), options.home)
+    folders, missing = find_finished(read(options.sweep), options.runs_folder)
     if not folders:
         raise ReportError(
-            f"{sweep_folder(options.home, options.sweep)}: no finished run of {options.sweep} in it"
+            f"{sweep_folder(options.runs_folder, options.sweep)}: no finished run of {options.sweep} in it"
         )
     return folders, missing
 
 
 def sweep_folder(home: Path, sweep: Path) -> Path:
-    """Where the points of a sweep lie."""
+    """The folder that holds the runs of a sweep's points."""
     return home / sweep.stem
 
 
 def default_output(runs: Sequence[Path]) -> Path:
-    """report.png in the one folder given, or in the common parent of several where that is below here."""
+    """report.png in the only folder given, or in the common parent of several.
+
+    Where that parent is not the current folder or below it, report.png is in the current folder.
+    """
     if len(runs) == 1:
         return runs[0] / "report.png"
-    parent, here = Path(os.path.commonpath([path.resolve() for path in runs])), Path.cwd()
+    here = Path.cwd()
+    parent = Path(os.path.commonpath([path.resolve() for path in runs]))
     return (parent if parent.is_relative_to(here) else here) / "report.png"
 
 
-def target_of(runs: Sequence[Run]) -> float | None:
-    """The score at which all the runs were to stop, if there is one."""
+def common_target(runs: Sequence[Run]) -> float | None:
+    """The score at which every run was to stop; None where they differ."""
     targets = {run.config.get("stop_at_score") for run in runs}
     return targets.pop() if len(targets) == 1 else None
 
@@ -82,7 +85,9 @@ def write_report(
     notes: Sequence[str],
     target: float | None,
 ) -> list[Path]:
-    """The paths of what was written, the first picture last."""
+    """Write the report's files; returns their paths, the first picture last."""
+    from sage.report.figures import draw, to_png
+
     figures = [figure for section in sections for figure in draw(section)]
     pictures = [output, *(output.with_stem(f"{output.stem}-{i}") for i in range(2, len(figures) + 1))]
     for path, figure in zip(pictures, figures, strict=True):
@@ -97,40 +102,36 @@ def write_report(
     return [output.with_suffix(".md"), output.with_suffix(".csv"), *reversed(pictures)]
 
 
-def as_text(sheets: Sequence[Sheet]) -> str:
-    """The tables as wide as the terminal, or 100 columns where there is none."""
-    width = max(80, shutil.get_terminal_size().columns) if sys.stdout.isatty() else 100
-    text = io.StringIO()
-    console = Console(file=text, width=width, markup=False, highlight=False, emoji=False)
-    for part in chain.from_iterable(map(to_terminal, sheets)):
-        console.print(part)
-    return text.getvalue()
+def terminal_width() -> int:
+    """The columns of the terminal, 80 or more; 100 where there is none."""
+    return max(80, shutil.get_terminal_size().columns) if sys.stdout.isatty() else 100
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
         prog="python -m sage.report", description=HELP, formatter_class=formatter
     )
     add = parser.add_argument
     add("runs", metavar="RUN", nargs="*", type=Path, help="a run, or a folder of runs")
-    add("--sweep", metavar="FILE", type=Path, help="report this sweep's points instead")
+    add("--sweep", metavar="FILE", type=Path, help="report the points of this sweep instead")
     add(
         "--runs",
         metavar="DIR",
         type=Path,
-        dest="home",
+        dest="runs_folder",
         default=Path("runs"),
-        help="where its runs are (runs)",
+        help="with --sweep: the folder of all runs (default: runs)",
     )
     add(
         "--target",
         metavar="SCORE",
         type=float,
-        help="what it took to reach it (default: the runs' stop_at_score)",
+        help="also report what it took to reach this score (default: the runs' stop_at_score)",
     )
-    place = "report.png in the RUN; with several in their common parent if that is below here, else here"
-    add("--output", metavar="FILE", type=Path, help=f"the first PNG to write (default: {place})")
+    where = "in their common parent where that is inside the current folder, else in the current folder"
+    default = f"report.png in RUN; for several, {where}"
+    add("--output", metavar="FILE", type=Path, help=f"the first PNG to write (default: {default})")
     options = parser.parse_args(arguments)
     if bool(options.runs) == bool(options.sweep):
         parser.error("expected RUNs, or --sweep FILE")
@@ -138,23 +139,23 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def report(options: argparse.Namespace) -> str:
-    """Write the report's files; the tables, the notes and the files' paths, to be shown."""
+    """Write the report's files; returns what to print: the tables, notes and the files' paths."""
     folders, notes = find_folders(options)
     runs = [read_run(folder) for folder in folders]
-    torn = [run.folder / "metrics.jsonl" for run in runs if run.torn]
-    notes += [f"{path}: the last line was cut off, and is ignored" for path in torn]
+    cut_off = [run.folder / "metrics.jsonl" for run in runs if run.cut_off]
+    notes += [f"{path}: the last line was cut off and is ignored" for path in cut_off]
 
-    target = target_of(runs) if options.target is None else options.target
+    target = common_target(runs) if options.target is None else options.target
     sections = gather(runs)
     sheets = [sheet for section in sections for sheet in build_sheets(section, target)]
-    given = [sweep_folder(options.home, options.sweep)] if options.sweep else options.runs
+    given = [sweep_folder(options.runs_folder, options.sweep)] if options.sweep else options.runs
     output = options.output or default_output(given)
     paths = write_report(output, sections, sheets, notes, target)
-    return as_text(sheets) + "\n".join([*notes, *map(str, paths)])
+    return to_terminal(sheets, terminal_width()) + "\n".join([*notes, *map(str, paths)])
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = parse(arguments)
+    options = parse_arguments(arguments)
     try:
         return show(report(options))
     except (ReportError, ConfigError, OSError) as error:

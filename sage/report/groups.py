@@ -1,4 +1,4 @@
-"""Runs gathered by configuration: what can be compared, the seeds of a configuration, and its label."""
+"""Gathers runs: by workload into sections, in a section by configuration into groups, which get labels."""
 
 import json
 from collections import Counter, defaultdict
@@ -8,35 +8,43 @@ from typing import Any
 
 from sage.report.runs import Flat, Run
 
-SHORT = 20
-"""A longer name does not fit beside a table's numbers in 80 columns: then names are numbered, with a key."""
+LONGEST_LABEL = 20
+"""A longer label does not fit beside a table's numbers in 80 columns: then all groups are numbered."""
 RECORDING = ("log", "checkpoint", "resume")
-"""Sections of a configuration about how a run is recorded, which change none of its results."""
+"""Sections of a configuration that say how a run is recorded; they change none of its results."""
+Measure = Callable[[Run], float | None]
+"""A number of a run; None where it has none."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """One configuration: its finished runs, a seed each, or one unfinished run. name: for where space is
-    short."""
+    """The runs of one configuration: finished ones that differ in the seed, or one unfinished run."""
 
     runs: list[Run]
     label: str
-    name: str
+    """The reducer, and what tells this group from the others of its section."""
+    number: int | None
+    """Its number in the section, where labels are too long for a table; else None."""
+
+    @property
+    def short_label(self) -> str:
+        """What a table and a bar say: the label, or the number and the reducer."""
+        return self.label if self.number is None else f"{self.number} {self.runs[0].config['reducer.name']}"
 
     @property
     def done(self) -> bool:
         return bool(self.runs[0].summary)
 
-    def values(self, of: Callable[[Run], float | None]) -> list[float]:
-        """A number of each run that has one."""
-        return [value for value in map(of, self.runs) if value is not None]
+    def values(self, measure: Measure) -> list[float]:
+        """The numbers of those runs that have one."""
+        return [value for value in map(measure, self.runs) if value is not None]
 
 
 @dataclass(frozen=True)
 class Section:
-    """What can be compared: the groups of one task and world size."""
+    """The groups of one workload: what can be compared."""
 
-    place: str
+    workload: str
     groups: list[Group]
 
     @property
@@ -45,30 +53,31 @@ class Section:
 
     @property
     def score(self) -> str:
+        """The score's name."""
         return " or ".join(sorted({run.score for run in self.runs if run.score})) or "score"
 
     @property
     def is_numbered(self) -> bool:
-        return any(group.name != group.label for group in self.groups)
+        return any(group.number is not None for group in self.groups)
 
 
 # --- gathering ------------------------------------------------------------------------------------
 
 
 def gather(runs: Sequence[Run]) -> list[Section]:
-    """A section for each task and world size; in it a group for each configuration, exact ones first."""
+    """Make a section of each workload, and in it a group of each configuration, exact ones first."""
     sections = []
-    for place in dict.fromkeys(run.place for run in runs):
-        members = by_configuration([run for run in runs if run.place == place])
+    for workload in dict.fromkeys(run.workload for run in runs):
+        members = by_configuration([run for run in runs if run.workload == workload])
         members.sort(key=lambda runs: -exactness(runs[0].config))
-        sections.append(Section(place, _named(members)))
+        sections.append(Section(workload, _labelled(members)))
     return sections
 
 
 def by_configuration(runs: Sequence[Run]) -> list[list[Run]]:
-    """Runs that differ in the seed alone, together; an unfinished run is by itself.
+    """Put together the finished runs that differ in the seed alone; an unfinished run stays alone.
 
-    Of runs that are alike in the seed too, the first of each seed are together, and so are the second ones.
+    Where a seed was run several times, the first runs of each seed are one group, the second runs another.
     """
     groups: dict[tuple[object, ...], list[Run]] = defaultdict(list)
     num_alike: Counter[tuple[str, str]] = Counter()
@@ -88,22 +97,23 @@ def _as_key(value: Any) -> str:
     return json.dumps(value, sort_keys=True, default=str)
 
 
-def _named(members: list[list[Run]]) -> list[Group]:
-    labels = label(members)
-    fits = max(map(len, labels)) <= SHORT
-    reducers = [runs[0].config["reducer.name"] for runs in members]
-    names = labels if fits else [f"{i} {reducer}" for i, reducer in enumerate(reducers, 1)]
-    return [Group(*parts) for parts in zip(members, labels, names, strict=True)]
+def _labelled(members: list[list[Run]]) -> list[Group]:
+    labels = make_labels(members)
+    is_numbered = max(map(len, labels)) > LONGEST_LABEL
+    return [
+        Group(runs, label, number if is_numbered else None)
+        for number, (runs, label) in enumerate(zip(members, labels, strict=True), 1)
+    ]
 
 
 # --- labels ---------------------------------------------------------------------------------------
 
 
-def label(members: Sequence[list[Run]]) -> list[str]:
-    """A label for each group, no two alike: the reducer's name, then only what tells apart equal labels.
+def make_labels(members: Sequence[list[Run]]) -> list[str]:
+    """Make a label for each group, no two alike: the reducer's name, and as little as tells groups apart.
 
-    The order says what is preferred: the reducer's settings, other settings, seeds, settings of recording,
-    and last the names and paths of the folders. An unfinished run is always called so.
+    What comes first is preferred: the reducer's settings, other settings, the seeds, how the runs were
+    recorded, and last the folders' names and paths. The label of an unfinished run says so in any case.
     """
     firsts = [runs[0] for runs in members]
     configs = [run.config for run in firsts]
@@ -125,7 +135,7 @@ def label(members: Sequence[list[Run]]) -> list[str]:
 
 
 def _tell_apart_by_settings(labels: list[str], configs: Sequence[Flat], keys: Sequence[str]) -> list[str]:
-    """The labels, with as many of these settings as it takes."""
+    """Add those settings to the labels that tell equal ones apart."""
     for key in keys:
         name = key.removesuffix(".name").split(".")[-1]
         labels = _tell_apart(labels, name, [config.get(key) for config in configs])
@@ -133,7 +143,7 @@ def _tell_apart_by_settings(labels: list[str], configs: Sequence[Flat], keys: Se
 
 
 def _tell_apart(labels: list[str], name: str, values: Sequence[object]) -> list[str]:
-    """The labels, and after those that are equal but have different values: name=value."""
+    """Add name=value to labels that are equal where their values differ."""
     values_of: dict[str, set[str]] = defaultdict(set)
     for text, value in zip(labels, values, strict=True):
         values_of[text].add(str(value))
@@ -156,19 +166,20 @@ def _seeds_of(runs: Sequence[Run]) -> str:
 
 
 def exactness(config: Flat) -> int:
-    """2 for the plain all-reduce, 1 for one of fewer bits, 0 for a compressor."""
+    """How exact the average is: 2 for a plain all-reduce, 1 for one of fewer bits, 0 for a compressor."""
     if config["reducer.name"] != "exact":
         return 0
     return 2 if config.get("reducer.dtype", "float32") == "float32" else 1
 
 
-def exact_for(group: Group, groups: Sequence[Group]) -> Group | None:
-    """The first finished group of the plain all-reduce with the same task's settings and world size."""
+def find_exact(group: Group, groups: Sequence[Group]) -> Group | None:
+    """Find what a group is compared with: the first finished plain all-reduce on the same task's settings
+    and with as many workers."""
     mine = group.runs[0]
     task = {key: value for key, value in mine.config.items() if key.startswith("task.")}
     for other in groups:
-        config, place = other.runs[0].config, other.runs[0].place
-        is_alike = place == mine.place and task.items() <= config.items()
-        if exactness(config) == 2 and other.done and is_alike:
+        theirs = other.runs[0]
+        is_alike = theirs.workload == mine.workload and task.items() <= theirs.config.items()
+        if exactness(theirs.config) == 2 and other.done and is_alike:
             return other
     return None

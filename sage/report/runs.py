@@ -1,17 +1,17 @@
-"""What runs left, for the report: read from the files in their folders."""
+"""Finds runs, reads the files in their folders, and works out the numbers of one run."""
 
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
-from sage.config import flatten, read_yaml
+from sage import yamlfile
+from sage.config import flatten
 
 COMPUTE = ("data", "forward", "backward", "optimizer")
 PHASES = (*COMPUTE, "reduce")
-# The numbers that are used of each object that a run writes.
 NEEDED = {
     "step": ["epoch", "step"],
     "epoch": [
@@ -25,7 +25,9 @@ NEEDED = {
     "environment.json": ["world_size"],
     "summary.json": ["score.last", "score.best"],
 }
-Flat = dict[str, Any]  # {"task": {"name": "cnn"}} as {"task.name": "cnn"}
+"""The numbers that the report needs from each kind of object in a run's files."""
+Flat = dict[str, Any]
+"""A mapping without mappings in it: {"task": {"name": "cnn"}} is {"task.name": "cnn"}."""
 
 
 class ReportError(ValueError):
@@ -34,28 +36,37 @@ class ReportError(ValueError):
 
 @dataclass(frozen=True)
 class Run:
-    """place: task and world size. summary: empty if unfinished. torn: the last line was cut off: left out."""
+    """What the files in a run's folder say."""
 
     folder: Path
     config: Flat
-    place: str
+    workload: str
+    """Task and world size, as in "digits, world size 2": runs are compared where they have the same."""
     steps: list[Flat]
+    """The lines of metrics.jsonl about steps."""
     epochs: list[Flat]
+    """The lines of metrics.jsonl about epochs."""
     summary: Flat
-    torn: bool
+    """Empty where the run is unfinished."""
+    cut_off: bool
+    """The last line of metrics.jsonl was cut off, and is not among the lines."""
     simulated: bool
-    """Its workers took turns: times are one worker's, taken alone on the machine; communication has none."""
+    """The workers took turns in one process. The times are one worker's, measured while no other ran, and
+    communication was not timed."""
 
     @property
     def score(self) -> str:
-        """Its name; empty before the first epoch has ended."""
+        """The score's name; empty before the first epoch has ended."""
         return str(self.epochs[-1].get("score.name")) if self.epochs else ""
 
     @property
     def progress(self) -> str:
-        """How far it came."""
-        last = self.steps[-1:] + self.epochs[-1:]
-        epoch, step = (max((line[key] for line in last), default="-") for key in ("epoch", "step"))
+        """How far an unfinished run came, in words."""
+        last_lines = self.steps[-1:] + self.epochs[-1:]
+        if not last_lines:
+            return "at epoch -, step -"
+        epoch = max(line["epoch"] for line in last_lines)
+        step = max(line["step"] for line in last_lines)
         return f"at epoch {epoch}, step {step}"
 
 
@@ -63,7 +74,7 @@ class Run:
 
 
 def find_runs(folders: Sequence[Path]) -> list[Path]:
-    """Every folder with a metrics.jsonl at or under the given ones, once each."""
+    """Find the runs: every folder with a metrics.jsonl at or under the given ones, each once."""
     found: list[Path] = []
     for folder in folders:
         inside = [path.resolve().parent for path in sorted(folder.rglob("metrics.jsonl"))]
@@ -75,47 +86,50 @@ def find_runs(folders: Sequence[Path]) -> list[Path]:
 
 
 def read_run(folder: Path) -> Run:
-    """Raises ReportError, ConfigError or OSError. Of lines about the same step or epoch the last counts."""
+    """Read a run. Where several lines are about the same step or epoch, the last one counts.
+
+    Raises ReportError, ConfigError or OSError.
+    """
     config = _read_config(folder / "config.yaml")
     environment = _read_json(folder / "environment.json")
     simulated = environment.get("simulated") is True
-    place = f"{config['task.name']}, world size {environment['world_size']}"
+    workload = f"{config['task.name']}, world size {environment['world_size']}"
     summary_path = folder / "summary.json"
     summary = _read_json(summary_path) if summary_path.exists() else {}
-    lines, torn = _read_lines(folder / "metrics.jsonl")
+    lines, cut_off = _read_lines(folder / "metrics.jsonl")
     steps = {line["step"]: line for line in lines if line["kind"] == "step"}
     epochs = {line["epoch"]: line for line in lines if line["kind"] == "epoch"}
     return Run(
         folder=folder,
         config=config,
-        place=f"{place}, simulated" if simulated else place,
+        workload=f"{workload}, simulated" if simulated else workload,
         steps=list(steps.values()),
         epochs=list(epochs.values()),
         summary=summary,
-        torn=torn,
+        cut_off=cut_off,
         simulated=simulated,
     )
 
 
 def _read_config(path: Path) -> Flat:
-    config = flatten(read_yaml(path.read_bytes().decode(errors="replace"), str(path)))
+    config = flatten(yamlfile.read(path))
     if not {"task.name", "reducer.name"} <= config.keys():
         raise ReportError(f"{path}: expected a run's resolved configuration, with task.name and reducer.name")
     return config
 
 
 def _read_json(path: Path) -> Flat:
-    return parse(path.read_bytes(), path, path.name)
+    return _parse(path.read_bytes(), path, path.name)
 
 
 def _read_lines(path: Path) -> tuple[list[Flat], bool]:
-    """The whole lines, and whether one more was cut off at the end."""
-    *texts, rest = path.read_bytes().split(b"\n")  # rest: after the last newline
-    return [parse(text, f"{path}: line {number}") for number, text in enumerate(texts, 1)], bool(rest)
+    """Read the whole lines; the second value says whether one more line was cut off at the end."""
+    *texts, rest = path.read_bytes().split(b"\n")  # rest: what follows the last newline
+    return [_parse(text, f"{path}: line {number}") for number, text in enumerate(texts, 1)], bool(rest)
 
 
-def parse(text: bytes, origin: Path | str, kind: str = "") -> Flat:
-    """A JSON object with the numbers that its kind needs; a line of metrics.jsonl says itself which it is."""
+def _parse(text: bytes, origin: Path | str, kind: str = "") -> Flat:
+    """Parse a JSON object that has the numbers its kind needs. A line of metrics.jsonl names its own kind."""
     try:
         flat = flatten(json.loads(text))
     except ValueError:  # not JSON, or not UTF-8
@@ -131,13 +145,13 @@ def parse(text: bytes, origin: Path | str, kind: str = "") -> Flat:
 
 
 def per_step(run: Run, name: str) -> float:
-    """A total of the epoch lines over the steps they count; 0 before the first, and where they have none."""
+    """The sum of a number over the epochs, divided by the number of steps; 0 where no epoch has it."""
     steps = run.epochs[-1]["step"] if run.epochs else 1
     return float(sum(line.get(name, 0) for line in run.epochs) / steps)
 
 
-def phases(run: Run) -> dict[str, float]:
-    """Milliseconds per step; zeros before the first epoch is done."""
+def phase_milliseconds(run: Run) -> dict[str, float]:
+    """Milliseconds per step of each phase; zeros before the first epoch has ended."""
 
     def milliseconds(name: str) -> float:
         return 1000 * per_step(run, f"seconds.{name}")
@@ -145,7 +159,7 @@ def phases(run: Run) -> dict[str, float]:
     communication = milliseconds("communicate")
     compression = milliseconds("reduce") - communication
     if communication:
-        communication += milliseconds("agree")  # a wait for the slowest worker, before the exchange
+        communication += milliseconds("agree")  # waiting for the slowest worker before the exchange
     return {
         **{name: milliseconds(name) for name in COMPUTE},
         "compression": compression,
@@ -154,15 +168,10 @@ def phases(run: Run) -> dict[str, float]:
 
 
 def training_seconds(line: Flat) -> float:
-    """Of an epoch line: all phases, without evaluation and checkpoints."""
+    """The seconds of an epoch's training: all phases, without evaluation and checkpoints."""
     return float(sum(line[f"seconds.{phase}"] for phase in PHASES) + line.get("seconds.agree", 0))
 
 
-def density_mean(run: Run) -> float | None:
+def mean_density(run: Run) -> float | None:
     means = [line["density.mean"] for line in run.epochs if line.get("density.mean") is not None]
     return fmean(means) if means else None
-
-
-def spread(values: Sequence[float]) -> tuple[float | None, float | None]:
-    """Mean and sample standard deviation; None where there are too few."""
-    return fmean(values) if values else None, stdev(values) if len(values) > 1 else None

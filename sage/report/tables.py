@@ -1,28 +1,31 @@
-"""The report's tables: a row a configuration, in a terminal, in Markdown and as CSV."""
+"""The report's tables, with a row for each configuration: for a terminal, in Markdown and as CSV.
+
+Imports rich only when something is to be printed.
+"""
 
 import csv
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import fmean
-from typing import Any, NamedTuple
-
-from rich import box
-from rich.table import Table
+from statistics import fmean, stdev
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sage.console import printable
-from sage.report.groups import Group, Section, exact_for
-from sage.report.runs import COMPUTE, Flat, Run, density_mean, per_step, phases, spread, training_seconds
+from sage.report.groups import Group, Section, find_exact
+from sage.report.runs import COMPUTE, Flat, Run, mean_density, per_step, phase_milliseconds, training_seconds
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 SPREAD = "± standard deviation over seeds"
-SIMULATED = "\nsimulated: one worker's times, taken alone on the machine; communication has none"
+SIMULATED = "\nsimulated: one worker's times, measured while no other ran; communication was not timed"
 Record = dict[str, Any]
 """A row of the CSV, or a part of one, by column."""
 
 
 @dataclass(frozen=True)
 class Sheet:
-    """A table in no form yet. The first column is text, the others are numbers."""
+    """A table before it is printed or written. The first column is text, the others are numbers."""
 
     title: str
     columns: list[str]
@@ -33,26 +36,33 @@ class Sheet:
 # --- numbers as text ------------------------------------------------------------------------------
 
 
-def number(value: float | None, digits: int = 3) -> str:
-    """Significant digits, zeros too: 0.970, 52.1, 1,234; '-' for None."""
+def format_number(value: float | None, digits: int = 3) -> str:
+    """Format a number with as many significant digits, zeros too: 0.970, 52.1, 1,234; '-' for None."""
     if value is None:
         return "-"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.{digits}g}".rstrip(".")
 
 
-def with_spread(values: Sequence[float], digits: int) -> str:
-    """Mean and standard deviation: '0.9700 ±0.0012'; the mean alone of a single value."""
-    mean, deviation = spread(values)
-    return number(mean, digits) + (f" ±{number(deviation, 2)}" if deviation is not None else "")
+def format_spread(values: Sequence[float], digits: int) -> str:
+    """Format mean and standard deviation: '0.9700 ±0.0012'; of a single value the mean alone."""
+    mean, deviation = mean_and_deviation(values)
+    if deviation is None:
+        return format_number(mean, digits)
+    return f"{format_number(mean, digits)} ±{format_number(deviation, 2)}"
 
 
-def ratio(mine: float, exacts: float) -> str:
-    """How much less or more than exact: '50.0x less'; '-' where either is nothing."""
-    if not mine or not exacts:
+def mean_and_deviation(values: Sequence[float]) -> tuple[float | None, float | None]:
+    """The mean and the sample standard deviation; None where there are too few values."""
+    return fmean(values) if values else None, stdev(values) if len(values) > 1 else None
+
+
+def format_ratio(mine: float, exact: float) -> str:
+    """Format how much less or more than exact it is: '50.0x less'; '-' where either is 0."""
+    if not mine or not exact:
         return "-"
-    if mine == exacts:
-        return f"{number(1.0)}x"
-    return f"{number(exacts / mine)}x less" if mine < exacts else f"{number(mine / exacts)}x more"
+    if mine < exact:
+        return f"{format_number(exact / mine)}x less"
+    return f"{format_number(mine / exact)}x{' more' if mine > exact else ''}"
 
 
 # --- a group's rows -------------------------------------------------------------------------------
@@ -67,67 +77,70 @@ def best_score(run: Run) -> float | None:
     return run.summary.get("score.best")
 
 
-def p99(run: Run) -> float | None:
+def p99_density(run: Run) -> float | None:
     return run.summary.get("density.p99")
 
 
 def target_density(group: Group) -> float | None:
-    """None for a dense reducer, and before the first step line."""
+    """The density that the reducer aims at; None for a dense reducer, and before the first step line."""
     steps = group.runs[0].steps
     return steps[-1].get("target_density") if steps else None
 
 
-def sent_per_step(group: Group) -> float:
-    """Bytes that one worker sends in a step."""
+def bytes_sent_per_step(group: Group) -> float:
+    """The bytes that one worker sends in a step, the mean over seeds."""
     return fmean(per_step(run, "bytes.wire") for run in group.runs)
 
 
-def milliseconds(group: Group) -> dict[str, float]:
-    """Per step by phase, the mean over seeds."""
-    times = [phases(run) for run in group.runs]
+def mean_milliseconds(group: Group) -> dict[str, float]:
+    """Milliseconds per step of each phase, the mean over seeds."""
+    times = [phase_milliseconds(run) for run in group.runs]
     return {phase: fmean(time[phase] for time in times) for phase in times[0]}
 
 
 def results_row(group: Group) -> list[str]:
-    """Seeds, score last and best."""
-    scores = [with_spread(group.values(of), 4) for of in (last_score, best_score)]
-    return [str(len(group.runs)), *scores]
+    """The cells: how many seeds, the last score and the best."""
+    last, best = group.values(last_score), group.values(best_score)
+    return [str(len(group.runs)), format_spread(last, 4), format_spread(best, 4)]
 
 
 def bytes_row(group: Group, exact: Group | None) -> list[str]:
-    """Density mean / target and p99, megabytes sent and, per step, against exact's."""
-    target = target_density(group)
-    density = with_spread(group.values(density_mean), 3) + (f" / {target:g}" if target else "")
-    tail = group.values(p99)
+    """The cells: mean and target density, its p99, megabytes sent, and bytes per step compared with exact."""
+    density, target = format_spread(group.values(mean_density), 3), target_density(group)
+    p99, _ = mean_and_deviation(group.values(p99_density))
     megabytes = fmean(sum(line["bytes.wire"] for line in run.epochs) for run in group.runs) / 1e6
-    against = ratio(sent_per_step(group), sent_per_step(exact)) if exact else "-"
-    return [density, number(fmean(tail) if tail else None), number(megabytes, 4), against]
+    return [
+        f"{density} / {target:g}" if target else density,
+        format_number(p99),
+        format_number(megabytes, 4),
+        format_ratio(bytes_sent_per_step(group), bytes_sent_per_step(exact)) if exact else "-",
+    ]
 
 
 def time_row(group: Group, exact: Group | None) -> list[str]:
-    """Milliseconds per step, and the steps made while exact makes one."""
-    times = milliseconds(group)
+    """The cells: milliseconds per step, and how many steps are made while exact makes one."""
+    times = mean_milliseconds(group)
     compute = sum(times[phase] for phase in COMPUTE)
     total = compute + times["compression"] + times["communication"]
     if not total:
         return ["-"] * 5
-    computed = [number(compute), number(times["compression"])]
+    computed = [format_number(compute), format_number(times["compression"])]
     if group.runs[0].simulated:
         return [*computed, "-", "-", "-"]
-    speed = f"{number(sum(milliseconds(exact).values()) / total)}x" if exact else "-"
-    return [*computed, number(times["communication"]), number(total), speed]
+    speed = f"{format_number(sum(mean_milliseconds(exact).values()) / total)}x" if exact else "-"
+    return [*computed, format_number(times["communication"]), format_number(total), speed]
 
 
 class Cost(NamedTuple):
-    """What training took one worker so far."""
+    """What it took one worker to reach a score; bytes are those it sent."""
 
     epochs: float
     seconds: float
     bytes: float
 
 
-def first_reached(run: Run, target: float) -> Cost | None:
-    """What it took until the score was first the target or better; None: it never was."""
+def cost_to_reach(run: Run, target: float) -> Cost | None:
+    """What it took until the score was first the target or better; None where it never was."""
     higher = run.summary.get("score.higher_is_better", True)
     seconds = sent = 0.0
     for line in run.epochs:
@@ -139,19 +152,19 @@ def first_reached(run: Run, target: float) -> Cost | None:
     return None
 
 
-def costs_of(group: Group, target: float) -> list[Cost]:
-    """Of each run that reached the target."""
-    return [cost for run in group.runs if (cost := first_reached(run, target))]
+def costs_to_reach(group: Group, target: float) -> list[Cost]:
+    """The costs of those runs that reached the target."""
+    return [cost for run in group.runs if (cost := cost_to_reach(run, target))]
 
 
 def target_row(group: Group, target: float) -> list[str]:
-    """How many runs reached it, then epochs, seconds and megabytes of those that did."""
-    costs = costs_of(group, target)
+    """The cells: how many runs reached the target, and the epochs, seconds and megabytes it took them."""
+    costs = costs_to_reach(group, target)
     return [
         f"{len(costs)} of {len(group.runs)}",
-        with_spread([cost.epochs for cost in costs], 3),
-        "-" if group.runs[0].simulated else with_spread([cost.seconds for cost in costs], 3),
-        with_spread([cost.bytes / 1e6 for cost in costs], 3),
+        format_spread([cost.epochs for cost in costs], 3),
+        "-" if group.runs[0].simulated else format_spread([cost.seconds for cost in costs], 3),
+        format_spread([cost.bytes / 1e6 for cost in costs], 3),
     ]
 
 
@@ -159,7 +172,7 @@ def target_row(group: Group, target: float) -> list[str]:
 
 
 def build_sheets(section: Section, target: float | None) -> list[Sheet]:
-    """What came out, what was sent, what a target score took, where the time went."""
+    """Build a section's tables: scores, what a target took, density and bytes, times, labels by number."""
     sheets = [scores_sheet(section)]
     if target is not None and any(group.done for group in section.groups):
         sheets.append(target_sheet(section, target))
@@ -171,28 +184,32 @@ def build_sheets(section: Section, target: float | None) -> list[Sheet]:
 
 def scores_sheet(section: Section) -> Sheet:
     columns = ["run", "seeds", f"{section.score}\nlast", "\nbest"]
-    rows = [[_name(group), *results_row(group)] for group in section.groups]
-    return Sheet(f"Scores: {section.place}", columns, rows, SPREAD)
+    rows = [[_first_cell(group), *results_row(group)] for group in section.groups]
+    return Sheet(f"Scores: {section.workload}", columns, rows, SPREAD)
 
 
 def target_sheet(section: Section, target: float) -> Sheet:
-    """Of the finished groups."""
+    """What it took to reach a score; unfinished groups are left out."""
     columns = ["run", "reached\nby", "\nepochs", "trained\ns", "sent\nMB"]
-    rows = [[_name(group), *target_row(group, target)] for group in section.groups if group.done]
+    rows = [[_first_cell(group), *target_row(group, target)] for group in section.groups if group.done]
     note = "of the seeds that reached it; evaluation is not counted"
     return Sheet(f"To a score ({section.score}) of {target:g}", columns, rows, note)
 
 
 def bytes_sheet(section: Section) -> Sheet:
     columns = ["run", "density\nmean / target", "\np99", "sent\nMB", "\nto exact"]
-    rows = [[_name(group), *bytes_row(group, exact_for(group, section.groups))] for group in section.groups]
+    rows = [
+        [_first_cell(group), *bytes_row(group, find_exact(group, section.groups))] for group in section.groups
+    ]
     note = "sent: by one worker under the ring algorithm; to exact: per step"
     return Sheet("Density and bytes", columns, rows, note)
 
 
 def time_sheet(section: Section) -> Sheet:
     times = ["compute\nms", "compression\nms", "communication\nms", "total\nms"]
-    rows = [[_name(group), *time_row(group, exact_for(group, section.groups))] for group in section.groups]
+    rows = [
+        [_first_cell(group), *time_row(group, find_exact(group, section.groups))] for group in section.groups
+    ]
     note = f"compute: {', '.join(COMPUTE)}; evaluation is not counted"
     if section.groups[0].runs[0].simulated:
         note += SIMULATED
@@ -200,17 +217,34 @@ def time_sheet(section: Section) -> Sheet:
 
 
 def key_sheet(section: Section) -> Sheet:
-    """What the numbers stand for that take the place of long labels."""
-    return Sheet("Runs", ["run", "settings"], [[group.name, group.label] for group in section.groups], "")
+    """The labels of the groups that the other tables number."""
+    return Sheet(
+        "Runs", ["run", "settings"], [[group.short_label, group.label] for group in section.groups], ""
+    )
 
 
-def _name(group: Group) -> str:
-    """The first cell of a group's row."""
-    return group.name if group.done else f"{group.name}\n{group.runs[0].progress}"
+def _first_cell(group: Group) -> str:
+    """A group's cell in the column `run`: its label and, where it is unfinished, how far it came."""
+    return group.short_label if group.done else f"{group.short_label}\n{group.runs[0].progress}"
 
 
-def to_terminal(sheet: Sheet) -> list[str | Table]:
-    """What to print in turn. In 80 columns long texts are folded; numbers are never."""
+def to_terminal(sheets: Sequence[Sheet], width: int) -> str:
+    """Lay the tables out for a terminal. In 80 columns long texts are folded; numbers never are."""
+    from rich.console import Console
+
+    text = io.StringIO()
+    console = Console(file=text, width=width, markup=False, highlight=False, emoji=False)
+    for sheet in sheets:
+        console.print(sheet.title)
+        console.print(_rich_table(sheet))
+        console.print(f"{sheet.note}\n" if sheet.note else "")
+    return text.getvalue()
+
+
+def _rich_table(sheet: Sheet) -> "Table":
+    from rich import box
+    from rich.table import Table
+
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for i, name in enumerate(sheet.columns):
         if i == 0 or name == "settings":
@@ -219,7 +253,7 @@ def to_terminal(sheet: Sheet) -> list[str | Table]:
             table.add_column(name, justify="right", no_wrap=True)
     for row in sheet.rows:
         table.add_row(*row)
-    return [sheet.title, table, f"{sheet.note}\n" if sheet.note else ""]
+    return table
 
 
 def to_markdown(sheet: Sheet) -> str:
@@ -240,7 +274,7 @@ def in_markdown(text: str) -> str:
 
 
 def to_csv(sections: Sequence[Section], target: float | None) -> str:
-    """A row a configuration, with full precision; the settings that differ are columns of their own."""
+    """Write a row for each configuration, with full precision; each setting that differs is a column."""
     keys = _differing_settings([group.runs[0].config for section in sections for group in section.groups])
     rows = [
         _settings_record(section, group, keys) | _numbers_record(group) | _target_record(group, target)
@@ -269,7 +303,7 @@ def _differing_settings(configs: Sequence[Flat]) -> list[str]:
 def _settings_record(section: Section, group: Group, keys: list[str]) -> Record:
     config = group.runs[0].config
     return {
-        "place": section.place,
+        "workload": section.workload,
         "run": group.label,
         "done": group.done,
         **{key: config.get(key) for key in keys},
@@ -282,19 +316,19 @@ def _numbers_record(group: Group) -> Record:
     return {
         **_spread_record("last", group.values(last_score)),
         **_spread_record("best", group.values(best_score)),
-        **_spread_record("density", group.values(density_mean)),
-        **_spread_record("p99", group.values(p99)),
+        **_spread_record("density", group.values(mean_density)),
+        **_spread_record("p99", group.values(p99_density)),
         "target_density": target_density(group),
         "payload_bytes_per_step": fmean(per_step(run, "bytes.payload") for run in group.runs),
-        "wire_bytes_per_step": sent_per_step(group),
-        **{f"{phase}_ms": value for phase, value in milliseconds(group).items()},
+        "wire_bytes_per_step": bytes_sent_per_step(group),
+        **{f"{phase}_ms": value for phase, value in mean_milliseconds(group).items()},
     }
 
 
 def _target_record(group: Group, target: float | None) -> Record:
     if target is None:
         return {}
-    costs = costs_of(group, target)
+    costs = costs_to_reach(group, target)
     return {
         "reached": len(costs),
         **_spread_record(f"epochs_to_{target:g}", [cost.epochs for cost in costs]),
@@ -304,5 +338,5 @@ def _target_record(group: Group, target: float | None) -> Record:
 
 
 def _spread_record(name: str, values: Sequence[float]) -> Record:
-    mean, deviation = spread(values)
+    mean, deviation = mean_and_deviation(values)
     return {f"{name}.mean": mean, f"{name}.std": deviation}

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sage.config import flatten, one_line, read_yaml
+from sage import yamlfile
+from sage.config import flatten, one_line
 from sage.runfolder.manifest import Checkpoint, manifests, newest_whole, read
 
 MORE = ("epochs", "stop_at_score")
@@ -83,11 +84,7 @@ def _check_done(run: Path, asked: ResumeRequest) -> None:
 
 def _config_of(run: Path) -> dict[str, Any]:
     """A run's resolved configuration. Raises ValueError."""
-    path = run / "config.yaml"
-    try:
-        config = read_yaml(path.read_text(encoding="utf-8"), str(path))
-    except OSError as error:
-        raise ValueError(f"{path}: expected a run's configuration: {error.strerror}") from None
+    config = yamlfile.read(run / "config.yaml")
     return config if isinstance(config, dict) else {}
 
 
