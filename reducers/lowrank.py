@@ -46,6 +46,12 @@ class Matrices:
         self.right_size = sum(len(g.slots) * g.columns * g.rank for g in self.groups)
         self.whole_size = sum(slot.size for slot in self.whole)
 
+    def notes(self, rank: int) -> list[str]:
+        """What there is to say of a rank that compresses nothing."""
+        if self.groups:
+            return []
+        return [f"reducer.rank: {rank} makes no matrix of this model smaller, so everything is sent whole"]
+
     def of(self, flat: Tensor) -> list[Tensor]:
         """Views (n, m) of a flat gradient."""
         return [

@@ -57,6 +57,9 @@ class PowerSGD(Leveled):
         self.matrices = Matrices(self.layout, levels, self.config.min_compression_rate * cost)
         self.p, self.q = self._draw(self.matrices.left_size), self._draw(self.matrices.right_size)
 
+    def notes(self) -> list[str]:
+        return self.matrices.notes(self.config.rank)
+
     def slot_slices(self, name: str, layout: list[Slot]) -> list[slice] | None:
         if name not in ("p", "q"):
             return None

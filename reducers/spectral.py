@@ -56,6 +56,9 @@ class Spectral(Reducer):
         self.target_elements = self.matrices.whole_size + self.matrices.left_size + self.matrices.right_size
         """What a worker sends where each matrix sends rank atoms."""
 
+    def notes(self) -> list[str]:
+        return self.matrices.notes(self.rank)
+
     @abstractmethod
     def weigh(self, squares: Tensor) -> Tensor:
         """The weights (count, short) of the atoms, 0 where one is not sent, from the squared singular values

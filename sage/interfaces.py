@@ -5,6 +5,7 @@ metrics. This file imports nothing of ours, and every other part may import it.
 """
 
 import hashlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -226,6 +227,10 @@ class Reducer(Stateful, ABC):
     def expected_payload_bytes(self, world_size: int) -> int:
         """What one worker hands to collectives in a step at the target density; at most, where it varies."""
 
+    def notes(self) -> list[str]:
+        """What the user of these settings should know, a line each; said once, before training."""
+        return []
+
     def metrics(self) -> dict[str, float]:
         """Threshold, controller terms, ...; read on logging steps only."""
         return {}
@@ -247,6 +252,8 @@ class Task(Stateful, ABC):
     score: str
     """Which value of evaluate is the task's score."""
     higher_is_better: bool
+    score_limits: tuple[float, float] = (-math.inf, math.inf)
+    """The least and the greatest score there can be."""
     evaluated: str = "test"
     """What evaluate scores: the "test" data, or the "valid" data where a test follows at the end."""
 

@@ -73,6 +73,7 @@ class ImageClassification(Task):
     each epoch."""
 
     score = "accuracy"
+    score_limits = (0.0, 1.0)
     higher_is_better = True
 
     def __init__(

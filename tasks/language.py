@@ -1,5 +1,6 @@
 """Language modelling: an LSTM over a long text, its hidden state carried from batch to batch; perplexity."""
 
+import math
 from abc import abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,6 +53,7 @@ class LanguageModelling(Task):
     """
 
     score = "perplexity"
+    score_limits = (1.0, math.inf)
     higher_is_better = False
     evaluated = "valid"
     state_names = ("hidden",)

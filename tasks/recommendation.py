@@ -146,6 +146,7 @@ class Recommendation(Task):
     """
 
     score = "hr@10"
+    score_limits = (0.0, 1.0)
     higher_is_better = True
 
     def __init__(

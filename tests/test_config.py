@@ -10,9 +10,12 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
+from reducers import REDUCERS, build_reducer
 from run import TABLES
 from sage import config
-from sage.training.settings import RunSettings
+from sage.interfaces import lay_out
+from sage.training.settings import RunSettings, check, notes
+from tasks import TASKS
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))  # configs/sweeps: see test_sweep.py
@@ -347,3 +350,60 @@ def test_a_file_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
         with pytest.raises(config.ConfigError) as caught:
             config.load(path, [], RunSettings, TABLES)
         assert str(caught.value) == f"{path}: cannot read the configuration: {reason}"
+
+
+# --- values that are numbers and make no sense ----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("schedule.decay_epochs=[3,2]", "expected positive epochs in ascending order, got [3.0, 2.0]"),
+        ("schedule.decay_epochs=[2,2]", "expected positive epochs in ascending order, got [2.0, 2.0]"),
+        ("schedule.decay_epochs=[0,2]", "expected positive epochs in ascending order, got [0.0, 2.0]"),
+        ("optimizer.lr=0", "optimizer.lr: expected a number in (0, inf), got 0"),
+        ("seed=1:30", "seed: expected an integer in [0, inf), got '1:30'"),
+        ("seed=yes", "seed: expected an integer in [0, inf), got 'yes'"),
+    ],
+)
+def test_a_value_without_sense_is_refused_in_one_line(load: Load, override: str, line: str) -> None:
+    (found,) = lines_of(load, override)
+    assert line in found
+    assert found.startswith(override.split("=")[0])
+
+
+@pytest.mark.parametrize(("text", "seed"), [("010", 10), ("08", 8), ("0o17", 15)])
+def test_a_number_is_that_of_yaml_1_2_in_file_and_override(load: Load, text: str, seed: int) -> None:
+    assert load(f"seed={text}").seed == seed
+    assert load(text=f"{CONFIG}\nseed: {text}\n").seed == seed
+
+
+def test_decays_beyond_the_last_epoch_are_allowed_and_said(load: Load) -> None:
+    settings = load("epochs=3", "schedule.decay_epochs=[1, 3, 7.5]")
+    assert notes(settings) == [
+        "schedule.decay_epochs: 3 has no effect, since training ends with epoch 3",
+        "schedule.decay_epochs: 7.5 has no effect, since training ends with epoch 3",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("task", "target", "message"),
+    [
+        ("digits", 95, r"stop_at_score: expected a number in \[0, 1\], as accuracy is, got 95"),
+        ("synthetic_ratings", 1.5, r"in \[0, 1\], as hr@10 is, got 1\.5"),
+        ("python_docs", 0.5, r"in \[1, inf\], as perplexity is, got 0\.5"),
+    ],
+)
+def test_a_target_that_no_score_reaches_is_refused(task: str, target: float, message: str) -> None:
+    settings = config.load(ROOT / f"configs/{task}.yaml", [f"stop_at_score={target}"], RunSettings, TABLES)
+    with pytest.raises(ValueError, match=message):
+        check(settings, TASKS, REDUCERS, ROOT / "data", 1)
+
+
+@pytest.mark.parametrize("reducer", ["powersgd", "svd", "atomo"])
+def test_a_rank_that_compresses_no_matrix_is_said(reducer: str) -> None:
+    layout = lay_out([("weight", (8, 6)), ("bias", (8,))])
+    built = [build_reducer(reducer, layout, worker=0, rank=rank) for rank in (1, 64)]
+    assert built[0].notes() == []
+    line = "reducer.rank: 64 makes no matrix of this model smaller, so everything is sent whole"
+    assert built[1].notes() == [line]

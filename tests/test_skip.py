@@ -12,7 +12,6 @@ from torch import Tensor
 import run
 from reducers import REDUCERS
 from sage.exchange.comm import LocalComm
-from sage.exchange.gradient import GradientBuffer
 from sage.interfaces import Place, Task, TrainingError
 from sage.runfolder import manifest
 from sage.training import agree
@@ -318,15 +317,43 @@ def test_a_finite_gradient_is_used_though_its_sum_may_be_too_large(
             assert ((before - parameter - 0.5).abs() < 1e-6).all()
 
 
-def test_nothing_bad_is_found_where_only_the_sum_is() -> None:
-    task = ToyTask(4, Place(0, 1))
-    gradient = GradientBuffer(task.model)
-    gradient.flat.fill_(1e38)
-    assert not gradient.flat.sum().isfinite()
-    assert agree.find_nonfinite(torch.tensor(1.0), gradient) == ""
-    gradient.flat[100] = math.nan
-    assert agree.find_nonfinite(torch.tensor(1.0), gradient) == "the gradient of 0.bias became nan"
-    assert agree.find_nonfinite(torch.tensor(-math.inf), gradient) == "the loss became -inf"
+def test_the_first_tensor_that_is_not_finite_is_named_with_its_value() -> None:
+    huge, bad = torch.full((9,), 1e38), torch.tensor([1.0, math.nan, math.inf])
+    assert not huge.sum().isfinite()
+    assert agree.find_nonfinite([("a", huge)]) == ""
+    assert agree.find_nonfinite([("a", huge), ("b", bad), ("c", bad)]) == "b became nan"
+    assert agree.find_nonfinite([("the loss", torch.tensor(-math.inf))]) == "the loss became -inf"
+
+
+def test_a_finite_gradient_with_an_infinite_norm_is_logged_and_used(tmp_path: Path) -> None:
+    """Its norm in float32 is infinite; in float64 it is 1e38 sqrt(n)."""
+    optimizer = {"lr": 1e-38, "momentum": 0.0, "nesterov": False, "weight_decay": 0.0}
+    settings = settings_of("exact", optimizer=optimizer, log={"every": 1}, epochs=1)
+    LocalComm.run(
+        2, lambda comm: train(settings, comm, folder=tmp_path, task=HugeTask(4, Place(comm.rank, 2)))
+    )
+    lines = [line for line in lines_of(tmp_path) if line["kind"] == "step"]
+    num_elements = 6 * 16 + 16 + 16 * 2 + 2
+    # the mean over workers of the norms: 1e38 sqrt(n) on one, less than 10 on the other; float32 values of
+    # 1e38
+    assert lines[4]["gradient_norm"] == pytest.approx(1e38 * math.sqrt(num_elements) / 2, rel=1e-6)
+    assert all(math.isfinite(line["gradient_norm"]) for line in lines)
+
+
+def test_a_memory_that_has_grown_beyond_the_largest_number_is_named(tmp_path: Path) -> None:
+    """What is not sent of an element is added up: 3e38 twice is more than float32 holds."""
+    settings = settings_of("random_k", reducer={"density": 0.01}, log={"every": 1}, epochs=1)
+
+    class GrowingTask(ToyTask):
+        def loss(self, batch: slice) -> Tensor:
+            bias = self.model.get_parameter("2.bias")
+            value = super().loss(batch)
+            return value + (3e38 * (bias - bias.detach())).sum() if self.place.rank == 1 else value
+
+    with pytest.raises(
+        TrainingError, match=r"what was not sent of 2\.bias became inf on rank 1 at epoch 0, step 1$"
+    ):
+        LocalComm.run(2, lambda comm: train(settings, comm, task=GrowingTask(4, Place(comm.rank, 2))))
 
 
 # --- and a stop -----------------------------------------------------------------------------------

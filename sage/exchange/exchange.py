@@ -36,6 +36,15 @@ class ExchangeNorms:
         return {"residual_norm": left, "compression_error": 0.0 if send == 0 else (left / send) ** 2}
 
 
+def norm(values: Tensor) -> Tensor:
+    """The 2-norm, a scalar; in float64 where the sum of squares is too large for the values' type. Waits for
+    the device."""
+    found: Tensor = torch.linalg.vector_norm(values)
+    if not found.isfinite():  # host synchronisation
+        found = torch.linalg.vector_norm(values, dtype=torch.float64)
+    return found
+
+
 def agree_on_step(
     side: Communicator, total: Tensor, used: Sequence[bool], request: int = 0, request_to_skip: int = 1
 ) -> tuple[int, list[bool]]:
@@ -132,7 +141,7 @@ class Exchange:
         # 2. memory = what this worker wants to send
         with self._clock.phase("reduce"):
             self.feedback.compensate(self.reducer, grad)
-        send_norm = memory.norm() if measure else None
+        send_norm = norm(memory) if measure else None
 
         # 3. grad = the mean; memory = what was not sent
         with self._clock.phase("reduce"):
@@ -140,7 +149,7 @@ class Exchange:
             self.feedback.after_reduce(self.reducer)
         if send_norm is None:
             return None
-        return ExchangeNorms(send_norm, memory.norm(), self.reducer.takes_feedback)
+        return ExchangeNorms(send_norm, norm(memory), self.reducer.takes_feedback)
 
     @contextmanager
     def _kept_for_later(self, used: list[bool]) -> Iterator[None]:

@@ -1,7 +1,7 @@
 """What the workers do together or not at all: skip a step, write a checkpoint, end early; and what they
 watch for: numbers that are not finite, replicas that differ."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from enum import IntEnum
 from signal import Signals
 
@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from sage.exchange.exchange import agree_on_step
-from sage.exchange.gradient import GradientBuffer
 from sage.interfaces import Communicator
 from sage.workers.signals import WATCH
 
@@ -65,11 +64,9 @@ def wait_for_all(side: Communicator, device: torch.device) -> None:
     side.all_reduce(torch.zeros(1, device=device))
 
 
-def find_nonfinite(loss: Tensor, gradient: GradientBuffer) -> str:
-    """Name what is not finite here, the loss or the first such parameter's gradient, with its value; or
-    ""."""
-    slots = ((f"the gradient of {s.name}", gradient.flat[s.start : s.stop]) for s in gradient.layout)
-    for name, values in (("the loss", loss), *slots):
+def find_nonfinite(named: Iterable[tuple[str, Tensor]]) -> str:
+    """Name the first of the tensors that is not finite, with the first such value in it; or ""."""
+    for name, values in named:
         bad = values[~values.isfinite()]  # host synchronisation
         if bad.numel():
             return f"{name} became {bad[0].item()}"

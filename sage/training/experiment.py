@@ -17,7 +17,7 @@ from sage.runfolder.manifest import Checkpoint
 from sage.runfolder.record import Recorder
 from sage.runfolder.resume import ResumePoint, ResumeRequest, choose
 from sage.training.agree import wait_for_all
-from sage.training.settings import RunSettings
+from sage.training.settings import RunSettings, notes
 from sage.training.simulate import WorkerContext, run_single, simulate
 from sage.training.train import RunServices, Trainer, TrainingParts
 from sage.workers import launch
@@ -134,6 +134,8 @@ def run_worker(
     with ExitStack() as held:
         if speaks:
             say(f"{folder}: {worker.describe(workers)}")
+            for note in (*notes(settings), *parts.reducer.notes()):
+                say(note)
 
         def open_folder() -> None:
             if not speaks:

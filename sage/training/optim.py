@@ -1,13 +1,14 @@
 """Optimizers (torch's own), parameter groups, the learning-rate schedule and clipping."""
 
 import re
+from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
 
 import torch
-from pydantic import Field, Strict, model_validator
+from pydantic import Field, Strict, field_validator, model_validator
 from torch import Tensor, nn
 
-from sage.config import Named, Settings
+from sage.config import Named, Settings, one_line
 
 
 class Schedule(Settings):
@@ -24,6 +25,13 @@ class Schedule(Settings):
     decay_epochs: Annotated[tuple[float, ...], Strict(False)] = ()
     """At each of these epochs the learning rate is multiplied by decay_factor."""
     decay_factor: float = Field(default=0.1, gt=0, le=1)
+
+    @field_validator("decay_epochs")
+    @classmethod
+    def _ascends(cls, epochs: tuple[float, ...]) -> tuple[float, ...]:
+        if any(after <= before for before, after in pairwise(epochs)) or any(epoch <= 0 for epoch in epochs):
+            raise ValueError(f"expected positive epochs in ascending order, got {one_line(list(epochs))}")
+        return epochs
 
     def factor(self, epoch: float, global_batch: int) -> float:
         """What the base learning rate is multiplied by at a (fractional) epoch."""
@@ -75,7 +83,7 @@ class PublishedNesterov(torch.optim.Optimizer):
 
 class SGD(Named):
     name: Literal["sgd"] = "sgd"
-    lr: float = Field(ge=0)
+    lr: float = Field(gt=0)
     """Base learning rate, before the schedule."""
     momentum: float = Field(default=0.0, ge=0, lt=1)
     nesterov: bool = False
@@ -100,7 +108,7 @@ class SGD(Named):
 
 class Adam(Named):
     name: Literal["adam"] = "adam"
-    lr: float = Field(ge=0)
+    lr: float = Field(gt=0)
     """Base learning rate, before the schedule."""
     betas: Annotated[
         tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]], Strict(False)

@@ -59,6 +59,23 @@ class RunSettings(Settings):
     """What may differ from the checkpoint that a run resumes: none of it changes the numbers of a step."""
 
 
+def notes(settings: RunSettings) -> list[str]:
+    """What the user of these settings should know, a line each."""
+    late = [epoch for epoch in settings.schedule.decay_epochs if epoch >= settings.epochs]
+    return [
+        f"schedule.decay_epochs: {epoch:g} has no effect, since training ends with epoch {settings.epochs}"
+        for epoch in late
+    ]
+
+
+def _check_target(target: float | None, task: type[Task]) -> None:
+    low, high = task.score_limits
+    if target is not None and not low <= target <= high:
+        raise ValueError(
+            f"stop_at_score: expected a number in [{low:g}, {high:g}], as {task.score} is, got {target:g}"
+        )
+
+
 def check(
     settings: RunSettings,
     tasks: Mapping[str, type[Task]],
@@ -67,6 +84,8 @@ def check(
     world_size: int,
 ) -> None:
     """Raise ValueError, in one line, where the chosen parts cannot run, or not together; cheap."""
-    tasks[settings.task.name].check(settings.task, data, world_size)
+    task = tasks[settings.task.name]
+    _check_target(settings.stop_at_score, task)
+    task.check(settings.task, data, world_size)
     feedback, reducer = FEEDBACKS[settings.feedback.name], reducers[settings.reducer.name]
     feedback.check(reducer, settings.reducer, settings.optimizer)

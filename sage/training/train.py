@@ -11,7 +11,7 @@ from torch import Tensor
 from sage.console import say
 from sage.exchange.clock import Clock
 from sage.exchange.comm import CountingComm
-from sage.exchange.exchange import Exchange
+from sage.exchange.exchange import Exchange, norm
 from sage.exchange.feedback import Feedback
 from sage.exchange.gradient import GradientBuffer
 from sage.interfaces import Communicator, Place, Progress, Reducer, Stateful, Stopped, Task, TrainingError
@@ -102,7 +102,7 @@ class Trainer:
         used: which slots have a gradient on any worker.
         """
         grad, clip = self.gradient.flat, self.settings.clip
-        raw_norm = grad.norm() if measure else None
+        raw_norm = norm(grad) if measure else None
 
         if clip.norm is not None and clip.before_reduce:
             clip_norm(grad, clip.norm)
@@ -213,7 +213,7 @@ class Trainer:
         """Find what is not finite, on any worker, and undo what this step's forward pass changed; False where
         all is finite and only the sum was too large. Raises TrainingError where steps are not skipped."""
         position = self.position
-        found = self.store.collect(f"bad/{position.step}", find_nonfinite(loss, self.gradient))
+        found = self.store.collect(f"bad/{position.step}", find_nonfinite(self._gradients(loss)))
         bad = [f"{what} on rank {rank}" for rank, what in enumerate(found) if what]
         if not bad:
             return False
@@ -230,6 +230,11 @@ class Trainer:
         if self.comm.rank == 0:
             say(message)
         return True
+
+    def _gradients(self, loss: Tensor) -> Iterator[tuple[str, Tensor]]:
+        yield "the loss", loss
+        for slot in self.gradient.layout:
+            yield f"the gradient of {slot.name}", self.gradient.flat[slot.start : slot.stop]
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Take everything from a checkpoint. Raises ValueError where its files cannot be used."""
@@ -259,13 +264,22 @@ class Trainer:
         reducer, position = self.exchange.reducer, self.position
         values = {"lr": progress.lr, "density": reducer.density, **reducer.metrics(), **norms}
         line = self.meter.step_line(values)
-        for name in norms:  # finite gradients may have a norm that is not, and a memory may have grown
-            if not math.isfinite(line[name]):
-                message = f"{name} became {line[name]} at epoch {position.epoch}, step {position.step}"
-                raise TrainingError(message)
+        if not all(math.isfinite(line[name]) for name in norms):
+            raise TrainingError(
+                f"{self._find_nonfinite_memory()} at epoch {position.epoch}, step {position.step}"
+            )
         line = {"kind": "step", "epoch": position.epoch, "step": position.step, **line}
         self.recorder.write(line)
         self.recorder.show_step(line)
+
+    def _find_nonfinite_memory(self) -> str:
+        """Which parameter's memory, on which rank: it has grown beyond the largest number, since the
+        gradients that it was made of were all finite."""
+        layout, memory = self.gradient.layout, self.exchange.feedback.memory
+        named = ((f"what was not sent of {slot.name}", memory[slot.start : slot.stop]) for slot in layout)
+        found = self.store.collect(f"memory/{self.position.step}", find_nonfinite(named))
+        bad = [f"{what} on rank {rank}" for rank, what in enumerate(found) if what]
+        return bad[0] if bad else "a norm became infinite"
 
     def _log_epoch(self, values: dict[str, float]) -> None:
         position = self.position
