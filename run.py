@@ -50,14 +50,14 @@ def main(arguments: list[str]) -> int:
         point = cli.choose_point(options)
         settings = LOAD_SETTINGS(point.config, point.overrides)
         if options.print_config:
-            return show(config.to_yaml(settings), launch.speaks_here())
+            return show(config.to_yaml(settings), launch.is_first_on_host())
         worker = find_worker(options, settings)
         if options.dry_run:
-            return show(describe_run(settings, build(settings, worker), worker), launch.speaks_here())
+            return show(describe_run(settings, build(settings, worker), worker), launch.is_first_on_host())
         files.check_writable(options.runs)
         plan = plan_run(options, settings, options.runs / point.folder, worker)
     except ValueError as error:
-        return complain(str(error)) if launch.speaks_here() else launch.give_way()
+        return complain(str(error)) if launch.is_first_on_host() else launch.wait_before_exit()
     if worker.is_to_spawn():
         return launch.spawn([__file__, *arguments], worker.place.world_size)
     return start(plan, build, worker)

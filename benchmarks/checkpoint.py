@@ -100,7 +100,7 @@ def measure(size: str, folder: Path, rank: int, world_size: int, store: dist.Sto
     def load() -> None:
         checkpoint = manifest.newest_whole(folder)  # anew: it hashes a file when it is read first
         state.load_shared(read_state(checkpoint, manifest.SHARED), with_optimizer=True)
-        state.load_own(read_state(checkpoint, manifest.own(rank)))
+        state.load_own(read_state(checkpoint, manifest.worker_file(rank)))
 
     loaded = seconds_of(load, 3, wait)
     agreement, loss = Agreement(side, device, lambda: False), torch.zeros(())
@@ -113,7 +113,7 @@ def measure(size: str, folder: Path, rank: int, world_size: int, store: dist.Sto
         gradient.flat.numel(),
         world_size,
         files[manifest.SHARED].bytes,
-        files[manifest.own(0)].bytes,
+        files[manifest.worker_file(0)].bytes,
         saved,
         loaded,
         (1000 * checked[0], 1000 * checked[1], 1000 * checked[2]),

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written under a temporary name, then renamed. Imports no torch."""
+"""Files that are complete or absent: written under a temporary name, then renamed. Imports no torch."""
 
 import json
 import os
@@ -9,10 +9,14 @@ from typing import Any, BinaryIO
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Write a file so that at any moment the old one, the new one or none is there, on the disk too."""
+    """Write a file, completely or not at all, and force it to the disk.
+
+    write: writes the content to an open file. At any moment, also after a crash, either the old file, the new
+    one or none is there.
+    """
     if not path.parent.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        _sync_names(path.parent.parent)
+        _sync_folder(path.parent.parent)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -20,13 +24,13 @@ def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-        _sync_names(path.parent)
+        _sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _sync_names(folder: Path) -> None:
-    """A file's name is its folder's content, and reaches the disk with it."""
+def _sync_folder(folder: Path) -> None:
+    """Force the names of a folder's files to the disk: they are the folder's content, not the files'."""
     opened = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(opened)
@@ -35,19 +39,22 @@ def _sync_names(folder: Path) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file whole."""
     write_whole(path, lambda file: file.write(content))
 
 
 def write_text(path: Path, text: str) -> None:
+    """Write a text in UTF-8, whole."""
     write_bytes(path, text.encode())
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write an object as indented JSON, whole."""
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def check_writable(runs: Path) -> None:
-    """Raise ValueError where no run's folder can be made in runs, which is made where it is missing."""
+    """Make the folder of all runs where it is missing. Raises ValueError where it cannot be written to."""
     try:
         runs.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=runs):
@@ -57,42 +64,43 @@ def check_writable(runs: Path) -> None:
 
 
 class LineFile:
-    """Whole lines, handed to the system at once: a process that dies loses none."""
+    """Appends lines to a file, each handed to the system at once: a process that dies loses none."""
 
     def __init__(self, path: Path, keep_waiting: bool = False) -> None:
-        """Appends to the file. keep_waiting: what a full disk does not take waits here for the next write;
-        else that is an OSError."""
+        """keep_waiting: what a full disk does not take is kept here until the next write, instead of raising
+        OSError."""
         self.path, self._keep_waiting = path, keep_waiting
         self._file = path.open("ab", buffering=0)
-        self._waiting = b""
-        self.trouble: str | None = None
-        """Why lines wait, where they do."""
+        self._pending = b""
+        self.error: str | None = None
+        """Why lines are waiting, if any are."""
 
     def write(self, line: str) -> None:
-        self._waiting += line.encode() + b"\n"
+        """Append a line. Raises OSError, unless lines may wait."""
+        self._pending += line.encode() + b"\n"
         try:
-            self._write()
+            self._write_pending()
         except OSError as error:
             if not self._keep_waiting:
                 raise
-            self.trouble = error.strerror
+            self.error = error.strerror
 
     def sync(self) -> None:
-        """Have all lines on the disk. Raises OSError."""
-        self._write()
+        """Force all lines to the disk. Raises OSError."""
+        self._write_pending()
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Raises OSError where lines still find no place."""
+        """Close the file. Raises OSError where there is still no room for the lines that are waiting."""
         try:
-            self._write()
+            self._write_pending()
         finally:
             self._file.close()
 
-    def _write(self) -> None:
+    def _write_pending(self) -> None:
         try:
-            while self._waiting:  # what is taken of a line before the disk is full is continued later
-                self._waiting = self._waiting[self._file.write(self._waiting) :]
+            while self._pending:  # the system may take a part of a line only
+                self._pending = self._pending[self._file.write(self._pending) :]
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self.path)) from None
-        self.trouble = None
+        self.error = None

@@ -63,7 +63,8 @@ class Case:
     """The laws that the method does not keep, each with the reason."""
 
     def __str__(self) -> str:
-        return "-".join([self.reducer, *(str(value) for value in self.settings.values())])
+        """The row's name in pytest, the reducer in brackets: -k "[topk]" selects no row of global_topk."""
+        return "-".join([f"[{self.reducer}]", *(str(value) for value in self.settings.values())])
 
     def build(
         self, layout: list[Slot] = LAYOUT, rank: int = 0, changes: Mapping[str, Any] | None = None

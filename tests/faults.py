@@ -23,38 +23,38 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from tests.disturb import DISTURB, VARIANTS, Fault, Trial
 from tests.victim import (
     FINAL,
-    GOES_ON,
+    RESUMED,
     STEPS,
     TooLateError,
     Victim,
     count_steps,
     difference,
     differing_bits,
+    saved_steps,
     small_disk,
     steps_of,
-    whole,
     why_no_disk,
 )
 
 
 def draw(seed: int, number: int, kinds: Sequence[str], most: int) -> Fault:
-    """The fault of a number: kinds and variants in turn; rank, share and up to so many steps at random."""
+    """The fault with a number: kinds and variants in turn; rank, share and steps (at most most) at random."""
     rng, kind = random.Random(f"{seed}/{number}"), kinds[number % len(kinds)]
     variant = VARIANTS[kind][number // len(kinds) % len(VARIANTS[kind])]
     return Fault(kind, variant, rng.randint(1, most), rng.randrange(2), rng.random())
 
 
 def table(trials: Sequence[Trial]) -> str:
-    """A row for each kind of fault."""
-    names = ("kind", "trials", "survived", "begun again", "half written", "lost steps mean", "max")
+    """The results in a table, with a row for each kind of fault."""
+    names = ("kind", "trials", "survived", "restarted", "incomplete", "lost steps mean", "max")
     rows = [[*names, "steps since checkpoint max", "differing bits", "seconds mean"]]
     for kind in VARIANTS:
         mine = [trial for trial in trials if trial.faults[0].kind == kind]
         if not mine:
             continue
         lost, since = [n for t in mine for n in t.lost], [n for t in mine for n in t.since]
-        counts = [len(mine), sum(not t.troubles for t in mine), sum(t.begun_again for t in mine)]
-        counts.append(sum(t.torn for t in mine))
+        counts = [len(mine), sum(not t.failures for t in mine), sum(t.restarts for t in mine)]
+        counts.append(sum(t.incomplete for t in mine))
         steps = [
             f"{sum(lost) / max(1, len(lost)):.1f}",
             f"{max(lost, default=0)}",
@@ -70,15 +70,15 @@ def table(trials: Sequence[Trial]) -> str:
 
 
 def endure(victim: Victim, trial: Trial) -> None:
-    """Begin a run, let it suffer its faults, resume it after each, until it ends."""
+    """Start a run, cause its faults one after the other, and resume it after each, until it ends."""
     victim.start(*trial.faults[0].overrides)
     for fault, following in zip(trial.faults, [*trial.faults[1:], None], strict=True):
         victim.wait_for_steps(count_steps(victim.folder) + fault.after)
-        run, before = victim.folder, whole(victim.folder)
+        run, before = victim.folder, saved_steps(victim.folder)
         victim.workers()
         DISTURB[fault.kind](victim, fault, trial)
         damaged = fault.variant in ("manifest gone", "rank file cut")
-        reached, newest = count_steps(run), whole(run)
+        reached, newest = count_steps(run), saved_steps(run)
         trial.expect(damaged or newest >= before, f"the checkpoint after step {before} is gone")
         trial.expect("Traceback" not in victim.said(), victim.said())
         steps = steps_of(run)
@@ -92,24 +92,24 @@ def endure(victim: Victim, trial: Trial) -> None:
 
 
 def resume(victim: Victim, newest: int, following: Fault | None, trial: Trial) -> int:
-    """Go on with the run, or begin it again where it has no checkpoint; the steps it goes on from."""
+    """Resume the run, or start it again where it has no checkpoint; returns the steps it is resumed from."""
     overrides, run = following.overrides if following else [], victim.folder
     victim.start(*overrides, "--resume")
-    if victim.wait_for(lambda: GOES_ON.search(victim.said()) is not None, "to go on"):
-        found = GOES_ON.search(victim.said())
+    if victim.wait_for(lambda: RESUMED.search(victim.said()) is not None, "to resume"):
+        found = RESUMED.search(victim.said())
         assert found is not None
         return int(found[1])
     code, said = victim.end(), victim.said()
     if newest or code != 2 or "run.py: --resume: expected a run" not in said or "Traceback" in said:
         raise RuntimeError(f"--resume with a checkpoint after step {newest} ended with {code}: {said}")
-    trial.begun_again += 1
+    trial.restarts += 1
     victim.start(*overrides)
-    victim.wait_for(lambda: victim.folder != run, "to begin again")
+    victim.wait_for(lambda: victim.folder != run, "to start again")
     return 0
 
 
 def carry_out(faults: Sequence[Fault], place: Path, reference: "Future[Path]") -> Trial:
-    """A trial in a folder of its own; where the run ended before a fault came, one with sooner faults."""
+    """Carry out a trial in a folder of its own; with earlier faults where the run ends before one happens."""
     trial, began = Trial(faults), time.monotonic()
     place.mkdir(parents=True)
     on_disk = any(fault.kind == "full disk" for fault in faults)
@@ -124,21 +124,21 @@ def carry_out(faults: Sequence[Fault], place: Path, reference: "Future[Path]") -
             trial.expect(len(done) == 1, f"expected one run that is done, found {done}")
             for run in done:
                 trial.bits += differing_bits(run / FINAL, reference.result() / FINAL)
-                told = difference(run, reference.result())
-                trial.expect(not told, told)
+                found = difference(run, reference.result())
+                trial.expect(not found, found)
     except TooLateError:
         sooner = [replace(fault, after=fault.after // 2) for fault in faults]
         if any(fault.after for fault in faults):
             return carry_out(sooner, place / "sooner", reference)
-        trial.troubles.append("the run ended before its fault came")
+        trial.failures.append("the run ended before its fault could happen")
     except (RuntimeError, AssertionError, LookupError, OSError, SubprocessError) as error:
-        trial.troubles.append(f"{type(error).__name__}: {error}")
+        trial.failures.append(f"{type(error).__name__}: {error}")
     trial.seconds = time.monotonic() - began
     return trial
 
 
 def undisturbed(place: Path) -> Path:
-    """The run's folder that others are compared with."""
+    """Train without faults; returns the folder of the run that the others are compared with."""
     place.mkdir(parents=True)
     victim = Victim(place, place)
     victim.start()
@@ -157,7 +157,10 @@ def campaign(
     jobs: int,
     take: Callable[[int, Trial], object] = lambda *_: None,
 ) -> list[Trial]:
-    """The trials, so many at once, beside the run that is left alone; take gets each when it is done."""
+    """Carry out the trials, jobs at once, and beside them the undisturbed run.
+
+    take: is called with each trial's number and the trial when it is done.
+    """
 
     def one(number: int, faults: Sequence[Fault]) -> Trial:
         trial = carry_out(faults, place / str(number), reference)
@@ -170,7 +173,7 @@ def campaign(
         try:
             return [future.result() for future in running]
         finally:
-            pool.shutdown(cancel_futures=True)  # where this program is to end early, what has begun is ended
+            pool.shutdown(cancel_futures=True)  # where this program ends early, no further trial starts
 
 
 def interrupt(*_: object) -> None:
@@ -189,7 +192,7 @@ def main() -> int:
 
     def take(number: int, trial: Trial) -> None:
         trials.append(trial)
-        what = f"FAILED: {'; '.join(trial.troubles)}" if trial.troubles else "survived"
+        what = f"FAILED: {'; '.join(trial.failures)}" if trial.failures else "survived"
         print(f"{number}: {', '.join(map(str, trial.faults))}: lost {trial.lost} steps, {what}", flush=True)
 
     with tempfile.TemporaryDirectory(prefix="faults-") as name:
@@ -204,7 +207,7 @@ def main() -> int:
     print(table(trials))
     if options.json:
         options.json.write_text(json.dumps([asdict(trial) for trial in trials], indent=2) + "\n")
-    return 1 if len(trials) < options.trials or any(trial.troubles for trial in trials) else 0
+    return 1 if len(trials) < options.trials or any(trial.failures for trial in trials) else 0
 
 
 if __name__ == "__main__":

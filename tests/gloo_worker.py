@@ -1,6 +1,6 @@
-"""One process of a gloo group that runs every row of the table.
+"""One process of a gloo group that runs rows of the table.
 
-python -m tests.gloo_worker RANK WORLD_SIZE RENDEZVOUS_FILE OUT_FOLDER
+python -m tests.gloo_worker RANK WORLD_SIZE RENDEZVOUS_FILE OUT_FOLDER ROW...
 """
 
 import sys
@@ -14,7 +14,7 @@ from sage.exchange.comm import DistComm
 from tests.cases import CASES, run_case
 
 
-def main(rank: int, world_size: int, rendezvous: str, out: str) -> None:
+def main(rank: int, world_size: int, rendezvous: str, out: str, rows: list[str]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
@@ -24,12 +24,12 @@ def main(rank: int, world_size: int, rendezvous: str, out: str) -> None:
         timeout=timedelta(seconds=60),
     )
     comm = DistComm()
-    torch.save(
-        {str(case): [astuple(step) for step in run_case(case, comm)] for case in CASES}, f"{out}/{rank}.pt"
-    )
+    chosen = [case for case in CASES if str(case) in rows]
+    steps = {str(case): [astuple(step) for step in run_case(case, comm)] for case in chosen}
+    torch.save(steps, f"{out}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4])
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4], sys.argv[5:])

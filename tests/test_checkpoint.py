@@ -1,4 +1,4 @@
-"""Checkpoints as files: whole or none, refused where they are not what they should be, never run as code."""
+"""Checkpoints as files: written whole or not at all, refused where they are damaged, never run as code."""
 
 import hashlib
 import json
@@ -27,7 +27,7 @@ from sage.runfolder.resume import NEWEST
 from sage.training import agree
 from sage.training.agree import Request
 from sage.workers.store import RendezvousStore
-from tests.test_launch import free_port, start
+from tests.test_launch import PATIENCE_SECONDS, free_port, start
 
 CONFIG = ["configs/digits.yaml", "epochs=2", "task.batch_per_worker=128", "log.tensorboard=false"]
 Capture = pytest.CaptureFixture[str]
@@ -36,7 +36,7 @@ Damage = Callable[[Path], object]
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of runs with one run of digits, stopped in its second epoch; two checkpoints."""
+    """The folder of all runs: one run of digits, stopped in its second epoch, with two checkpoints."""
     runs, calls = tmp_path_factory.mktemp("stopped"), []
 
     def ask() -> Request:
@@ -53,7 +53,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def runs(stopped: Path, tmp_path: Path) -> Path:
-    """A copy of them, to damage."""
+    """A copy of that folder, which a test may damage."""
     shutil.copytree(stopped, tmp_path / "runs")
     return tmp_path / "runs"
 
@@ -67,7 +67,7 @@ def resume(runs: Path, *words: str, path: str | Path = NEWEST) -> int:
     return run.main([*CONFIG, *words, "--runs", str(runs), "--resume", *([str(path)] if path else [])])
 
 
-def told(capsys: Capture) -> str:
+def error_line(capsys: Capture) -> str:
     """The one line on stderr."""
     (line,) = capsys.readouterr().err.splitlines()
     return line
@@ -78,37 +78,39 @@ def steps_of(folder: Path) -> list[int]:
     return [line["step"] for line in lines if line["kind"] == "step"]
 
 
-# --- going on -------------------------------------------------------------------------------------
+# --- resumed --------------------------------------------------------------------------------------
 
 
-def test_a_stopped_run_is_marked_and_goes_on_in_its_folder_until_it_is_done(
+def test_a_stopped_run_is_marked_and_resumes_in_its_folder_until_it_is_done(
     runs: Path, capsys: Capture
 ) -> None:
     folder = only_run(runs)
     assert (folder / "requeue").exists()
     assert not (folder / "summary.json").exists()
     assert resume(runs) == 0
-    assert "goes on after epoch 1, step 14" in capsys.readouterr().out
+    assert "resumed after epoch 1, step 14" in capsys.readouterr().out
     summary = json.loads((only_run(runs) / "summary.json").read_text())
     assert (summary["steps"], summary["epochs"]) == (22, 2)
     assert {path.name for path in (folder / "checkpoints").iterdir()} == {"final.pt"}
     assert not (folder / "requeue").exists()
-    (again,) = json.loads((folder / "environment.json").read_text())["resumed"]
-    assert again["step"] == 14
+    (entry,) = json.loads((folder / "environment.json").read_text())["resumed"]
+    assert entry["step"] == 14
     assert resume(runs) == 0
     assert capsys.readouterr().out.endswith("done already\n")
 
 
-def test_a_runs_folder_alone_says_what_to_go_on_with(runs: Path) -> None:
+def test_a_runs_folder_is_enough_to_resume_it(runs: Path) -> None:
     folder = only_run(runs)
     assert run.main(["--resume", str(folder), "epochs=1", "--runs", str(runs)]) == 0
-    assert json.loads((folder / "summary.json").read_text())["steps"] == 14  # of epoch 2: it has no more
+    assert (
+        json.loads((folder / "summary.json").read_text())["steps"] == 14
+    )  # stopped in epoch 2, it trains no more
 
 
-def test_from_an_older_checkpoint_what_came_later_is_cut_off_and_made_again(runs: Path) -> None:
+def test_from_an_older_checkpoint_later_lines_are_removed_and_written_again(runs: Path) -> None:
     folder = only_run(runs)
     with (folder / "metrics.jsonl").open("a") as file:
-        file.write('{"kind": "step", "ep')  # a torn last line
+        file.write('{"kind": "step", "ep')  # an incomplete last line
     before = steps_of_whole(folder)
     assert max(before) > 11
     assert resume(runs, path=folder / "checkpoints" / "step-00000011") == 0
@@ -121,7 +123,7 @@ def steps_of_whole(folder: Path) -> list[int]:
     return [json.loads(line)["step"] for line in lines if '"kind": "step"' in line]
 
 
-def test_what_changes_no_step_may_change_on_the_way(runs: Path) -> None:
+def test_settings_that_change_no_step_may_differ_when_a_run_is_resumed(runs: Path) -> None:
     words = ["epochs=3", "timeout_seconds=7", "log.every=4", "checkpoint.keep=1", "on_nonfinite=skip"]
     assert resume(runs, *words) == 0
     assert json.loads((only_run(runs) / "summary.json").read_text())["epochs"] == 3
@@ -132,7 +134,7 @@ def test_a_run_that_a_process_trains_cannot_be_resumed_by_another(runs: Path, ca
     before = contents(runs)
     with lock(folder):
         assert resume(runs) == 1
-    assert told(capsys).endswith(f"run.py: rank 0: {folder}: another process is training this run")
+    assert error_line(capsys).endswith(f"run.py: rank 0: {folder}: another process is training this run")
     assert contents(runs) == before
     assert resume(runs) == 0
 
@@ -145,28 +147,30 @@ def contents(folder: Path) -> dict[Path, bytes]:
 
 
 @pytest.mark.parametrize("change", ["epochs=3", "reducer.density=0.5", "stop_at_score=0.99"])
-def test_a_run_that_is_done_cannot_be_gone_on_with_in_another_way(
+def test_a_run_that_is_done_cannot_be_resumed_with_other_settings(
     change: str, runs: Path, capsys: Capture
 ) -> None:
     assert resume(runs) == 0
-    assert resume(runs, "timeout_seconds=9", path=only_run(runs)) == 0  # that changes nothing
+    assert resume(runs, "timeout_seconds=9", path=only_run(runs)) == 0  # changes no step
     assert resume(runs, change, path=only_run(runs)) == 2
-    line = told(capsys)
-    assert f"--resume: {only_run(runs)} is done, and cannot be gone on with in another way: " in line
+    line = error_line(capsys)
+    assert f"--resume: {only_run(runs)} is done, and cannot be resumed with other settings: " in line
     assert f"{change.split('=')[0]} is " in line
     assert resume(runs, change) == 2
 
 
 def test_a_state_that_does_not_fit_is_refused_before_anything_is_changed(runs: Path, capsys: Capture) -> None:
-    """Found only when the parts are built: of another version of a reducer, say."""
+    """The state of another version of a reducer, say: it is found only when the parts are built."""
     folder = only_run(runs) / "checkpoints" / "step-00000011"
-    state = read_state(manifest.read(folder), manifest.own(0))
+    state = read_state(manifest.read(folder), manifest.worker_file(0))
     del state["parts"]["reducer"]["law"]
     facts = write_state(folder / "rank0.pt", state)
     change(folder, lambda content: {**content, "files": content["files"] | {"rank0.pt": facts.model_dump()}})
     before = contents(runs)
     assert resume(runs, path=folder) == 1
-    assert re.search(r"expected the state of this program's parts, got another \('law'\)$", told(capsys))
+    assert re.search(
+        r"expected the state of this program's parts, got another \('law'\)$", error_line(capsys)
+    )
     assert contents(runs) == before
 
 
@@ -175,36 +179,39 @@ def test_another_configurations_checkpoint_is_refused_with_all_that_differs(
 ) -> None:
     words = ["reducer.density=0.02", "optimizer.lr=0.5"]
     assert resume(runs, *words, path=only_run(runs)) == 2
-    line = told(capsys)
+    line = error_line(capsys)
     assert "expected this configuration's, got another: " in line
     assert re.search(
         r"reducer\.density is 0\.01 there and 0\.02 here; optimizer\.lr is .* and 0\.5 here$", line
     )
     assert resume(runs, *words) == 2
-    assert f"{only_run(runs)} is another configuration's: reducer.density is 0.01 there" in told(capsys)
+    assert f"{only_run(runs)} is another configuration's: reducer.density is 0.01 there" in error_line(capsys)
 
 
-def test_without_a_checkpoint_there_is_nothing_to_go_on_with(tmp_path: Path, capsys: Capture) -> None:
+def test_without_a_checkpoint_there_is_nothing_to_resume(tmp_path: Path, capsys: Capture) -> None:
     assert resume(tmp_path) == 2
     place = tmp_path / "digits"
-    assert told(capsys) == f"run.py: --resume: expected a run with a whole checkpoint in {place}, found none"
+    assert (
+        error_line(capsys)
+        == f"run.py: --resume: expected a run with a whole checkpoint in {place}, found none"
+    )
     (tmp_path / "empty").mkdir()
     assert resume(tmp_path, path=tmp_path / "empty") == 2
-    assert "expected a run's folder with a whole checkpoint, found none in " in told(capsys)
+    assert "expected a run's folder with a whole checkpoint, found none in " in error_line(capsys)
 
 
-def test_a_path_that_is_no_folder_is_refused(tmp_path: Path, capsys: Capture) -> None:
+def test_a_path_that_is_not_a_folder_is_refused(tmp_path: Path, capsys: Capture) -> None:
     with pytest.raises(SystemExit) as left:
         run.main(["--resume", "configs/digits.yaml", "--runs", str(tmp_path)])
     assert left.value.code == 2
-    line = told(capsys)
+    line = error_line(capsys)
     assert "--resume configs/digits.yaml: expected a run's folder, or one of its checkpoints" in line
     assert "CONFIG and key.path=value go before it" in line
 
 
 def test_another_number_of_workers_is_refused_with_the_reason(runs: Path, capsys: Capture) -> None:
     assert resume(runs, "--workers", "2") == 2
-    line = told(capsys)
+    line = error_line(capsys)
     assert "expected as many workers as made it, 1, got 2: " in line
     assert "resume.world_size=reshard" in line
 
@@ -225,7 +232,7 @@ def with_file(name: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
 
 
 def alter(folder: Path) -> None:
-    """One bit, in the middle."""
+    """Flips one bit in the middle of a file."""
     content = bytearray((folder / "shared.pt").read_bytes())
     content[len(content) // 2] ^= 1
     (folder / "shared.pt").write_bytes(content)
@@ -245,9 +252,9 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         alter,
         r"shared\.pt: expected the checksum in its manifest, got another: the file was altered",
     ),
-    "no JSON": (
+    "not JSON": (
         lambda folder: (folder / manifest.NAME).write_text("{"),
-        r"manifest\.json: expected a checkpoint's manifest, got what is no JSON",
+        r"manifest\.json: expected a checkpoint's manifest, but it is not JSON",
     ),
     "a file not in its list": (
         lambda folder: change(folder, lambda content: {**content, "world_size": 2}),
@@ -257,7 +264,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         lambda folder: change(folder, with_file("../../../elsewhere.pt")),
         r"manifest\.json: files: expected no \.\./\.\./\.\./elsewhere\.pt among them",
     ),
-    "no manifest's content": (
+    "a negative step": (
         lambda folder: change(folder, lambda content: {**content, "step": -1}),
         r"manifest\.json: step: Input should be greater than or equal to 0",
     ),
@@ -273,33 +280,33 @@ def test_a_damaged_checkpoint_is_refused_in_one_line_and_nothing_is_changed(
     damage(folder)
     before = contents(runs)
     assert resume(runs, path=folder) == 2
-    assert re.search(expected, told(capsys))
+    assert re.search(expected, error_line(capsys))
     assert contents(runs) == before
 
 
 @pytest.mark.parametrize("name", sorted(DAMAGES.keys() - {"altered"}))
-def test_the_newest_whole_one_is_taken_where_a_newer_one_is_torn(
+def test_the_newest_whole_checkpoint_is_taken_where_a_newer_one_is_damaged(
     name: str, runs: Path, capsys: Capture
 ) -> None:
     DAMAGES[name][0](only_run(runs) / "checkpoints" / "step-00000014")
     assert resume(runs) == 0
-    assert "goes on after epoch 1, step 11" in capsys.readouterr().out
+    assert "resumed after epoch 1, step 11" in capsys.readouterr().out
     assert steps_of(only_run(runs)) == sorted(set(steps_of(only_run(runs))))
 
 
-def test_where_all_are_torn_the_newest_says_why(runs: Path, capsys: Capture) -> None:
+def test_where_all_are_damaged_the_message_is_about_the_newest(runs: Path, capsys: Capture) -> None:
     for path in manifest.manifests(only_run(runs)):
         os.truncate(path.parent / "rank0.pt", 1000)
     assert resume(runs) == 2
-    line = told(capsys)
+    line = error_line(capsys)
     assert "--resume: expected a run's folder with a whole checkpoint, found none in " in line
     assert re.search(r"; the newest: .*step-00000014/rank0\.pt: expected \d+ bytes, .*, got 1000$", line)
 
 
-def test_one_without_its_manifest_is_none(runs: Path, capsys: Capture) -> None:
+def test_a_folder_without_a_manifest_is_not_a_checkpoint(runs: Path, capsys: Capture) -> None:
     (only_run(runs) / "checkpoints" / "step-00000014" / manifest.NAME).unlink()
     assert resume(runs) == 0
-    assert "goes on after epoch 1, step 11" in capsys.readouterr().out
+    assert "resumed after epoch 1, step 11" in capsys.readouterr().out
 
 
 @pytest.fixture
@@ -340,7 +347,7 @@ def test_two_workers_hash_each_file_that_they_need_once_and_rank_0_all(
     """First of two simulated workers, which need each file once together, then as two processes."""
     words = [*CONFIG, "--runs", str(tmp_path), "--threads", "1"]
     with monkeypatch.context() as patch:
-        patch.setattr(agree, "asked_by_signal", lambda: Request.STOP)
+        patch.setattr(agree, "requested_by_signal", lambda: Request.STOP)
         assert run.main([*words, "--simulate", "2"]) == 0
         assert hashed == []
         assert run.main([*words, "--simulate", "2", "--resume"]) == 0
@@ -350,7 +357,7 @@ def test_two_workers_hash_each_file_that_they_need_once_and_rank_0_all(
     command = [sys.executable, "-c", HASHING, *words, "epochs=1", "--resume"]
     workers = [start(command, {**address, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)]
     for rank, worker in enumerate(workers):
-        output, _ = worker.communicate(timeout=120)
+        output, _ = worker.communicate(timeout=PATIENCE_SECONDS)
         assert worker.returncode == 0, output
         names = {0: ["rank0.pt", "rank1.pt", "shared.pt"], 1: ["rank1.pt", "shared.pt"]}[rank]
         assert sorted(re.findall(f"rank {rank} hashes (.*)", output)) == names
@@ -377,7 +384,7 @@ def test_a_file_that_is_altered_while_it_is_read_is_refused(runs: Path) -> None:
 
 
 class Malicious:
-    """Makes a file when it is unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -392,18 +399,18 @@ def test_a_pickle_with_code_is_refused_and_its_code_does_not_run(
     folder, mark = only_run(runs) / "checkpoints" / "step-00000014", tmp_path / "it ran"
     facts = write_state(folder / "shared.pt", {"model": Malicious(mark)})
     change(folder, lambda content: {**content, "files": content["files"] | {"shared.pt": facts.model_dump()}})
-    with pytest.raises(ValueError, match=r"shared\.pt: expected tensors and numbers alone"):
+    with pytest.raises(ValueError, match=r"shared\.pt: expected only tensors and numbers"):
         read_state(manifest.read(folder), manifest.SHARED)
-    assert resume(runs) == 2  # though the checksum is right
+    assert resume(runs) == 2  # although the checksum is right
     assert re.search(
-        r"shared\.pt: expected tensors and numbers alone \(Unsupported global: [^.]*\)$", told(capsys)
+        r"shared\.pt: expected only tensors and numbers \(Unsupported global: [^.]*\)$", error_line(capsys)
     )
     assert not mark.exists()
     torch.load(folder / "shared.pt", weights_only=False)
     assert mark.exists()  # it would have run
 
 
-def test_a_line_that_is_none_of_ours_is_named_and_nothing_is_cut(tmp_path: Path) -> None:
+def test_a_line_that_this_program_did_not_write_is_named_and_nothing_is_removed(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"kind": "step", "epoch": 0, "step": 0}\nloss 3\n')
     with pytest.raises(ValueError, match=r"metrics\.jsonl: line 2: expected a JSON object with kind"):
@@ -415,7 +422,7 @@ def test_a_line_that_is_none_of_ours_is_named_and_nothing_is_cut(tmp_path: Path)
 
 
 def nothing() -> None:
-    """Has nothing to write before."""
+    """There is nothing to sync."""
 
 
 def keep(run: Path, **settings: Any) -> CheckpointWriter:
@@ -441,7 +448,7 @@ def full_disk(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["shared.pt", "rank0.pt", "manifest.json"])
-def test_on_a_full_disk_the_last_whole_one_stays_and_the_run_ends_or_goes_on(
+def test_on_a_full_disk_the_last_whole_checkpoint_stays_and_the_run_ends_or_trains_on(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     writer, patient = keep(tmp_path / "a"), keep(tmp_path / "b", required=False)
@@ -464,7 +471,7 @@ def test_on_a_full_disk_the_last_whole_one_stays_and_the_run_ends_or_goes_on(
 
 
 def collect_with(text: str) -> Callable[[RendezvousStore, str, str], list[str]]:
-    """Every collection ends with a second worker's text."""
+    """A collection from two workers, of which the second sends the text."""
 
     def collect(store: RendezvousStore, name: str, value: str) -> list[str]:
         return [value, text]
@@ -499,7 +506,7 @@ def test_what_another_worker_reports_of_its_files_is_checked_and_its_error_ends_
 
 @contextmanager
 def files_of_at_most(size: int) -> Iterator[None]:
-    """The system takes no byte beyond so many of any file, as a full disk would not."""
+    """No file can be longer than so many bytes, as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -508,24 +515,24 @@ def files_of_at_most(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_file_of_which_only_a_part_is_taken_leaves_nothing(tmp_path: Path) -> None:
-    """And says why: torch would hide the system's error behind one of its own."""
+def test_a_file_that_does_not_fit_on_the_disk_leaves_nothing(tmp_path: Path) -> None:
+    """The error is the system's: torch would hide it behind one of its own."""
     with files_of_at_most(10_000), pytest.raises(OSError, match="File too large"):
         write_state(tmp_path / "state.pt", {"weights": torch.zeros(10**6)})
     assert list(tmp_path.iterdir()) == []
 
 
-def test_lines_that_the_disk_does_not_take_wait_for_room(tmp_path: Path) -> None:
+def test_lines_that_do_not_fit_on_the_disk_wait_for_room(tmp_path: Path) -> None:
     patient = LineFile(tmp_path / "lines", keep_waiting=True)
     with files_of_at_most(9):
         patient.write("first")
         patient.write("second")  # of which 3 bytes are taken
         assert (tmp_path / "lines").read_text() == "first\nsec"
-        assert patient.trouble == "File too large"
+        assert patient.error == "File too large"
         with pytest.raises(OSError, match="File too large"):
             patient.sync()
     patient.write("third")
-    assert patient.trouble is None
+    assert patient.error is None
     patient.close()
     assert (tmp_path / "lines").read_text() == "first\nsecond\nthird\n"
 
@@ -541,10 +548,10 @@ def test_lines_that_are_lost_do_not_hide_how_a_run_ended(tmp_path: Path, capsys:
     required = Recorder(tmp_path, 1, Log(tensorboard=False))
     with files_of_at_most(0), pytest.raises(OSError, match=r"File too large: .*metrics\.jsonl"), required:
         required.write({"kind": "step", "step": 0})
-    assert "its last lines are lost" not in capsys.readouterr().out  # an error speaks for itself
+    assert "its last lines are lost" not in capsys.readouterr().out  # the error says as much
 
 
-def test_lines_that_nobody_waits_for_are_an_error(tmp_path: Path) -> None:
+def test_lines_that_do_not_fit_are_an_error_unless_they_may_wait(tmp_path: Path) -> None:
     file = LineFile(tmp_path / "lines")
     with files_of_at_most(9):
         with pytest.raises(OSError, match="File too large"):

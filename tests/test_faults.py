@@ -1,4 +1,4 @@
-"""What is disturbed and resumed ends like what was left alone; the campaign itself sees what does not."""
+"""A run with faults ends like the undisturbed run; and the campaign notices one that does not."""
 
 import json
 import shutil
@@ -11,7 +11,7 @@ import torch
 
 from tests.disturb import VARIANTS, Fault, Trial
 from tests.faults import campaign, draw, table
-from tests.victim import count_steps, difference, differing_bits, lines_of, steps_of, whole, why_no_disk
+from tests.victim import count_steps, difference, differing_bits, lines_of, saved_steps, steps_of, why_no_disk
 
 CHAIN = (
     Fault("kill", "one worker", after=60, rank=0),
@@ -34,38 +34,38 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def trial(place: Path, no_disk: str) -> Trial:
-    """One run suffers all of them, one after the other: of a fault, most of the time is the next launch's."""
+    """One run with all the faults, one after the other: the launch after each takes most of the time."""
     (trial,) = campaign([CHAIN if no_disk else CHAIN + STARVED], place, jobs=2)
     return trial
 
 
-def test_a_run_that_is_killed_frozen_stopped_and_cut_off_ends_like_one_left_alone(trial: Trial) -> None:
-    assert trial.troubles == []
+def test_a_run_that_is_killed_frozen_stopped_and_cut_off_ends_like_the_undisturbed_run(trial: Trial) -> None:
+    assert trial.failures == []
     assert trial.bits == 0
     assert len(trial.lost) == len(trial.faults)
     assert trial.lost[2] == 0  # a signal with time left loses nothing
 
 
-def test_a_run_whose_disk_is_full_keeps_its_checkpoint_and_goes_on(trial: Trial, no_disk: str) -> None:
+def test_a_run_whose_disk_is_full_keeps_its_checkpoint_and_can_be_resumed(trial: Trial, no_disk: str) -> None:
     if no_disk:
         pytest.skip(f"no small file system could be mounted: {no_disk}")
     assert [fault.variant for fault in trial.faults[4:]] == ["required", "room again"]
-    assert trial.troubles == []
+    assert trial.failures == []
     assert all(lost <= since for lost, since in zip(trial.lost[4:], trial.since[4:], strict=True))
     assert len(trial.lost) == len(trial.faults)
 
 
-# --- the campaign's own eyes ----------------------------------------------------------------------
+# --- what the campaign notices --------------------------------------------------------------------
 
 
 @pytest.fixture
 def copies(trial: Trial, place: Path, tmp_path: Path) -> Sequence[Path]:
-    """Two of the run that was left alone."""
+    """Two copies of the undisturbed run."""
     (run,) = (path.parent for path in place.glob("undisturbed/digits/*/summary.json"))
     return [shutil.copytree(run, tmp_path / name) for name in ("one", "other")]
 
 
-def test_one_bit_of_a_weight_is_seen(copies: Sequence[Path]) -> None:
+def test_one_differing_bit_of_a_weight_is_noticed(copies: Sequence[Path]) -> None:
     one, other = copies
     assert difference(one, other) == ""
     path = one / "checkpoints" / "final.pt"
@@ -77,13 +77,13 @@ def test_one_bit_of_a_weight_is_seen(copies: Sequence[Path]) -> None:
 
 
 @pytest.mark.parametrize(("old", "new"), [('"loss": ', '"loss": 1'), ('"step": 3,', '"step": 2,')])
-def test_a_line_that_differs_is_seen(copies: Sequence[Path], old: str, new: str) -> None:
+def test_a_line_that_differs_is_noticed(copies: Sequence[Path], old: str, new: str) -> None:
     metrics = copies[0] / "metrics.jsonl"
     metrics.write_text(metrics.read_text().replace(old, new, 1))
     assert difference(*copies).startswith("metrics.jsonl: ")
 
 
-def test_a_line_too_many_and_a_file_left_behind_are_seen(copies: Sequence[Path]) -> None:
+def test_an_extra_line_and_a_file_that_was_not_removed_are_noticed(copies: Sequence[Path]) -> None:
     one, other = copies
     (one / "requeue").touch()
     assert difference(one, other).startswith("files: ")
@@ -93,7 +93,7 @@ def test_a_line_too_many_and_a_file_left_behind_are_seen(copies: Sequence[Path])
 
 
 def checkpoint_of(run: Path, step: int) -> Path:
-    """A checkpoint whose files are a few bytes."""
+    """Write a checkpoint whose files are a few bytes."""
     folder = run / "checkpoints" / f"step-{step:08d}"
     folder.mkdir(parents=True)
     sums = {
@@ -109,18 +109,18 @@ def checkpoint_of(run: Path, step: int) -> Path:
 
 
 def test_a_checkpoint_is_whole_with_its_manifest_and_every_byte(tmp_path: Path) -> None:
-    assert whole(tmp_path) == 0
+    assert saved_steps(tmp_path) == 0
     checkpoint_of(tmp_path, 5)
     newest = checkpoint_of(tmp_path, 9)
-    assert whole(tmp_path) == 9
+    assert saved_steps(tmp_path) == 9
     (newest / "rank1.pt").write_text("abd")
-    assert whole(tmp_path) == 5
+    assert saved_steps(tmp_path) == 5
     (newest / "rank1.pt").write_text("abc")
     (newest / "manifest.json").unlink()
-    assert whole(tmp_path) == 5
+    assert saved_steps(tmp_path) == 5
 
 
-def test_a_line_that_is_cut_off_is_no_step(tmp_path: Path) -> None:
+def test_an_incomplete_line_does_not_count_as_a_step(tmp_path: Path) -> None:
     line = '{"kind": "step", "step": %d, "seconds": {"data": 1.0}}'
     (tmp_path / "metrics.jsonl").write_text(line % 0 + "\n" + line % 1 + "\n" + (line % 2)[:-9])
     assert steps_of(tmp_path) == [0, 1]
@@ -128,7 +128,7 @@ def test_a_line_that_is_cut_off_is_no_step(tmp_path: Path) -> None:
     assert lines_of(tmp_path)[1] == {"kind": "step", "step": 1}
 
 
-def test_the_seed_makes_the_choice_of_faults_and_all_variants_have_their_turn() -> None:
+def test_the_seed_determines_the_faults_and_every_variant_has_its_turn() -> None:
     kinds = list(VARIANTS)
     drawn = [draw(1, number, kinds, 300) for number in range(30)]
     assert drawn == [draw(1, number, kinds, 300) for number in range(30)]
@@ -141,8 +141,8 @@ def test_the_seed_makes_the_choice_of_faults_and_all_variants_have_their_turn() 
 def test_the_table_counts_what_survived_and_what_was_lost() -> None:
     fault = draw(1, 0, ["kill"], 300)
     good = Trial([fault], lost=[3], since=[4], seconds=10.0)
-    bad = Trial([fault], troubles=["a step twice"], lost=[6], since=[5], begun_again=1, bits=2, seconds=20.0)
+    bad = Trial([fault], failures=["a step twice"], lost=[6], since=[5], restarts=1, bits=2, seconds=20.0)
     header, row = table([good, bad]).splitlines()
     assert header.split()[:2] == ["kind", "trials"]
     assert row.split() == ["kill", "2", "1", "1", "0", "4.5", "6", "5", "2", "15"]
-    assert asdict(bad)["troubles"] == ["a step twice"]
+    assert asdict(bad)["failures"] == ["a step twice"]

@@ -244,13 +244,15 @@ def test_the_global_random_state_is_untouched(case: Case) -> None:
 
 @pytest.fixture(scope="module", params=[2, 3])
 def gloo_run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
-    """[rank][case] -> the steps as tuples; one process group runs all rows."""
+    """[rank][case] -> the steps as tuples; one process group runs all rows that are selected."""
     folder = tmp_path_factory.mktemp("gloo")
     command = [sys.executable, "-m", "tests.gloo_worker"]
     root = Path(__file__).parent.parent
+    users = [item for item in request.session.items if "gloo_run" in getattr(item, "fixturenames", ())]
+    rows = sorted({str(item.callspec.params["case"]) for item in users})  # type: ignore[attr-defined]
     processes = [
         subprocess.Popen(
-            [*command, str(rank), str(request.param), str(folder / "rendezvous"), str(folder)],
+            [*command, str(rank), str(request.param), str(folder / "rendezvous"), str(folder), *rows],
             cwd=root,
             stderr=subprocess.PIPE,
             text=True,

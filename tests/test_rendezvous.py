@@ -1,11 +1,11 @@
-"""Who a worker is, by what its launcher leaves in the environment: every launcher, alone or nested."""
+"""Which worker a process is, by its launcher's variables: every launcher, alone or nested."""
 
 import re
 
 import pytest
 
 from sage.interfaces import Place
-from sage.workers.rendezvous import Rendezvous, find_rendezvous, first_host, speaks_here, tasks_per_node
+from sage.workers.rendezvous import Rendezvous, find_rendezvous, first_host, is_first_on_host, tasks_per_node
 
 HAND = {"hostip": "10.0.0.7", "port": "23456", "rank": "1"}
 TORCHRUN = {
@@ -48,7 +48,7 @@ def ranks(found: Rendezvous) -> tuple[int, int, int, int]:
     return found.place.rank, found.place.world_size, found.local_rank, found.local_world_size
 
 
-def test_with_nothing_it_is_one_process() -> None:
+def test_without_a_launcher_it_is_one_process() -> None:
     assert find_rendezvous({}) == ALONE
     assert find_rendezvous({"PATH": "/bin", "MASTER_ADDR": "node0"}) == ALONE
     assert find_rendezvous({}, configured=1) == ALONE
@@ -60,12 +60,12 @@ def test_workers_are_to_be_started_whatever_the_environment() -> None:
         assert (found.place, found.launched) == (Place(0, 3), False)
 
 
-def test_a_worker_that_workers_started_is_torchruns_whatever_else_there_is() -> None:
+def test_a_worker_that_the_option_workers_started_reads_only_torchruns_variables() -> None:
     found = find_rendezvous(HAND | STEP | TORCHRUN, num_workers=8)
     assert (ranks(found), found.address, found.port) == ((5, 8, 1, 4), "node0", 29500)
 
 
-def test_by_hand_the_configuration_says_how_many() -> None:
+def test_with_a_rank_by_hand_the_configuration_gives_the_world_size() -> None:
     found = find_rendezvous(HAND, configured=4)
     assert (ranks(found), found.address, found.port) == ((1, 4, 0, 1), "10.0.0.7", 23456)
     assert found.launched
@@ -85,7 +85,7 @@ def test_torchruns_variables_are_taken_as_they_are() -> None:
     assert ranks(find_rendezvous(few)) == (5, 8, 0, 8)
 
 
-def test_a_slurm_step_is_enough_and_a_batch_shell_is_no_step() -> None:
+def test_a_slurm_step_is_enough_and_a_batch_shell_is_not_a_step() -> None:
     found = find_rendezvous(STEP)
     assert (ranks(found), found.address) == ((3, 5, 1, 2), "gpu07")
     assert found.chooses_gpu
@@ -162,7 +162,7 @@ def test_workers_that_contradict_the_configuration_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("environ", "configured", "told"),
+    ("environ", "configured", "message"),
     [
         ({}, 2, "rank: expected a number in [0, 1], got nothing; start with srun"),
         ({"rank": "0"}, None, "world_size: expected a number in [1, 2147483648], got nothing; start with"),
@@ -185,10 +185,10 @@ def test_workers_that_contradict_the_configuration_are_refused() -> None:
         (MPICH | {"hostip": "a"}, None, "port: expected a number in [1, 65535], got nothing; give port=PORT"),
     ],
 )
-def test_a_quantity_found_nowhere_or_wrong_is_named_with_how_to_give_it(
-    environ: dict[str, str], configured: int | None, told: str
+def test_a_quantity_that_is_missing_or_wrong_is_named_with_how_to_give_it(
+    environ: dict[str, str], configured: int | None, message: str
 ) -> None:
-    with pytest.raises(ValueError, match=f"^{re.escape(told)}") as caught:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}") as caught:
         find_rendezvous(environ, configured=configured)
     assert "\n" not in str(caught.value)
 
@@ -207,26 +207,26 @@ def test_the_first_host_of_slurms_list(nodes: str, first: str) -> None:
     assert first_host(nodes) == first
 
 
-def test_slurms_counts_are_read_node_by_node() -> None:
+def test_slurms_task_counts_are_read_node_by_node() -> None:
     assert tasks_per_node("4") == [4]
     assert tasks_per_node("2(x3),1") == [2, 2, 2, 1]
     assert tasks_per_node("") == []
 
 
-def test_slurms_processors_a_task_are_this_workers() -> None:
+def test_slurms_processors_per_task_are_this_workers() -> None:
     assert find_rendezvous(STEP).num_cpus is None
     assert find_rendezvous(STEP | {"SLURM_CPUS_PER_TASK": "8"}).num_cpus == 8
 
 
 @pytest.mark.parametrize("environ", [STEP, OPEN_MPI, MPICH, TORCHRUN])
-def test_one_process_a_host_says_what_is_wrong(environ: dict[str, str]) -> None:
-    assert not speaks_here(environ)
+def test_one_process_on_each_host_is_the_first(environ: dict[str, str]) -> None:
+    assert not is_first_on_host(environ)
     (name,) = environ.keys() & {
         "SLURM_LOCALID",
         "OMPI_COMM_WORLD_LOCAL_RANK",
         "MPI_LOCALRANKID",
         "LOCAL_RANK",
     }
-    assert speaks_here(environ | {name: "0"})
-    assert speaks_here(environ | {name: "none"})
-    assert speaks_here({})
+    assert is_first_on_host(environ | {name: "0"})
+    assert is_first_on_host(environ | {name: "none"})
+    assert is_first_on_host({})

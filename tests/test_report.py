@@ -17,7 +17,7 @@ from matplotlib.image import imread
 from matplotlib.lines import Line2D
 
 from sage.report import __main__ as report
-from sage.report import figures, runs, tables
+from sage.report import figures, formats, runs, tables
 from sage.report.groups import Group, Section, find_exact, gather
 from sage.report.runs import Run
 from sage.sweep import read
@@ -90,7 +90,7 @@ def group_of(*members: Run) -> Group:
 
 
 def text_in_80_columns(section: Section, target: float | None = None) -> str:
-    return tables.to_terminal(tables.build_sheets(section, target), width=80)
+    return formats.to_terminal(tables.build_sheets(section, target), width=80)
 
 
 WORKLOAD = "digits, world size 2"
@@ -305,9 +305,9 @@ def test_an_unfinished_run_is_listed_with_how_far_it_came(tmp_path: Path) -> Non
 def test_markdown_and_csv_hold_the_same_rows(tmp_path: Path) -> None:
     section = section_of(write_run(tmp_path / "e", "exact", EXACT), *seeds_of_sage(tmp_path, 0.01, 0.03))
     for sheet in tables.build_sheets(section, 0.75):
-        cells = [row.strip("|").split("|") for row in tables.to_markdown(sheet).splitlines() if "|" in row]
+        cells = [row.strip("|").split("|") for row in formats.to_markdown(sheet).splitlines() if "|" in row]
         assert [[cell.strip() for cell in row] for row in cells[2:]] == sheet.rows
-    exact, sage = csv.DictReader(StringIO(tables.to_csv([section], 0.75)))
+    exact, sage = csv.DictReader(StringIO(formats.to_csv([section], 0.75)))
     assert (exact["run"], sage["run"], sage["seeds"]) == ("exact", "sage", "1 2")
     assert float(sage["density.mean"]) == pytest.approx(0.015, rel=1e-14)
     assert float(sage["density.std"]) == pytest.approx(0.005 * 2**0.5, rel=1e-14)
@@ -317,7 +317,7 @@ def test_markdown_and_csv_hold_the_same_rows(tmp_path: Path) -> None:
 
 def test_a_bar_in_a_setting_does_not_break_a_markdown_table() -> None:
     sheet = tables.Sheet("t", ["run", "x"], [["a|b", "1"]], "")
-    assert tables.to_markdown(sheet).splitlines()[-1] == "| a\\|b | 1 |"
+    assert formats.to_markdown(sheet).splitlines()[-1] == "| a\\|b | 1 |"
 
 
 def test_texts_from_run_files_steer_no_terminal_no_page_and_no_spreadsheet(

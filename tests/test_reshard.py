@@ -1,4 +1,4 @@
-"""A checkpoint gone on with by another number of workers."""
+"""A checkpoint resumed by another number of workers."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from torch import Tensor
 from sage.exchange.comm import LocalComm
 from sage.runfolder import manifest
 from sage.runfolder.checkpoint import read_state
-from sage.runfolder.manifest import SHARED, own
+from sage.runfolder.manifest import SHARED, worker_file
 from sage.training.train import Trainer
 from tests.test_resume import RUNS, TURNING, quick, settings_in, weights_in
 from tests.toy import bits_of, state_of, train_until, trainer_of
@@ -30,7 +30,7 @@ RESHARDED = {
     "signum": settings_in("signum"),
 }
 OWN, COMMON = ("sage", "atomo"), ("powersgd", "random_k")
-"""Whose generators are a worker's own, and alike on all workers."""
+"""Reducers whose generators are a worker's own, and those whose generators are alike on all workers."""
 
 
 def generators_in(state: dict[str, Any]) -> list[bytes]:
@@ -45,8 +45,8 @@ def generators_in(state: dict[str, Any]) -> list[bytes]:
 
 
 def assert_is_the_mean(new: Any, old: list[Any]) -> int:
-    """Of the numbers of the old states, in float64 and rounded once; how many are not zero. What is no
-    floating point number is the first's."""
+    """Assert that a state is the mean of the old states, in float64 and rounded once; returns how many of its
+    numbers are not zero. What is not a floating point number must be the first's."""
     if isinstance(new, dict):
         parts = ((new[name], [state[name] for state in old]) for name in new if name != "generator")
         return sum(assert_is_the_mean(*part) for part in parts)
@@ -80,7 +80,10 @@ def test_other_workers_get_the_mean_of_the_residuals_and_train_on(
     settings, folder = RESHARDED[name], tmp_path / "run"
     LocalComm.run(old_size, lambda comm: train_until(2, settings, comm, folder))  # 8 or 5 steps an epoch
     found = manifest.newest_whole(folder)
-    shared, states = read_state(found, SHARED), [read_state(found, own(rank)) for rank in range(old_size)]
+    shared, states = (
+        read_state(found, SHARED),
+        [read_state(found, worker_file(rank)) for rank in range(old_size)],
+    )
 
     def worker(comm: LocalComm) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any], Trainer]:
         with trainer_of(settings, comm, folder=folder, keeps=True, resumed=found) as trainer:
@@ -92,16 +95,16 @@ def test_other_workers_get_the_mean_of_the_residuals_and_train_on(
             trainer.run()
             return *given, before, trainer
 
-    told = LocalComm.run(new_size, worker)  # it ends with a check of the replicas, epoch by epoch
+    results = LocalComm.run(new_size, worker)  # each epoch ends with a check of the replicas
     olds = [parts_of(state["parts"]["exchange"]) for state in states]
-    for feedback, reducer, before, trainer in told:
+    for feedback, reducer, before, trainer in results:
         residuals = assert_is_the_mean(feedback, [old[0] for old in olds])
         numbers = assert_is_the_mean(reducer, [old[1] for old in olds])
         assert (residuals if feedback else numbers) > 0
         assert before["weights"] == weights_in(shared)
         after = state_of(trainer)["weights"]
-        assert after == state_of(told[0][3])["weights"] != before["weights"]
-    new = [generators_in(reducer) for _, reducer, _, _ in told]
+        assert after == state_of(results[0][3])["weights"] != before["weights"]
+    new = [generators_in(reducer) for _, reducer, _, _ in results]
     old = [generators_in(reducer) for _, reducer in olds]
     if settings.reducer.name in OWN:
         distinct = {generator for (generator,) in [*old, *new]}

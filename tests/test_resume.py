@@ -1,4 +1,4 @@
-"""A run that is stopped and gone on with is the same bits as one that is not: in threads, on the toy."""
+"""A run that is stopped and resumed has the same bits as one that is not: in threads, on the toy."""
 
 import os
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from sage.exchange.comm import LocalComm
 from sage.interfaces import Place, Stopped
 from sage.runfolder import checkpoint, manifest
 from sage.runfolder.checkpoint import Checkpoints, CheckpointWriter, read_state
-from sage.runfolder.manifest import SHARED, own
+from sage.runfolder.manifest import SHARED, worker_file
 from sage.training.optim import OPTIMIZERS
 from sage.training.settings import RunSettings
 from sage.training.simulate import SimulatedStore
@@ -34,10 +34,10 @@ from tests.toy import (
 )
 
 BATCHES = {1: 12, 3: 4}
-"""Workers, and a batch with which they have five steps an epoch."""
+"""world size -> the batch with which an epoch has five steps."""
 STOPS = [2, 7]
-"""In steps 2 and 7: in the middle of either epoch, each between two step lines. The toy writes those of steps
-0, 3, 4, 6 and 9."""
+"""Steps in the middle of either epoch, each between two step lines: the toy writes those of steps 0, 3, 4, 6
+and 9."""
 TURNING = {"warmup_epochs": 1.3, "reference_batch": 3, "decay_epochs": [1.7], "decay_factor": 0.5}
 """A learning rate that changes in both epochs."""
 FALLING = {"density_schedule": {"densities": [0.6, 0.3]}}
@@ -46,7 +46,7 @@ NO_MOMENTUM = {"momentum": 0.0, "nesterov": False}
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """One thread a worker, and no waiting for a busy disk: no power fails here."""
+    """One thread a worker, and no fsync: no test here cuts the power."""
     monkeypatch.setattr(os, "fsync", lambda _: None)
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -96,7 +96,7 @@ RUNS = {
     ),
     "exact, published nesterov": settings_in("exact", optimizer={"nesterov_form": "published"}),
 }
-"""Every row of the reducers' table, and what else has a state."""
+"""Every row of the reducers' table, and whatever else has a state."""
 
 
 def without_seconds(summary: dict[str, Any]) -> dict[str, Any]:
@@ -105,13 +105,13 @@ def without_seconds(summary: dict[str, Any]) -> dict[str, Any]:
 
 
 def weights_in(state: dict[str, Any]) -> Any:
-    """Of what shared.pt holds."""
+    """The bits of the weights in the state of shared.pt."""
     return bits_of(state["model"])
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
 @pytest.mark.parametrize("name", RUNS)
-def test_stopped_in_the_middle_of_an_epoch_and_gone_on_with_is_the_same_run(
+def test_a_run_that_is_stopped_in_the_middle_of_an_epoch_and_resumed_is_the_same_run(
     name: str, world_size: int, tmp_path: Path
 ) -> None:
     settings, batch = RUNS[name], BATCHES[world_size]
@@ -150,7 +150,7 @@ def steps_kept(folder: Path) -> list[int]:
 
 
 def keep(folder: Path, epochs: int = 4, task: ToyTask | None = None, **checkpoints: Any) -> list[int]:
-    """Train the toy on one worker, five steps an epoch; the steps of the checkpoints that stay."""
+    """Train the toy on one worker, five steps an epoch; the steps of the checkpoints that are kept."""
     settings = settings_in("topk", epochs=epochs, checkpoint={"keep": 9, "every_minutes": None} | checkpoints)
     train(settings, LocalComm.alone(), 12, folder, task, keeps=True)
     return steps_kept(folder)
@@ -176,7 +176,7 @@ class SlowTask(ToyTask):
 
 @pytest.fixture
 def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """What the keepers' clock shows."""
+    """The time that the checkpoint writers' clock shows, in a list so that a test can change it."""
     now = [0.0]
     monkeypatch.setattr(checkpoint, "time", SimpleNamespace(monotonic=lambda: now[0]))
     return now
@@ -202,13 +202,15 @@ def test_a_checkpoint_is_written_when_rank_zeros_minutes_have_passed_and_changes
     assert lines_of(tmp_path / "kept") == lines_of(tmp_path / "without")
 
 
-def test_a_checkpoint_of_an_epoch_puts_off_that_of_the_minutes(tmp_path: Path, now: list[float]) -> None:
+def test_a_checkpoint_after_an_epoch_postpones_the_one_that_is_due_by_time(
+    tmp_path: Path, now: list[float]
+) -> None:
     task = SlowTask(12, Place(0, 1), now)
-    # After 3 minutes: step 3, not 6, since one was written after step 5, but 8.
+    # Step 3 is the first to end 2.5 minutes after the start; step 8 the first to do so after step 5.
     assert keep(tmp_path / "run", 2, task, every_minutes=2.5, every_epochs=1) == [3, 5, 8, 10]
 
 
-def test_only_the_newest_stay_and_a_removed_ones_manifest_goes_first(
+def test_only_the_newest_are_kept_and_of_the_others_the_manifest_is_removed_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     removed, remove_folder = [], checkpoint.shutil.rmtree
@@ -225,7 +227,7 @@ def test_only_the_newest_stay_and_a_removed_ones_manifest_goes_first(
 
 
 def written(folder: Path) -> dict[str, int]:
-    """When each file was."""
+    """When each file was written."""
     return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
@@ -239,22 +241,22 @@ def test_a_step_that_is_saved_twice_is_written_once(tmp_path: Path) -> None:
     writer = CheckpointWriter(tmp_path, {}, Checkpoints(), store)
     save(writer, 5)
     first = written(tmp_path)
-    assert {Path(path).name for path in first} >= {SHARED, own(0), manifest.NAME}
+    assert {Path(path).name for path in first} >= {SHARED, worker_file(0), manifest.NAME}
     save(writer, 5)
     save(
         CheckpointWriter(tmp_path, {}, Checkpoints(), store, last_step=5), 5
-    )  # of a run that goes on from it
+    )  # of a run that is resumed from it
     assert written(tmp_path) == first
     save(writer, 6)
     assert steps_kept(tmp_path) == synced == [5, 6]
 
 
 def test_a_run_may_be_stopped_at_an_epochs_end_and_in_its_last_step(tmp_path: Path) -> None:
-    """Of an epoch that was left before its evaluation there is one checkpoint too."""
+    """Between an epoch's last step and its evaluation, too."""
     settings = settings_in("sage")
     (tmp_path / "straight").mkdir()
     straight, _ = train(settings, LocalComm.alone(), 12, tmp_path / "straight")
-    for stop_at, epochs in ((4, 0), (5, 1)):  # wished for in step 4, and after the evaluation that follows it
+    for stop_at, epochs in ((4, 0), (5, 1)):  # requested in step 4, and after the evaluation that follows it
         folder = tmp_path / str(stop_at)
         train_until(stop_at, settings, LocalComm.alone(), folder, batch_per_worker=12)
         found = manifest.newest_whole(folder)
@@ -270,7 +272,7 @@ def test_a_run_may_be_stopped_again_and_again(tmp_path: Path) -> None:
     (tmp_path / "straight").mkdir()
     straight = LocalComm.run(3, lambda comm: train(settings, comm, 4, tmp_path / "straight")[0])
     folder, resumed = tmp_path / "run", None
-    # Wished for in a step, or at an epoch's end, as the first 5 is; and the steps done then.
+    # The stop is requested in a step, or at an epoch's end, as with the first 5; and how many steps are done.
     for stop_at, step in ((0, 1), (1, 2), (2, 3), (3, 4), (5, 5), (5, 6), (6, 7), (7, 8), (8, 9)):
         LocalComm.run(
             3,
@@ -295,7 +297,7 @@ class DyingTask(ToyTask):
             yield batch
 
 
-def test_a_run_that_died_goes_on_from_its_last_checkpoint_and_every_line_is_there_once(
+def test_a_run_that_died_resumes_from_its_last_checkpoint_and_writes_every_line_once(
     tmp_path: Path,
 ) -> None:
     settings, folder = settings_in("sage", log={"every": 1}), tmp_path / "run"
@@ -304,7 +306,7 @@ def test_a_run_that_died_goes_on_from_its_last_checkpoint_and_every_line_is_ther
     with pytest.raises(ConnectionResetError):
         train(settings, LocalComm.alone(), 12, folder, DyingTask(12, Place(0, 1)), keeps=True)
     with (folder / "metrics.jsonl").open("a") as file:
-        file.write('{"kind": "step", "ep')  # what a host leaves that is lost while it writes
+        file.write('{"kind": "step", "ep')  # as a host leaves it that is lost while it writes
     last = manifest.newest_whole(folder)
     assert (last.manifest.step, len((folder / "metrics.jsonl").read_text().splitlines())) == (
         5,
@@ -313,7 +315,7 @@ def test_a_run_that_died_goes_on_from_its_last_checkpoint_and_every_line_is_ther
     resumed, _ = train(settings, LocalComm.alone(), 12, folder, keeps=True, resumed=last)
     assert state_of(resumed) == state_of(straight)
     assert lines_of(folder) == lines_of(tmp_path / "straight")
-    # And once more, from a checkpoint that is not the last: what comes after it is removed first.
+    # Once more, from a checkpoint that is not the last: the later ones are removed first.
     assert steps_kept(folder) == [5, 10]
     first = manifest.read(manifest.folder_of(folder, 5))
     train_until(7, settings, LocalComm.alone(), folder, batch_per_worker=12, resumed=first)
@@ -321,7 +323,7 @@ def test_a_run_that_died_goes_on_from_its_last_checkpoint_and_every_line_is_ther
     assert lines_of(folder) == lines_of(tmp_path / "straight")[: 5 + 1 + 3]
 
 
-def test_every_worker_gets_back_what_it_had_its_buffers_too(tmp_path: Path) -> None:
+def test_every_worker_gets_its_own_state_back_and_its_buffers(tmp_path: Path) -> None:
     settings, folder = settings_in("sage"), tmp_path / "run"
 
     def stopped(comm: LocalComm) -> dict[str, Any]:
@@ -338,5 +340,5 @@ def test_every_worker_gets_back_what_it_had_its_buffers_too(tmp_path: Path) -> N
 
     states = LocalComm.run(3, stopped)
     assert LocalComm.run(3, restored) == states
-    for part in ("buffers", "memory", "exchange"):  # each has its own
+    for part in ("buffers", "memory", "exchange"):  # each worker has its own
         assert len({repr(state[part]) for state in states}) == 3

@@ -14,11 +14,11 @@ import run
 from sage.runfolder import manifest
 from sage.runfolder.checkpoint import read_state
 from sage.runfolder.folder import REQUEUE
-from sage.runfolder.manifest import SHARED, own
+from sage.runfolder.manifest import SHARED, worker_file
 from sage.training import agree
 from sage.training.agree import Request
 from sage.workers.signals import WATCH
-from tests.test_launch import command, start, wait_for_steps
+from tests.test_launch import PATIENCE_SECONDS, command, start, wait_for_steps
 from tests.test_simulate import DIGITS, DOCS, ROOT, assert_same_run, numbers, restored, simulate, weights
 
 __all__ = ["restored"]  # a fixture that every test here gets
@@ -43,24 +43,26 @@ Stop = Callable[[int, int], None]
 
 @pytest.fixture
 def stop_at(monkeypatch: pytest.MonkeyPatch) -> Stop:
-    """Calls with a step and the number of simulated workers have the runs to come stopped in that step. An
-    epoch's end, where the workers ask one another too, counts as a step; a step of less than 0: never."""
+    """A function that makes the next runs stop in a step, given the number of simulated workers.
+
+    An epoch's end, where the workers agree too, counts as a step; a step below 0 is never reached.
+    """
 
     def stop_at(step: int, world_size: int) -> None:
-        num_asked = 0
+        num_calls = 0
 
-        def asked() -> Request:
-            nonlocal num_asked
-            num_asked += 1
-            return Request.STOP if num_asked > step * world_size >= 0 else Request.NOTHING
+        def request() -> Request:
+            nonlocal num_calls
+            num_calls += 1
+            return Request.STOP if num_calls > step * world_size >= 0 else Request.NOTHING
 
-        monkeypatch.setattr(agree, "requested_by_signal", asked)
+        monkeypatch.setattr(agree, "requested_by_signal", request)
 
     return stop_at
 
 
 def train(runs: Path, world_size: int, *words: str) -> Path:
-    """Run to an end that is no failure, with simulated workers where there are several; its folder."""
+    """Train, with simulated workers where there are several, and without failing; the run's folder."""
     simulated = ["--simulate", str(world_size)] if world_size > 1 else []
     assert run.main([*words, *SHORT, "epochs=2", *simulated, "--runs", str(runs)]) == 0
     (folder,) = runs.glob("*/*")
@@ -101,13 +103,13 @@ def test_a_run_of_each_family_that_is_stopped_twice_is_the_same_run(
     for before, after in ((first, second), (second, weights(folder))):
         assert any(not torch.equal(before[name], after[name]) for name in before if name.endswith("weight"))
     environment = json.loads((folder / "environment.json").read_text())
-    assert [again["step"] for again in environment["resumed"]] == [5, steps + 5]
+    assert [entry["step"] for entry in environment["resumed"]] == [5, steps + 5]
 
 
 # --- another number of workers --------------------------------------------------------------------
 
 
-def test_another_number_of_workers_is_refused_in_one_line_unless_it_is_asked_for(
+def test_another_number_of_workers_is_refused_in_one_line_unless_it_is_allowed(
     tmp_path: Path, stop_at: Stop, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = [*FAMILIES["digits"], *SHORT, "epochs=2", "--runs", str(tmp_path)]
@@ -142,31 +144,32 @@ def test_another_number_of_workers_is_refused_in_one_line_unless_it_is_asked_for
 @pytest.mark.parametrize(
     ("reducer", "option"), [("sage", "--workers"), ("powersgd", "--workers"), ("exact", "--simulate")]
 )
-def test_processes_that_a_signal_stopped_and_that_go_on_are_those_that_were_not_stopped(
+def test_processes_that_a_signal_stopped_and_that_resume_are_those_that_were_not_stopped(
     reducer: str, option: str, tmp_path: Path
 ) -> None:
-    """That two processes are two simulated workers has a law of its own; so a run may change between them."""
+    """Two processes have the bits of two simulated workers (a law of its own); so a run may change between
+    them."""
     words = [DIGITS, f"reducer.name={reducer}", "task.batch_per_worker=16"]  # 44 steps an epoch
-    # The signal comes whenever it comes: how many epochs there are, is only said then.
+    # When the signal comes is not known in advance, so the number of epochs is set when the run is resumed.
     stopped = command(*words, *SHORT, "epochs=100000", "--workers", "2", runs=tmp_path / "stopped")
     launcher = start(stopped)
     try:
         folder = wait_for_steps(tmp_path / "stopped", 4)
         os.kill(launcher.pid, signal.SIGUSR1)
-        output, _ = launcher.communicate(timeout=120)
+        output, _ = launcher.communicate(timeout=PATIENCE_SECONDS)
     finally:
         launcher.kill()
     assert launcher.returncode == 0, output
     assert "Traceback" not in output
     found = manifest.newest_whole(folder)
-    assert f"stopped by a signal after step {found.manifest.step}; to go on: --resume {folder}" in output
+    assert f"stopped by a signal after step {found.manifest.step}; to resume: --resume {folder}" in output
     assert (folder / REQUEUE).exists()
-    assert set(found.manifest.files) == {SHARED, own(0), own(1)}
+    assert set(found.manifest.files) == {SHARED, worker_file(0), worker_file(1)}
     words += [*SHORT, f"epochs={found.manifest.epoch + 1}"]
     resumed = start(command(*words, option, "2", "--resume", runs=tmp_path / "stopped"))
-    output, _ = resumed.communicate(timeout=120)
+    output, _ = resumed.communicate(timeout=PATIENCE_SECONDS)
     assert resumed.returncode == 0, output
-    assert f"goes on after epoch {found.manifest.epoch}, step {found.manifest.step}" in output
+    assert f"resumed after epoch {found.manifest.epoch}, step {found.manifest.step}" in output
     assert not (folder / REQUEUE).exists()
     straight = simulate(tmp_path / "straight", 2, *words)
     assert_same_run(folder, straight)

@@ -219,7 +219,7 @@ def test_a_job_that_slurm_does_not_take_back_fails_and_says_how_to_go_on(reposit
     assert done.returncode == 1
     assert done.stderr.splitlines() == [
         "requeue 12345",
-        "pararun: SLURM does not take the job back (--no-requeue?); to go on:",
+        "pararun: SLURM does not take the job back (--no-requeue?); to resume:",
         f"  sbatch pararun a.yaml key=a\\ b --resume {LINK}",
     ]
 

@@ -1,4 +1,4 @@
-"""What a process does with the signals that end a run; each in a process of its own."""
+"""What a process does with the signals that end a run; each test starts a process of its own."""
 
 import signal
 import subprocess
@@ -26,19 +26,19 @@ TRAINING = WAIT + "with WATCH.deferred(): wait()"
 def start(code: str) -> subprocess.Popen:
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
-    assert process.stdout.readline() == "none\n"  # it listens
+    assert process.stdout.readline() == "none\n"  # it is listening
     return process
 
 
-def comes_to_say(process: subprocess.Popen, word: str) -> None:
+def wait_until_it_prints(process: subprocess.Popen, word: str) -> None:
     assert process.stdout is not None
     for line in process.stdout:
         if line.strip() == word:
             return
-    raise AssertionError(f"it ended with {process.wait()} and has not said {word}")
+    raise AssertionError(f"it ended with {process.wait()} and did not print {word}")
 
 
-def ends(process: subprocess.Popen) -> int:
+def exit_code(process: subprocess.Popen) -> int:
     process.communicate(timeout=30)
     return process.returncode
 
@@ -47,32 +47,32 @@ def ends(process: subprocess.Popen) -> int:
 def test_before_the_workers_have_met_a_signal_ends_the_process(number: Signals) -> None:
     process = start(BEFORE)
     process.send_signal(number)
-    assert ends(process) == 128 + number
+    assert exit_code(process) == 128 + number
 
 
-def test_slurms_warning_may_come_early_and_is_noted() -> None:
+def test_slurms_warning_is_noted_before_the_workers_have_met() -> None:
     process = start(BEFORE)
     process.send_signal(Signals.SIGUSR1)
-    comes_to_say(process, "SIGUSR1")
+    wait_until_it_prints(process, "SIGUSR1")
     process.kill()
-    ends(process)
+    exit_code(process)
 
 
 @pytest.mark.parametrize("number", [Signals.SIGTERM, Signals.SIGINT, Signals.SIGHUP, Signals.SIGUSR1])
 def test_while_it_trains_a_signal_is_noted_and_a_second_interrupt_ends_it_at_once(number: Signals) -> None:
     process = start(TRAINING)
     process.send_signal(number)
-    comes_to_say(process, number.name)
+    wait_until_it_prints(process, number.name)
     process.send_signal(Signals.SIGINT)
     if number != Signals.SIGINT:  # the first one
         time.sleep(0.5)
         assert process.poll() is None
         process.send_signal(Signals.SIGINT)
-    assert ends(process) == 128 + Signals.SIGINT
+    assert exit_code(process) == 128 + Signals.SIGINT
 
 
-def test_a_second_interrupt_ends_it_also_where_python_itself_waits() -> None:
-    """As in a collective: no handler of Python's runs while the main thread is in C."""
+def test_a_second_interrupt_ends_the_process_even_while_python_waits_in_c() -> None:
+    """As in a collective: Python runs no handler while the main thread is in C."""
     twice = "lock, mutex = ctypes.CDLL(None).pthread_mutex_lock, ctypes.create_string_buffer(64)"
     code = (
         f"import ctypes\n{twice}\nprint('none', flush=True)\nwith WATCH.deferred(): lock(mutex), lock(mutex)"
@@ -82,20 +82,20 @@ def test_a_second_interrupt_ends_it_also_where_python_itself_waits() -> None:
     process.send_signal(Signals.SIGINT)
     time.sleep(0.5)
     process.send_signal(Signals.SIGINT)
-    assert ends(process) == 128 + Signals.SIGINT
+    assert exit_code(process) == 128 + Signals.SIGINT
 
 
-def test_what_the_process_was_started_to_ignore_stays_ignored() -> None:
+def test_a_signal_that_the_process_was_started_to_ignore_stays_ignored() -> None:
     """nohup python run.py ... &"""
     process = start("import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n" + BEFORE)
     process.send_signal(Signals.SIGHUP)
     time.sleep(0.5)
     assert process.poll() is None
     process.send_signal(Signals.SIGTERM)
-    assert ends(process) == 128 + Signals.SIGTERM
+    assert exit_code(process) == 128 + Signals.SIGTERM
 
 
-def test_what_comes_while_a_child_is_started_reaches_it_when_it_listens() -> None:
+def test_a_signal_during_the_start_of_a_child_reaches_it_once_it_listens() -> None:
     child = WAIT + "with WATCH.deferred(): wait()"
     parent = (
         WAIT
@@ -106,11 +106,11 @@ with WATCH.handed_on(lambda number: [child.send_signal(number) for child in chil
     with WATCH.held():
         children.append(subprocess.Popen([sys.executable, "-c", {child!r}]))
     print("none", flush=True)
-    os.kill(os.getpid(), signal.SIGUSR1)  # long before the child has come to listen
+    os.kill(os.getpid(), signal.SIGUSR1)  # long before the child listens
     children[0].wait()
 """
     )
     process = start(parent)
-    comes_to_say(process, "SIGUSR1")  # the child does; the parent prints nothing more
+    wait_until_it_prints(process, "SIGUSR1")  # the child prints it; the parent prints nothing more
     process.send_signal(signal.SIGQUIT)
-    assert ends(process) == 0
+    assert exit_code(process) == 0

@@ -242,7 +242,7 @@ def built(words: list[str], world_size: int, tmp_path: Path) -> list[Any]:
     worker, shared, tasks = launch.find_worker(1, tmp_path, None, None, world_size), [], []
     for rank in (*range(1, world_size), 0):
         comm = LocalComm(rank, ThreadRoom(world_size, 1))
-        task = run.build(settings, worker.standing_at(rank)).task
+        task = run.build(settings, worker.with_rank(rank)).task
         SimulatedContext(comm, TurnLock(threading.Lock(), worker.device), shared).share(task)
         tasks.append(task)
     return tasks

@@ -1,4 +1,4 @@
-"""Runs that are to be disturbed: their processes, what they leave, and a disk that can be filled."""
+"""The runs of the fault campaign: their processes, what they write, and a disk that can be filled."""
 
 import errno
 import hashlib
@@ -25,53 +25,54 @@ RUN = [
     *("--threads", "1"),
 ]
 DISK = "16m"
-"""Three checkpoints of 2.4 MB and the lines find room in it."""
+"""Enough for three checkpoints of 2.4 MB and the lines."""
 FULL = os.strerror(errno.ENOSPC)
 PATIENCE_SECONDS = 240.0
 FINAL = "checkpoints/final.pt"
-GOES_ON = re.compile(r"goes on after epoch \d+, step (\d+)")
+RESUMED = re.compile(r"resumed after epoch \d+, step (\d+)")
 
 
-# --- what a run leaves ------------------------------------------------------------------------------
+# --- what a run has written -------------------------------------------------------------------------
 
 
-def whole(run: Path) -> int:
-    """Steps of the newest checkpoint of which every file is what its manifest says; 0: there is none."""
+def saved_steps(run: Path) -> int:
+    """Steps done at the newest checkpoint whose files all have the manifest's checksums; 0: there is none."""
     for folder in sorted(run.glob("checkpoints/step-*"), reverse=True):
         with suppress(OSError, ValueError):
             manifest = json.loads((folder / "manifest.json").read_bytes())
-            told = {name: facts["sha256"] for name, facts in manifest["files"].items()}
-            sums = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in told}
-            if told == sums and set(sums) == {"shared.pt", "rank0.pt", "rank1.pt"}:
+            expected = {name: facts["sha256"] for name, facts in manifest["files"].items()}
+            sums = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in expected}
+            if expected == sums and set(sums) == {"shared.pt", "rank0.pt", "rank1.pt"}:
                 return int(manifest["step"])
     return 0
 
 
-def is_torn(run: Path) -> bool:
-    """Whether a checkpoint is half written."""
+def has_incomplete_checkpoint(run: Path) -> bool:
+    """Whether a checkpoint has no manifest yet."""
     return any(not (folder / "manifest.json").exists() for folder in run.glob("checkpoints/step-*"))
 
 
 def lines_of(run: Path) -> list[dict[str, Any]]:
-    """The whole lines of metrics.jsonl, without their seconds."""
+    """The complete lines of metrics.jsonl, without their seconds."""
     path = run / "metrics.jsonl"
     *texts, _ = path.read_bytes().split(b"\n") if path.exists() else [b""]
     return [{k: v for k, v in json.loads(text).items() if k != "seconds"} for text in texts]
 
 
 def steps_of(run: Path) -> list[int]:
+    """The steps that have a complete line."""
     return [line["step"] for line in lines_of(run) if line["kind"] == "step"]
 
 
 def count_steps(run: Path) -> int:
-    """Those with a whole line; cheap, since it is asked for again and again while the run goes on."""
+    """How many steps have a complete line; cheap, since it is called again and again while the run trains."""
     path = run / "metrics.jsonl"
     texts = path.read_bytes().rpartition(b"\n")[0] if path.exists() else b""
     return texts.count(b'{"kind": "step"')
 
 
 def differing_bits(one: Path, other: Path) -> int:
-    """Of two files of weights."""
+    """How many bits differ between two files of weights."""
     mine, theirs = (torch.load(path, weights_only=True) for path in (one, other))
     pairs = [(value.reshape(-1).view(torch.uint8), theirs[name]) for name, value in mine.items()]
     changed = [a ^ b.reshape(-1).view(torch.uint8) for a, b in pairs]
@@ -79,24 +80,24 @@ def differing_bits(one: Path, other: Path) -> int:
 
 
 def difference(run: Path, reference: Path) -> str:
-    """In what two runs that are done do not end alike; empty: in nothing."""
+    """What differs between two runs that are done, but for their seconds; empty: nothing."""
     same = _read(run, FINAL) == _read(reference, FINAL)
-    told = [] if same else [f"{FINAL}: {differing_bits(run / FINAL, reference / FINAL)} bits differ"]
+    found = [] if same else [f"{FINAL}: {differing_bits(run / FINAL, reference / FINAL)} bits differ"]
     mine, theirs = lines_of(run), lines_of(reference)
     differ = [n for n, pair in enumerate(zip(mine, theirs, strict=False), 1) if pair[0] != pair[1]]
     if differ or len(mine) != len(theirs):
-        told.append(f"metrics.jsonl: {len(mine)} lines for {len(theirs)}, other lines: {differ[:3]}")
+        found.append(f"metrics.jsonl: {len(mine)} lines for {len(theirs)}, other lines: {differ[:3]}")
     sums = [json.loads(_read(folder, "summary.json")) for folder in (run, reference)]
     for summary in sums:
         del summary["totals"]["seconds"]
     if sums[0] != sums[1]:
-        told.append("summary.json differs")
+        found.append("summary.json differs")
     names = [
         sorted(str(path.relative_to(folder)) for path in folder.rglob("*")) for folder in (run, reference)
     ]
     if names[0] != names[1]:
-        told.append(f"files: {names[0]} for {names[1]}")
-    return "; ".join(told)
+        found.append(f"files: {names[0]} for {names[1]}")
+    return "; ".join(found)
 
 
 def _read(run: Path, name: str) -> bytes:
@@ -107,14 +108,14 @@ def _read(run: Path, name: str) -> bytes:
 
 
 class TooLateError(Exception):
-    """The run ended before its fault came."""
+    """The run ended before its fault could happen."""
 
 
 class Victim:
     """A run's processes, one launch after the other."""
 
     def __init__(self, runs: Path, outputs: Path) -> None:
-        """outputs: a folder for what they say."""
+        """outputs: the folder for what the processes print."""
         self.runs, self._outputs = runs, outputs
         self.launcher: subprocess.Popen[bytes] | None = None
         self._output = Path()
@@ -123,7 +124,7 @@ class Victim:
 
     @property
     def folder(self) -> Path:
-        """Of the run that was begun last."""
+        """The folder of the run that was started last."""
         return max(self.runs.glob("digits/*/"), default=self.runs / "none")
 
     def start(self, *arguments: str) -> None:
@@ -138,7 +139,7 @@ class Victim:
 
     @property
     def pid(self) -> int:
-        """The launcher's."""
+        """The launcher's process id."""
         assert self.launcher is not None
         return self.launcher.pid
 
@@ -146,16 +147,16 @@ class Victim:
         return self.launcher is None or self.launcher.poll() is not None
 
     def said(self) -> str:
-        """By the processes of the last launch."""
+        """What the processes of the last launch have printed."""
         return self._output.read_text()
 
     def workers(self) -> dict[int, int]:
-        """Process ids by rank, of those that were found once too."""
+        """Process ids by rank; includes workers that were found by an earlier call and have ended since."""
         listed = subprocess.run(["pgrep", "-P", str(self.pid), "-f", "run.py"], capture_output=True)
         for pid in map(int, listed.stdout.split()):
             with suppress(OSError):  # it has ended
-                if told := re.search(rb"(?:^|\0)RANK=(\d+)", Path(f"/proc/{pid}/environ").read_bytes()):
-                    self._workers[int(told[1])] = pid
+                if found := re.search(rb"(?:^|\0)RANK=(\d+)", Path(f"/proc/{pid}/environ").read_bytes()):
+                    self._workers[int(found[1])] = pid
         return self._workers
 
     def send(self, number: Signals, *whom: int) -> None:
@@ -164,11 +165,11 @@ class Victim:
                 os.kill(pid, number)
 
     def kill_all(self) -> None:
-        """As a host that is lost takes all along."""
+        """Kill all processes at once, as when their host is lost."""
         self.send(SIGKILL, *self.workers().values(), self.pid)
 
     def wait_for(self, holds: Callable[[], bool], what: str, pause_seconds: float = 0.02) -> bool:
-        """Whether it came to hold before the launcher ended."""
+        """Wait until a condition holds or the launcher has ended; returns whether it holds."""
         deadline = time.monotonic() + PATIENCE_SECONDS
         while not holds():
             if self.has_ended():
@@ -179,24 +180,24 @@ class Victim:
         return True
 
     def wait_for_steps(self, count: int) -> None:
-        """Raises TooLateError where the run ends before."""
+        """Wait until so many steps have a line. Raises TooLateError where the run ends before."""
         if not self.wait_for(lambda: count_steps(self.folder) >= count, f"step {count}"):
             raise TooLateError(f"step {count}")
 
     def end(self) -> int:
-        """Wait for the launcher and its workers; the launcher's exit code."""
+        """Wait until the launcher and its workers have ended; returns the launcher's exit code."""
         assert self.launcher is not None
         code = self.launcher.wait(PATIENCE_SECONDS)
         deadline = time.monotonic() + PATIENCE_SECONDS
         while alive := [pid for pid in self._workers.values() if Path(f"/proc/{pid}").exists()]:
             if time.monotonic() > deadline:
-                raise TimeoutError(f"workers {alive} live on after their launcher")
+                raise TimeoutError(f"workers {alive} are still running after their launcher ended")
             time.sleep(0.05)
-        self._workers = {}  # their numbers are free for other processes
+        self._workers = {}  # the system may give their ids to other processes
         return code
 
     def close(self) -> None:
-        """Whatever still runs is killed."""
+        """Kill what is still running."""
         if self.launcher is not None:
             if self.has_ended():
                 self.send(SIGKILL, *self._workers.values())
@@ -207,12 +208,12 @@ class Victim:
 
 @contextmanager
 def small_disk(folder: Path) -> Iterator[Path]:
-    """Raises OSError, with the reason, where no file system can be mounted."""
+    """Mount a small file system at a folder. Raises OSError, with the reason, where that is not possible."""
     folder.mkdir(parents=True, exist_ok=True)
     mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", str(folder)]
-    told = subprocess.run(mount, capture_output=True, text=True)
-    if told.returncode:
-        raise OSError(told.stderr.strip() or "mount failed")
+    done = subprocess.run(mount, capture_output=True, text=True)
+    if done.returncode:
+        raise OSError(done.stderr.strip() or "mount failed")
     try:
         yield folder
     finally:
@@ -220,7 +221,7 @@ def small_disk(folder: Path) -> Iterator[Path]:
 
 
 def why_no_disk(folder: Path) -> str:
-    """Why no small disk can be mounted; empty where one can."""
+    """Why no small file system can be mounted; empty where one can."""
     try:
         with small_disk(folder):
             return ""

@@ -13,9 +13,10 @@ from pathlib import Path
 from sage import files
 from sage.config import ConfigError
 from sage.console import complain, show
+from sage.report.formats import to_csv, to_markdown, to_terminal
 from sage.report.groups import Section, gather
 from sage.report.runs import ReportError, Run, find_runs, read_run
-from sage.report.tables import Sheet, build_sheets, to_csv, to_markdown, to_terminal
+from sage.report.tables import Sheet, build_sheets
 from sage.sweep import Point, read
 
 HELP = """\

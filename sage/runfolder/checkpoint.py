@@ -17,7 +17,7 @@ from sage.config import Settings
 from sage.console import first_line, say
 from sage.interfaces import TrainingError
 from sage.runfolder import manifest
-from sage.runfolder.manifest import SHARED, Checkpoint, FileFacts, Manifest, own
+from sage.runfolder.manifest import SHARED, Checkpoint, FileFacts, Manifest, worker_file
 from sage.workers.store import RendezvousStore
 
 VISIBLE_SECONDS = 10.0
@@ -27,17 +27,17 @@ State = dict[str, Any]
 
 
 class Checkpoints(Settings):
-    """When a run's state is written down; a signal that ends it early writes one besides."""
+    """When a checkpoint is written; a signal that stops the run writes one in addition."""
 
     every_epochs: Annotated[int, Field(ge=1)] | None = 1
     """After each so many epochs; null: never for this reason."""
     every_minutes: Annotated[float, Field(gt=0)] | None = 30.0
     """When so many minutes have passed since the last, in the middle of an epoch too; null: never."""
     keep: int = Field(default=2, ge=1)
-    """How many of the newest stay while the run goes on; once it is done, its final weights alone."""
+    """How many of the newest are kept while the run trains; once it is done, only its final weights are."""
     required: bool = True
-    """End the run where one cannot be written, on a full disk say; false: go on without, and try again when
-    the next is due. What the disk does not take of metrics.jsonl then waits for room."""
+    """End the run where one cannot be written, on a full disk say; false: train on without it, and try again
+    when the next is due. Lines of metrics.jsonl then wait until the disk has room for them."""
 
 
 class WriteReport(Settings):
@@ -60,48 +60,48 @@ class CheckpointWriter:
         store: RendezvousStore,
         last_step: int = 0,
     ) -> None:
-        """last_step: of the checkpoint that the run goes on from."""
+        """last_step: of the checkpoint that the run was resumed from; 0: of none."""
         self.run, self.settings = run, settings
-        self._config, self._board, self._place = config, store, store.place
-        self._last_step, self._num_tries = last_step, 0
-        self._tried = time.monotonic()
+        self._config, self._store, self._place = config, store, store.place
+        self._last_step, self._num_attempts = last_step, 0
+        self._last_attempt = time.monotonic()
 
     def is_due(self) -> bool:
-        """By rank 0's clock; the others never ask for one."""
+        """Whether a checkpoint is due by rank 0's clock; never on the other workers."""
         minutes = self.settings.every_minutes
-        passed = time.monotonic() - self._tried
+        passed = time.monotonic() - self._last_attempt
         return self._place.rank == 0 and minutes is not None and passed >= 60 * minutes
 
     def is_due_after(self, epochs: int) -> bool:
-        """epochs: done."""
+        """Whether a checkpoint is due because so many epochs are done."""
         every = self.settings.every_epochs
         return every is not None and epochs % every == 0
 
-    def save(
-        self, step: int, epoch: int, shared: State | None, mine: State, sync: Callable[[], None]
-    ) -> None:
-        """Write a checkpoint after so many steps and epochs. shared: rank 0's, None on the others; sync: has
-        on the disk what goes before it, and may raise OSError.
+    def save(self, step: int, epoch: int, shared: State | None, own: State, sync: Callable[[], None]) -> None:
+        """Write a checkpoint after so many steps and epochs, unless it is written already.
 
-        Returns when the manifest is there, on no worker before. Where it cannot be written, what was written
-        is removed and, where a checkpoint is required, TrainingError raised.
+        shared: the state that all workers have in common, from rank 0; None on the others. own: this
+        worker's. sync: forces to the disk what must be there before the checkpoint; may raise OSError.
+
+        No worker returns before the manifest is written. Where the checkpoint cannot be written, its files
+        are removed; raises TrainingError then if a checkpoint is required.
         """
         if step == self._last_step:
             return
-        self._num_tries += 1
-        states = {own(self._place.rank): mine} | ({SHARED: shared} if shared is not None else {})
-
-        report = self._write(step, states, sync)
-        reports = self._board.collect_messages(f"checkpoint/{self._num_tries}", report)
+        self._num_attempts += 1
+        states = {worker_file(self._place.rank): own} | ({SHARED: shared} if shared is not None else {})
+        report = self._write_states(step, states, sync)
+        reports = self._store.collect_messages(f"checkpoint/{self._num_attempts}", report)
 
         errors = [f"rank {rank}: {report.error}" for rank, report in enumerate(reports) if report.error]
-        trouble = errors[0] if errors else ""
-        if not trouble and self._place.rank == 0:
-            trouble = self._finish(step, epoch, reports)
-        trouble = self._board.agree(f"manifest/{self._num_tries}", trouble)
-        self._tried = time.monotonic()
-        if trouble:
-            self._give_up(step, trouble)
+        error = errors[0] if errors else ""
+        if not error and self._place.rank == 0:
+            error = self._write_manifest(step, epoch, reports)
+        error = self._store.agree(f"manifest/{self._num_attempts}", error)
+
+        self._last_attempt = time.monotonic()
+        if error:
+            self._handle_failure(step, error)
             return
         self._last_step = step
         if self._place.rank == 0:
@@ -111,8 +111,8 @@ class CheckpointWriter:
         """The newest checkpoint's folder."""
         return manifest.folder_of(self.run, self._last_step) if self._last_step else None
 
-    def _write(self, step: int, states: Mapping[str, State], sync: Callable[[], None]) -> WriteReport:
-        """Write this worker's files."""
+    def _write_states(self, step: int, states: Mapping[str, State], sync: Callable[[], None]) -> WriteReport:
+        """Write this worker's files, a state each."""
         folder = manifest.folder_of(self.run, step)
         try:
             sync()
@@ -120,11 +120,11 @@ class CheckpointWriter:
         except OSError as error:
             return WriteReport(error=error.strerror or str(error))
 
-    def _finish(self, step: int, epoch: int, reports: Sequence[WriteReport]) -> str:
-        """Write the manifest; what went wrong, or nothing."""
+    def _write_manifest(self, step: int, epoch: int, reports: Sequence[WriteReport]) -> str:
+        """Write the manifest once all workers' files can be seen; returns what went wrong, or nothing."""
         folder = manifest.folder_of(self.run, step)
         try:
-            made = Manifest(
+            written = Manifest(
                 format=manifest.FORMAT,
                 step=step,
                 epoch=epoch,
@@ -132,26 +132,29 @@ class CheckpointWriter:
                 config=dict(self._config),
                 files={name: facts for report in reports for name, facts in report.files.items()},
             )
-            made.check_files()
-            _wait_for(Checkpoint(folder, made))
-            files.write_text(folder / manifest.NAME, made.model_dump_json(indent=2) + "\n")
+            written.check_files()
+            _wait_until_visible(Checkpoint(folder, written))
+            files.write_text(folder / manifest.NAME, written.model_dump_json(indent=2) + "\n")
         except (OSError, ValueError) as error:
             return f"rank 0: {getattr(error, 'strerror', None) or error}"
         return ""
 
-    def _give_up(self, step: int, trouble: str) -> None:
+    def _handle_failure(self, step: int, error: str) -> None:
+        """Remove what was written of a checkpoint; raise TrainingError, or say that the run trains on."""
         shutil.rmtree(manifest.folder_of(self.run, step), ignore_errors=True)
         last = f"the last one is {self.saved()}" if self._last_step else "there is no earlier one"
-        told = f"no checkpoint after step {step}: {trouble}; {last}"
+        message = f"no checkpoint after step {step}: {error}; {last}"
         if self.settings.required:
-            raise TrainingError(f"{told} (checkpoint.required=false goes on without)")
+            raise TrainingError(f"{message} (checkpoint.required=false trains on without it)")
         if self._place.rank == 0:
-            say(told)
+            say(message)
 
 
 def prune(run: Path, kept: Collection[Path]) -> None:
-    """Remove a run's checkpoints but those with the kept manifests, and what is left of torn ones; each one's
-    manifest first. What cannot be removed stays."""
+    """Remove a run's checkpoints, complete or not, except those whose manifests are in kept.
+
+    Of each one the manifest is removed first. What cannot be removed stays.
+    """
     for folder in (run / "checkpoints").glob("step-*"):
         if folder / manifest.NAME not in kept:
             with suppress(OSError):
@@ -160,21 +163,21 @@ def prune(run: Path, kept: Collection[Path]) -> None:
 
 
 def prune_after(checkpoint: Checkpoint) -> None:
-    """Remove all that a run left behind the checkpoint that it goes on from."""
+    """Remove all checkpoints of a run that are newer than the one it is resumed from."""
     last = manifest.folder_of(checkpoint.run, checkpoint.manifest.step).name
     prune(checkpoint.run, [path for path in manifest.manifests(checkpoint.run) if path.parent.name <= last])
 
 
-def _wait_for(checkpoint: Checkpoint) -> None:
-    """Until rank 0's host sees what the others wrote, which a network file system may show it later."""
+def _wait_until_visible(checkpoint: Checkpoint) -> None:
+    """Wait until rank 0's host sees the files of all workers, which a network file system may show late."""
     deadline = time.monotonic() + VISIBLE_SECONDS
     while True:
         try:
             return checkpoint.check_sizes()
         except ValueError as error:
             if time.monotonic() > deadline:
-                told = "runs must lie in a folder that all hosts share (--runs)"
-                raise ValueError(f"{error} on rank 0's host; {told}") from None
+                advice = "runs must lie in a folder that all hosts share (--runs)"
+                raise ValueError(f"{error} on rank 0's host; {advice}") from None
             time.sleep(0.1)
 
 
@@ -182,11 +185,13 @@ def _wait_for(checkpoint: Checkpoint) -> None:
 
 
 class _HashingFile:
-    """A file that torch.save writes to: counts, sums, and keeps an error for later, since torch would tell
-    of its own instead."""
+    """Passes on to a file what torch.save writes, and keeps its size and checksum.
+
+    An error is kept too, to be raised afterwards: torch would replace it with an error of its own.
+    """
 
     def __init__(self, file: BinaryIO) -> None:
-        self.num_bytes, self.sum = 0, hashlib.sha256()
+        self.num_bytes, self.checksum = 0, hashlib.sha256()
         self.error: OSError | None = None
         self._file = file
 
@@ -196,37 +201,37 @@ class _HashingFile:
                 self._file.write(data)
             except OSError as error:
                 self.error = error
-            self.sum.update(data)
+            self.checksum.update(data)
             self.num_bytes += len(data)
         return len(data)
 
     def flush(self) -> None:
-        """write_whole does."""
+        """Does nothing: write_whole flushes the file."""
 
 
 def write_state(path: Path, state: State) -> FileFacts:
-    """Write a state whole; its size and checksum. Raises OSError."""
+    """Write a state to a file, whole or not at all; returns its size and checksum. Raises OSError."""
     facts: list[FileFacts] = []
 
     def write(file: BinaryIO) -> None:
-        summing = _HashingFile(file)
-        torch.save(state, summing)  # type: ignore[arg-type]  # all that it uses of a file
-        if summing.error is not None:
-            raise summing.error
-        facts.append(FileFacts(bytes=summing.num_bytes, sha256=summing.sum.hexdigest()))
+        hashing = _HashingFile(file)
+        torch.save(state, hashing)  # type: ignore[arg-type]  # it has all that torch.save uses of a file
+        if hashing.error is not None:
+            raise hashing.error
+        facts.append(FileFacts(bytes=hashing.num_bytes, sha256=hashing.checksum.hexdigest()))
 
     files.write_whole(path, write)
     return facts[0]
 
 
 def write_weights(path: Path, model: torch.nn.Module) -> None:
-    """The model's state_dict; torch.load(path, weights_only=True) reads it."""
+    """Write the model's state_dict to a file that torch.load(path, weights_only=True) reads."""
     write_state(path, model.state_dict())
 
 
 def read_state(checkpoint: Checkpoint, name: str) -> State:
-    """A file's state, on the CPU. Raises ValueError where it is not what the manifest says, or holds more
-    than data: torch runs no code of it."""
+    """Read a file's state, to the CPU. Raises ValueError where the file is not what the manifest says, or
+    holds more than data: torch runs no code of it."""
     with checkpoint.open(name) as file:
         return _load(checkpoint.folder / name, file)
 
@@ -241,15 +246,18 @@ def check_readable(checkpoint: Checkpoint) -> None:
 
 
 def _load(path: Path, source: BinaryIO | Path, **options: bool) -> State:
-    """path: for what is said."""
+    """Read a state from source. path: the file's name in error messages."""
     try:
         state = torch.load(source, map_location="cpu", weights_only=True, **options)
-    except Exception as error:  # torch's reader raises of every kind where a file is none of its own
-        found = re.search(
-            r"WeightsUnpickler error: (.*?)(?:\. |$)", str(error), re.MULTILINE
-        )  # after torch's advice
-        told = f"expected tensors and numbers alone ({found[1] if found else first_line(error)})"
-        raise ValueError(f"{path}: {told}") from None
+    except Exception as error:  # torch raises errors of every kind for a file that it did not write
+        problem = f"expected only tensors and numbers ({_reason_of(error)})"
+        raise ValueError(f"{path}: {problem}") from None
     if not isinstance(state, dict):
         raise ValueError(f"{path}: expected a mapping, got {type(state).__name__}")
     return state
+
+
+def _reason_of(error: Exception) -> str:
+    """Why torch could not load a file, without its advice on how to load it all the same."""
+    found = re.search(r"WeightsUnpickler error: (.*?)(?:\. |$)", str(error), re.MULTILINE)
+    return found[1] if found else first_line(error)

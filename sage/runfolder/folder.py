@@ -1,4 +1,4 @@
-"""A run's folder: locked while it trains, begun or gone on with, finished or left.
+"""A run's folder: locked while the run trains; written when it starts, resumes, ends or is stopped.
 
 runs/<config name>/<run id>/: config.yaml, environment.json, metrics.jsonl, checkpoints/, tensorboard/, and
 summary.json, written last: a run without it is not done.
@@ -22,7 +22,7 @@ from sage.runfolder.manifest import Checkpoint
 from sage.runfolder.record import cut_back
 
 REQUEUE = "requeue"
-"""The mark in a run's folder that it was ended to be taken up again."""
+"""A file in the folder of a run that was stopped by a signal other than Ctrl-C: pararun resumes it then."""
 
 
 @contextmanager
@@ -51,18 +51,30 @@ def _lock_or_raise(opened: int, folder: Path) -> None:
 
 
 def begin(folder: Path, text: str, environment: dict[str, Any], resumed: Checkpoint | None = None) -> None:
-    """Write into a run's folder its resolved configuration and where it runs; or cut what is in it back to a
-    checkpoint. Raises ValueError, and changes nothing, where a file of it is none of ours."""
+    """Write config.yaml and environment.json into a run's folder. A run that is resumed is first cut back to
+    its checkpoint: what it wrote after that is removed.
+
+    text: the resolved configuration. Raises ValueError, and changes nothing, where environment.json or
+    metrics.jsonl was not written by this program.
+    """
     if resumed is not None:
-        again = {"at": environment["started"], "step": resumed.manifest.step, "commit": environment["commit"]}
-        old = _read_environment(folder)
-        environment |= {"started": old["started"], "resumed": [*old.get("resumed", []), again]}
-        cut_back(folder / "metrics.jsonl", resumed.manifest.epoch, resumed.manifest.step)
-        checkpoint.prune_after(resumed)
-        (folder / REQUEUE).unlink(missing_ok=True)
-        _say_changes(resumed, old, environment)
+        environment = _cut_back_to(resumed, folder, environment)
     files.write_text(folder / "config.yaml", text)
     files.write_json(folder / "environment.json", environment)
+
+
+def _cut_back_to(resumed: Checkpoint, folder: Path, environment: dict[str, Any]) -> dict[str, Any]:
+    """Remove what a run wrote after a checkpoint; returns the environment with the run's first start and a
+    list of when it was resumed."""
+    old = _read_environment(folder)
+    entry = {"at": environment["started"], "step": resumed.manifest.step, "commit": environment["commit"]}
+    environment = environment | {"started": old["started"], "resumed": [*old.get("resumed", []), entry]}
+
+    cut_back(folder / "metrics.jsonl", resumed.manifest.epoch, resumed.manifest.step)
+    checkpoint.prune_after(resumed)
+    (folder / REQUEUE).unlink(missing_ok=True)
+    _say_changes(resumed, old, environment)
+    return environment
 
 
 def _read_environment(folder: Path) -> dict[str, Any]:
@@ -72,41 +84,44 @@ def _read_environment(folder: Path) -> dict[str, Any]:
     except ValueError:
         old = None
     if not isinstance(old, dict) or "started" not in old:
-        raise ValueError(f"{path}: expected a JSON object with started")
+        raise ValueError(f"{path}: expected a JSON object with the key started")
     return old
 
 
 def _say_changes(resumed: Checkpoint, old: dict[str, Any], new: dict[str, Any]) -> None:
-    """Where a run goes on, and what may keep its bits from being those of a run that was not stopped."""
-    say(f"goes on after epoch {resumed.manifest.epoch}, step {resumed.manifest.step}")
+    """Say from where a run is resumed, and what may make its numbers differ from an uninterrupted run's."""
+    say(f"resumed after epoch {resumed.manifest.epoch}, step {resumed.manifest.step}")
     before, now = resumed.manifest.world_size, new.get("world_size")
     if before != now:
         say(f"from {before} workers to {now}: each has the mean of their residuals, and new generators")
+        return
     for name in ("threads_per_worker", "backend", "simulated", "versions"):
-        if before == now and old.get(name) != new.get(name):
-            say(f"{name} was {old.get(name)}, is {new.get(name)}: numbers may round otherwise from here on")
+        if old.get(name) != new.get(name):
+            say(f"{name} was {old.get(name)}, is {new.get(name)}: numbers may round differently from here on")
 
 
 def finish(folder: Path, summary: dict[str, Any], model: torch.nn.Module) -> None:
-    """Write the final weights, then the summary, whose presence says that the run is done; then its
-    checkpoints are of no more use."""
+    """Write the final weights and then the summary, which says that the run is done; then remove its
+    checkpoints."""
     checkpoint.write_weights(folder / "checkpoints" / "final.pt", model)
     files.write_json(folder / "summary.json", summary)
     checkpoint.prune(folder, kept=[])
 
 
 def leave(folder: Path, step: int, stopped: Stopped, saved: Path | None) -> None:
-    """Say how to go on with a run that was ended early, and mark it where that is not the user's to do.
-    saved: its newest checkpoint."""
+    """Say how to resume a run that was stopped early; if not by Ctrl-C, also write the file REQUEUE.
+
+    saved: its newest checkpoint.
+    """
     if not stopped.by_hand:
-        with suppress(OSError):  # on a full disk nobody takes it up again
+        with suppress(OSError):  # on a full disk it is not resumed by itself
             files.write_text(folder / REQUEUE, "")
-    told = f"to go on: --resume {folder}" if saved else "there is no checkpoint to go on from"
-    say(f"stopped by a signal after step {step}; {told}")
+    how = f"to resume: --resume {folder}" if saved else "there is no checkpoint to resume from"
+    say(f"stopped by a signal after step {step}; {how}")
 
 
 def link(job: Path, folder: Path) -> None:
-    """Point a link to a run's folder; what was there is replaced."""
+    """Make job a symbolic link to a run's folder; replaces what was there."""
     job.parent.mkdir(parents=True, exist_ok=True)
     temporary = job.with_name(f".{job.name}.tmp")
     temporary.unlink(missing_ok=True)

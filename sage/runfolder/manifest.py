@@ -1,9 +1,9 @@
-"""Checkpoints on disk, and which one to go on from. Imports no torch.
+"""The format of a checkpoint on disk, and how one is found and verified. Imports no torch.
 
 runs/<config>/<run id>/checkpoints/step-00001234/    shared.pt  rank0.pt  rank1.pt ...  manifest.json
 
-The manifest is written last and names every file with its size and checksum: without one there is no
-checkpoint.
+The manifest is written last and names every file with its size and checksum: a folder without a manifest is
+not a checkpoint.
 """
 
 import hashlib
@@ -20,21 +20,25 @@ from pydantic import Field, ValidationError
 from sage.config import Settings, one_line
 
 FORMAT = 2
-"""Of the files; a program reads its own alone."""
+"""The version of this format; a program reads no other."""
 NAME = "manifest.json"
 SHARED = "shared.pt"
+"""The name of the file of what all workers have in common."""
 
 
-def own(rank: int) -> str:
+def worker_file(rank: int) -> str:
     """The name of a worker's file."""
     return f"rank{rank}.pt"
 
 
 def folder_of(run: Path, step: int) -> Path:
+    """The folder of a run's checkpoint after so many steps."""
     return run / "checkpoints" / f"step-{step:08d}"
 
 
 class FileFacts(Settings):
+    """A file's size and checksum."""
+
     bytes: int = Field(ge=0)
     sha256: str
 
@@ -54,7 +58,7 @@ class Manifest(Settings):
 
     def check_files(self) -> None:
         """Raise ValueError unless files names the shared file and one file of each worker, and no other."""
-        expected = {SHARED, *map(own, range(self.world_size))}
+        expected = {SHARED, *map(worker_file, range(self.world_size))}
         for name in sorted(expected - self.files.keys()):
             raise ValueError(f"files: expected {name} among them")
         for name in sorted(self.files.keys() - expected):
@@ -78,7 +82,7 @@ class FileVersion(NamedTuple):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint on disk. Remembers which files it has verified, so that none is hashed twice."""
+    """A checkpoint on disk. It remembers which files it has verified, so that none is hashed twice."""
 
     folder: Path
     manifest: Manifest
@@ -136,44 +140,50 @@ class Checkpoint:
 
 
 def read(folder: Path) -> Checkpoint:
-    """The checkpoint in a folder. Raises ValueError, in one line, where there is none that can be used."""
+    """Read the checkpoint in a folder. Raises ValueError, in one line, where its manifest is missing or
+    cannot be used; its other files are not looked at."""
     path = folder / NAME
-    try:
-        raw = json.loads(path.read_bytes())
-    except OSError as error:
-        raise ValueError(f"{path}: expected a checkpoint's manifest: {error.strerror}") from None
-    except ValueError:  # neither JSON nor UTF-8
-        raise ValueError(f"{path}: expected a checkpoint's manifest, got what is no JSON") from None
-    version = raw.get("format") if isinstance(raw, dict) else None
+    content = _read_json(path)
+    version = content.get("format") if isinstance(content, dict) else None
     if version != FORMAT:
-        told = "another version of this program made it"
-        raise ValueError(f"{path}: format: expected {FORMAT}, got {one_line(version)}; {told}")
+        problem = "another version of this program made it"
+        raise ValueError(f"{path}: format: expected {FORMAT}, got {one_line(version)}; {problem}")
+
     try:
-        made = Manifest.model_validate(raw)
-        made.check_files()
+        manifest = Manifest.model_validate(content)
+        manifest.check_files()
     except ValidationError as error:
         first = error.errors()[0]
         raise ValueError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    return Checkpoint(folder, made)
+    return Checkpoint(folder, manifest)
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        raise ValueError(f"{path}: expected a checkpoint's manifest: {error.strerror}") from None
+    except ValueError:  # neither JSON nor UTF-8
+        raise ValueError(f"{path}: expected a checkpoint's manifest, but it is not JSON") from None
 
 
 def manifests(run: Path) -> list[Path]:
-    """Those of a run, newest first."""
+    """The paths of all manifests of a run, newest first."""
     return sorted((run / "checkpoints").glob(f"step-*/{NAME}"), reverse=True)
 
 
 def newest_whole(run: Path) -> Checkpoint:
-    """A run's newest checkpoint of which no file is missing or cut off. Raises ValueError, which says what
-    is wrong with the newest, where there is none."""
-    trouble: ValueError | None = None
+    """Read a run's newest checkpoint of which no file is missing or truncated. Where there is none, raises
+    ValueError, which says what is wrong with the newest."""
+    newest_error: ValueError | None = None
     for path in manifests(run):
         try:
             checkpoint = read(path.parent)
             checkpoint.check_sizes()
             return checkpoint
         except ValueError as error:
-            trouble = trouble or error
-    told = f"--resume: expected a run's folder with a whole checkpoint, found none in {run}"
-    raise ValueError(f"{told}; the newest: {trouble}" if trouble else told)
+            newest_error = newest_error or error
+    problem = f"--resume: expected a run's folder with a whole checkpoint, found none in {run}"
+    raise ValueError(f"{problem}; the newest: {newest_error}" if newest_error else problem)

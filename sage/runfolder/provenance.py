@@ -1,4 +1,4 @@
-"""Where a result came from: the commit, the versions, the machine."""
+"""Where a result comes from: the commit, the versions, the machine."""
 
 import platform
 import subprocess
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 def run_id(reducer: str, seed: int) -> str:
-    """A name that says what the run is, and when it began (UTC, to the millisecond).
+    """A name for a run: what it is, and when it started (UTC, to the millisecond).
 
     Of a class of the user's own, package.module:Class, the name holds the class alone.
     """
@@ -23,7 +23,7 @@ def run_id(reducer: str, seed: int) -> str:
 
 
 def environment(**facts: Any) -> dict[str, Any]:
-    """The content of environment.json; facts are added to it."""
+    """The content of environment.json, with more facts added to it."""
     commit = _git("rev-parse", "HEAD")
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -43,7 +43,7 @@ def environment(**facts: Any) -> dict[str, Any]:
 
 
 def _git(*arguments: str) -> str | None:
-    """What git says, or None where this is no checkout or there is no git."""
+    """The output of a git command, or None where this is not a checkout or git is not installed."""
     try:
         done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):

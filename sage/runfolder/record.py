@@ -3,6 +3,7 @@
 import json
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import suppress
 from importlib.util import find_spec
@@ -21,6 +22,8 @@ PLAIN_SECONDS = 10.0
 
 
 class Log(Settings):
+    """What is written and shown of a run, and how often."""
+
     every: int = Field(default=10, ge=1)
     """Steps between two step lines in metrics.jsonl."""
     tensorboard: bool = True
@@ -35,42 +38,65 @@ class Log(Settings):
         return self
 
 
-class _TensorBoard:
+class _Sink(ABC):
+    """Another place for the numbers of metrics.jsonl. Its methods may raise OSError."""
+
+    name: str
+
+    @abstractmethod
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Add numbers by name."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Write what is still buffered."""
+
+
+class _TensorBoard(_Sink):
+    name = "TensorBoard"
+
     def __init__(self, folder: Path, first_step: int) -> None:
-        # Here: it takes seconds, and most workers need it not.
+        # Imported here: it takes seconds, and most workers do not need it.
         from torch.utils.tensorboard import SummaryWriter
 
-        # An epoch's numbers stand at the step after its last: those of the last one before are to stay.
+        # An epoch's numbers are logged at the step after its last one, so that those of the last epoch stay:
+        # only what was logged after first_step is removed.
         self._writer = SummaryWriter(
             folder / "tensorboard", purge_step=first_step + 1 if first_step else None
         )
-        self.close = self._writer.close
-        threading.excepthook = _tell_but_full_disks  # its thread's OSError is raised by its next log
+        threading.excepthook = _ignore_errors_of_the_disk  # in the writer's thread: the next log raises them
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
+    def close(self) -> None:
+        self._writer.close()
 
-def _tell_but_full_disks(arguments: threading.ExceptHookArgs) -> None:
+
+def _ignore_errors_of_the_disk(arguments: threading.ExceptHookArgs) -> None:
     if not isinstance(arguments.exc_value, OSError):
         threading.__excepthook__(arguments)
 
 
-class _Wandb:
+class _Wandb(_Sink):
+    name = "Weights & Biases"
+
     def __init__(self, folder: Path, project: str) -> None:
         import wandb  # optional
 
-        name = folder.name
-        self._run = wandb.init(project=project, name=name, id=name, resume="allow", dir=folder)
-        self.close = self._run.finish
+        run_id = folder.name
+        self._run = wandb.init(project=project, name=run_id, id=run_id, resume="allow", dir=folder)
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         self._run.log(dict(values), step=step)
 
+    def close(self) -> None:
+        self._run.finish()
+
 
 class Recorder:
-    """metrics.jsonl and the progress display of rank 0; the other ranks have one that does nothing."""
+    """Writes metrics.jsonl and shows the progress of rank 0; the other ranks' does nothing."""
 
     def __init__(
         self,
@@ -80,13 +106,15 @@ class Recorder:
         first_step: int = 0,
         keep_waiting: bool = False,
     ) -> None:
-        """folder: the run's, or None for a worker that does not speak; no file is opened before this is
-        entered. first_step: where a resumed run goes on; keep_waiting: for room on a full disk, instead of an
-        OSError."""
+        """Opens no file before it is entered.
+
+        folder: the run's, or None on the other ranks. first_step: where a resumed run continues.
+        keep_waiting: lines wait for room on a full disk, instead of raising OSError.
+        """
         self._file: LineFile | None = None
         self._progress: Progress | None = None
-        self._sinks: list[_TensorBoard | _Wandb] = []
-        self._told = time.monotonic()
+        self._sinks: list[_Sink] = []
+        self._last_shown = time.monotonic()
         self._folder, self._log, self._keep_waiting = folder, log, keep_waiting
         self._total_steps, self._first_step = total_steps, first_step
 
@@ -112,55 +140,64 @@ class Recorder:
         for sink in self._sinks:
             with suppress(OSError):  # metrics.jsonl has the same numbers
                 sink.close()
+        if self._file:
+            self._close(self._file, failure)
+
+    def _close(self, file: LineFile, failure: BaseException | None) -> None:
+        """Close metrics.jsonl. Raises OSError where its last lines are lost, unless the run failed before."""
         try:
-            if self._file:
-                self._file.close()
+            file.close()
         except OSError as error:
             if failure is None:
                 raise
-            if not isinstance(failure, OSError):  # else it says so itself
+            if not isinstance(failure, OSError):  # such a failure says as much
                 say(f"{error.filename}: {error.strerror}; its last lines are lost")
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Append a line, handed to the system at once: a run that dies loses none."""
         if self._file:
-            before = self._file.trouble
-            self._file.write(json.dumps(line, allow_nan=False))
-            if self._file.trouble not in (None, before):
-                say(f"{self._file.path}: {self._file.trouble}; what comes waits for room")
+            self._write_to(self._file, line)
         values = {f"{line['kind']}/{name}": value for name, value in scalars(line).items()}
         for sink in list(self._sinks):
             try:
                 sink.log(values, line["step"])
             except OSError as error:
                 self._sinks.remove(sink)
-                say(f"{type(sink).__name__[1:]}: {error.strerror}; it gets no more numbers")
+                say(f"{sink.name}: {error.strerror}; it gets no more numbers")
+
+    def _write_to(self, file: LineFile, line: Mapping[str, Any]) -> None:
+        """Append a line to metrics.jsonl; say so when lines begin to wait for room on the disk."""
+        before = file.error
+        file.write(json.dumps(line, allow_nan=False))
+        if file.error not in (None, before):
+            say(f"{file.path}: {file.error}; new lines wait until there is room")
 
     def sync(self) -> None:
-        """Have all lines on the disk. Raises OSError."""
+        """Force all lines to the disk. Raises OSError."""
         if self._file:
             self._file.sync()
 
     def step_done(self, step: int) -> None:
+        """Move the progress bar. step: how many steps are done."""
         if self._progress:
             self._progress.update(self._task, completed=step)
 
     def show_step(self, line: Mapping[str, Any]) -> None:
-        """A step line as a person reads it: beside the bar, or now and then in a log file."""
+        """Show a step line to a person: beside the progress bar, or now and then in a log file."""
         if self._file is None:
             return
         text = f"loss {line['loss']:.4f}  density {line['density']:.3g}"
         if self._progress:
             self._progress.update(self._task, description=text)
-        elif time.monotonic() - self._told >= PLAIN_SECONDS:
-            self._told = time.monotonic()
+        elif time.monotonic() - self._last_shown >= PLAIN_SECONDS:
+            self._last_shown = time.monotonic()
             say(f"  step {line['step'] + 1}/{self._total_steps}  {text}")
 
     def show_epoch(self, line: Mapping[str, Any], epochs: int) -> None:
-        """An epoch line as a person reads it, within 80 columns."""
+        """Show an epoch line to a person, within 80 columns."""
         if self._file is None:
             return
-        self._told = time.monotonic()
+        self._last_shown = time.monotonic()
         say(
             f"epoch {line['epoch'] + 1}/{epochs}  loss {line['train']['loss']:.4f}  "
             f"{line['score']['name']} {line['score']['value']:.4f}  density {line['density']['mean']:.3g}  "
@@ -180,17 +217,24 @@ def scalars(line: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
 
 
 def cut_back(path: Path, epochs: int, steps: int) -> None:
-    """Keep of metrics.jsonl what was written in so many steps and epochs: no step appears twice. A last line
-    that was cut off goes too. Raises ValueError where another line is no object."""
-    kept: list[bytes] = []
-    *texts, _ = path.read_bytes().split(b"\n")
-    for number, text in enumerate(texts, 1):
-        try:
-            line = json.loads(text)
-            goes = line["step"] >= steps if line["kind"] == "step" else line["epoch"] >= epochs
-        except (ValueError, KeyError, TypeError):
-            told = f"expected a JSON object with kind, epoch and step, got {text[:60]!r}"
-            raise ValueError(f"{path}: line {number}: {told}") from None
-        if not goes:
-            kept.append(text + b"\n")
+    """Keep only the lines of metrics.jsonl that belong to so many epochs and steps, so that a resumed run
+    writes no step twice. An incomplete last line is removed too.
+
+    Raises ValueError, and changes nothing, where another line was not written by this program.
+    """
+    *lines, _ = path.read_bytes().split(b"\n")
+    kept = [
+        text + b"\n" for number, text in enumerate(lines, 1) if _is_within(text, number, path, epochs, steps)
+    ]
     write_whole(path, lambda file: file.writelines(kept))
+
+
+def _is_within(text: bytes, number: int, path: Path, epochs: int, steps: int) -> bool:
+    """Whether a line of metrics.jsonl belongs to so many epochs and steps."""
+    try:
+        line = json.loads(text)
+        within: bool = line["step"] < steps if line["kind"] == "step" else line["epoch"] < epochs
+    except (ValueError, KeyError, TypeError):
+        problem = f"expected a JSON object with kind, epoch and step, got {text[:60]!r}"
+        raise ValueError(f"{path}: line {number}: {problem}") from None
+    return within

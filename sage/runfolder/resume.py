@@ -1,6 +1,6 @@
-"""Which run, and which of its checkpoints, --resume goes on with. Imports no torch."""
+"""Which run, and which of its checkpoints, --resume PATH means. Imports no torch."""
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,15 +9,15 @@ from sage import yamlfile
 from sage.config import flatten, one_line
 from sage.runfolder.manifest import Checkpoint, manifests, newest_whole, read
 
-MORE = ("epochs", "stop_at_score")
-"""Free values by which a run may have to train longer."""
 NEWEST = ""
 """What --resume without a path asks for."""
+TRAINING_LENGTH = ("epochs", "stop_at_score")
+"""Values that a run may change while it is not done, but which would make a finished run train longer."""
 
 
 @dataclass(frozen=True)
 class ResumeRequest:
-    """What --resume is to go on with."""
+    """The run that --resume is to continue."""
 
     config: Mapping[str, Any]
     """This run's resolved configuration."""
@@ -25,61 +25,70 @@ class ResumeRequest:
     """Its sections and values that may differ from the checkpoint's: they change no number of a step."""
     world_size: int
     may_reshard: bool
+    """Whether the checkpoint may be of another number of workers."""
 
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """A run to go on with; without a checkpoint: it is done."""
+    """A run and the checkpoint to resume it from; None: the run is done."""
 
     run: Path
     checkpoint: Checkpoint | None
 
 
 def run_of(path: Path) -> Path:
-    """The run's folder that --resume PATH names: itself, or that of the checkpoint it is."""
+    """The run's folder that --resume PATH names: path itself or, of a checkpoint, the run it belongs to."""
     return path.parent.parent if path.parent.name == "checkpoints" else path
 
 
-def choose(path: str, place: Path, asked: ResumeRequest) -> ResumePoint | None:
-    """What --resume PATH goes on with: a run's or a checkpoint's folder, or, where path is NEWEST, the newest
-    run of the configuration in place; None where no run there has come to a checkpoint. Of a run the newest
-    whole checkpoint counts.
+def choose(path: str, runs: Path, request: ResumeRequest) -> ResumePoint | None:
+    """Find what --resume PATH means; None where no run has written a checkpoint yet.
 
-    Raises ValueError, in one line, where what is named cannot be used.
+    path: a run's folder, of which the newest whole checkpoint is taken; a checkpoint's folder; or NEWEST, for
+    the newest run of this configuration in the folder runs. Raises ValueError, in one line, where what it
+    names cannot be resumed.
     """
     named = Path(path).resolve()
-    run = _newest_run(place, asked) if path == NEWEST else run_of(named)
+    run = _newest_run(runs, request) if path == NEWEST else run_of(named)
     if run is None:
         return None
     if is_done(run):
-        _check_done(run, asked)
+        _check_done(run, request)
         return ResumePoint(run, None)
+
     checkpoint = read(named) if named.parent.name == "checkpoints" else newest_whole(run)
-    if differs := differences(checkpoint.manifest.config, asked):
-        raise ValueError(f"--resume {path}: expected this configuration's, got another: {differs}")
-    count = checkpoint.manifest.world_size
-    if count != asked.world_size and not asked.may_reshard:
-        told = (
-            "each has a residual and generators of its own; resume.world_size=reshard spreads the residuals"
-        )
-        raise ValueError(
-            f"--resume {checkpoint.folder}: expected as many workers as made it, {count}, "
-            f"got {asked.world_size}: {told}"
-        )
+    if found := differences(checkpoint.manifest.config, request):
+        raise ValueError(f"--resume {path}: expected this configuration's, got another: {found}")
+    _check_world_size(checkpoint, request)
     return ResumePoint(checkpoint.run, checkpoint)
 
 
 def is_done(run: Path) -> bool:
+    """Whether a run has trained to its end."""
     return (run / "summary.json").exists()
 
 
-def _check_done(run: Path, asked: ResumeRequest) -> None:
-    """Raise ValueError where a run that is done is not what is asked for: it keeps no checkpoint to go on
-    from."""
+def _check_done(run: Path, request: ResumeRequest) -> None:
+    """Raise ValueError where a run that is done is not the one that is requested: it has no checkpoint left
+    from which it could train longer, or differently."""
     config = _config_of(run)
-    differs = differences(config, asked) or differences(config, asked, MORE)
-    if differs:
-        raise ValueError(f"--resume: {run} is done, and cannot be gone on with in another way: {differs}")
+    found = differences(config, request)
+    found = found or _differences(config, request, lambda key: key in TRAINING_LENGTH)
+    if found:
+        raise ValueError(f"--resume: {run} is done, and cannot be resumed with other settings: {found}")
+
+
+def _check_world_size(checkpoint: Checkpoint, request: ResumeRequest) -> None:
+    """Raise ValueError where a checkpoint is of another number of workers, and that is not allowed."""
+    count = checkpoint.manifest.world_size
+    if count != request.world_size and not request.may_reshard:
+        reason = (
+            "each has a residual and generators of its own; resume.world_size=reshard spreads the residuals"
+        )
+        raise ValueError(
+            f"--resume {checkpoint.folder}: expected as many workers as made it, {count}, "
+            f"got {request.world_size}: {reason}"
+        )
 
 
 def _config_of(run: Path) -> dict[str, Any]:
@@ -88,44 +97,48 @@ def _config_of(run: Path) -> dict[str, Any]:
     return config if isinstance(config, dict) else {}
 
 
-def _newest_run(place: Path, asked: ResumeRequest) -> Path | None:
-    """The newest run of the configuration in place that is done or has come to a checkpoint. Raises
-    ValueError where there are runs, but of other configurations alone."""
+def _newest_run(runs: Path, request: ResumeRequest) -> Path | None:
+    """The newest run of the requested configuration that is done or has a checkpoint; None where there is no
+    run. Raises ValueError where there are only runs of other configurations."""
     others: list[str] = []
-    for run in sorted(place.glob("*/"), key=_last_written, reverse=True):
+    for run in sorted(runs.glob("*/"), key=_last_written, reverse=True):
         if not manifests(run) and not is_done(run):
             continue  # it ended before its first checkpoint
-        differs = differences(_config_of(run), asked)
-        if not differs:
+        found = differences(_config_of(run), request)
+        if not found:
             return run
-        others.append(f"{run} is another configuration's: {differs}")
+        others.append(f"{run} is another configuration's: {found}")
     if others:
-        told = f"expected a run of this configuration with a whole checkpoint in {place}, found none"
-        raise ValueError(f"--resume: {told}; the newest: {others[0]}")
+        problem = f"expected a run of this configuration with a whole checkpoint in {runs}, found none"
+        raise ValueError(f"--resume: {problem}; the newest: {others[0]}")
     return None
 
 
 def _last_written(run: Path) -> float:
+    """When a run wrote its newest checkpoint or its summary, in seconds; 0 where it wrote neither."""
     files = [*manifests(run)[:1], *run.glob("summary.json")]
     return max((file.stat().st_mtime for file in files), default=0.0)
 
 
-def differences(config: Mapping[str, Any], asked: ResumeRequest, among: Collection[str] = ()) -> str:
-    """What a run's configuration has otherwise, in one line; empty where it can be gone on with. among: only
-    these are looked at; else all but the free ones."""
-    there, here = flatten(config), flatten(dict(asked.config))
-    told = [
-        f"{key} is {_told(there, key)} there and {_told(here, key)} here"
-        for key in _union(here, there)
-        if (key in among if among else key.split(".")[0] not in asked.free)
-        and _told(there, key) != _told(here, key)
-    ]
-    return "; ".join(told)
+def differences(config: Mapping[str, Any], request: ResumeRequest) -> str:
+    """How a run's configuration differs from the requested one, but for the free values, in one line; empty
+    where it does not."""
+    return _differences(config, request, lambda key: key.split(".")[0] not in request.free)
 
 
-def _union(*mappings: Iterable[str]) -> Iterator[str]:
-    yield from dict.fromkeys(key for mapping in mappings for key in mapping)
+def _differences(
+    config: Mapping[str, Any], request: ResumeRequest, is_compared: Callable[[str], bool]
+) -> str:
+    """is_compared: says of a value's key.path whether it counts."""
+    there, here = flatten(config), flatten(dict(request.config))
+    keys = filter(is_compared, dict.fromkeys([*here, *there]))  # each once, in order
+    return "; ".join(
+        f"{key} is {_shown(there, key)} there and {_shown(here, key)} here"
+        for key in keys
+        if _shown(there, key) != _shown(here, key)
+    )
 
 
-def _told(flat: Mapping[str, Any], key: str) -> str:
+def _shown(flat: Mapping[str, Any], key: str) -> str:
+    """A value as YAML writes it, or that it is absent."""
     return one_line(flat[key]) if key in flat else "absent"

@@ -155,7 +155,7 @@ def simulate(train: TrainWorker, worker: Worker, timeout_seconds: float, store: 
         try:
             with turn:
                 context = SimulatedContext(comm.another(while_waiting=turn.released), turn, shared)
-                train(worker.standing_at(comm.rank), SimulatedStore(place, context.comm), context)
+                train(worker.with_rank(comm.rank), SimulatedStore(place, context.comm), context)
         except Exception as error:
             failures.append((comm.rank, error))
             raise

@@ -10,7 +10,7 @@ from sage.console import first_line
 from sage.exchange.exchange import Exchange
 from sage.interfaces import Place, Stateful, Task, seed_of
 from sage.runfolder.checkpoint import State, read_state
-from sage.runfolder.manifest import SHARED, Checkpoint, own
+from sage.runfolder.manifest import SHARED, Checkpoint, worker_file
 
 
 class Position(Stateful):
@@ -89,9 +89,9 @@ class TrainingState:
         try:
             self.load_shared(read_state(checkpoint, SHARED), with_optimizer)
             if old == place.world_size:
-                self.load_own(read_state(checkpoint, own(place.rank)))
+                self.load_own(read_state(checkpoint, worker_file(place.rank)))
             else:
-                states = (read_state(checkpoint, own(rank)) for rank in range(old))
+                states = (read_state(checkpoint, worker_file(rank)) for rank in range(old))
                 own_seed = seed_of(
                     seed, "worker", place.rank, "of", place.world_size, "from", self.position.step
                 )

@@ -1,8 +1,9 @@
-"""From an environment to a running worker: who am I, which device, which process group. The only reader of
+"""From an environment to a running worker: which rank, which device, which process group. The only reader of
 os.environ.
 
-One process, for one worker or for all of a simulation; a worker that a launcher started (sage/rendezvous.py
-knows which); or --workers N, which starts N processes through torch's own launcher of processes.
+A run is one process, for one worker or for all of a simulation; or a worker that a launcher started
+(sage/workers/rendezvous.py knows which launchers); or, with --workers N, the parent of N processes, which it
+starts through torch's own launcher of processes.
 """
 
 import logging
@@ -30,16 +31,17 @@ from sage.workers.store import PATIENCE_SECONDS, STORE_SECONDS, RendezvousStore
 from sage.workers.worker import Worker, check_identities
 
 POLL_SECONDS = 0.2
+"""How often the parent looks whether its workers have ended."""
 
 
-def speaks_here() -> bool:
-    """Whether this process is the one of its host that says what is wrong."""
-    return rendezvous.speaks_here(os.environ)
+def is_first_on_host() -> bool:
+    """Whether this process is the first of its host's workers: the one that prints what all would print."""
+    return rendezvous.is_first_on_host(os.environ)
 
 
-def give_way() -> int:
-    """The exit code for bad input of a process that does not speak. It comes late: a launcher ends all
-    workers when the first ends, and the one that speaks may not have spoken."""
+def wait_before_exit() -> int:
+    """Wait until the first process of the host has had time to print the error; returns the exit code for bad
+    input. A launcher ends all workers as soon as one ends."""
     time.sleep(PATIENCE_SECONDS)
     return 2
 
@@ -51,19 +53,19 @@ def find_worker(
     world_size: int | None = None,
     num_simulated: int | None = None,
 ) -> Worker:
-    """This process's worker, by its launcher's variables; else worker 0 of num_workers to be started, or of
-    num_simulated in this process.
+    """Find out which worker this process is, from its launcher's variables. Without a launcher it is rank 0
+    of num_workers that are to be started, or of num_simulated in this process.
 
-    The data folder is the given one, else SAGE_DATA, else ./data; world_size is the configuration's. Raises
-    ValueError where the launcher's numbers are none, or contradict num_workers or world_size, or where a
-    launcher started a simulation.
+    data: the folder of data sets; None: SAGE_DATA, or else ./data. world_size: the configuration's. Raises
+    ValueError where a launcher's variable is not a number, where its numbers contradict num_workers or
+    world_size, or where a launcher started a simulation.
     """
     if num_simulated is None:
         found = rendezvous.find_rendezvous(os.environ, num_workers, world_size)
     else:
-        found = rendezvous.refuse_launcher(os.environ, num_simulated, world_size)
+        found = rendezvous.find_simulation(os.environ, num_simulated, world_size)
     num_gpus = torch.cuda.device_count()
-    # A single GPU in sight may be one that the launcher chose for this worker alone: the meeting will tell.
+    # The only visible GPU may be one that the launcher chose for this worker: check_identities finds out.
     has_own_gpu = num_gpus >= found.local_world_size or (num_gpus == 1 and found.chooses_gpu)
     num_cpus = found.num_cpus or len(os.sched_getaffinity(0)) // found.local_world_size
     return Worker(
@@ -76,22 +78,19 @@ def find_worker(
     )
 
 
+# --- processes on this machine --------------------------------------------------------------------
+
+
 def spawn(command: Sequence[str], num_workers: int) -> int:
     """Run `python COMMAND` in num_workers processes, and return the exit code.
 
     A command, not a function: each child is a process of its own session, so that Ctrl-C reaches it once,
     through this process, which hands all signals on and waits. When one fails, the others are ended.
     """
-    for name in list(logging.root.manager.loggerDict):
-        # each has a level of its own; what they log is said below
-        if name.startswith("torch.distributed.elastic"):
-            logging.getLogger(name).setLevel(logging.CRITICAL)
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # no C++ stacks: errors come as exceptions
-    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ""  # torch's own handlers would end the workers
-    # Held here, the store outlives every worker, so that survivors can tell who fell behind.
-    held = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    ranks = range(num_workers)
-    pids: list[int] = []
+    _quiet_torch_launcher()
+    # The store belongs to this process, so it outlives every worker: survivors can tell who fell behind.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    ranks, pids = range(num_workers), list[int]()
 
     def send(number: signal.Signals) -> None:
         for pid in pids:
@@ -104,55 +103,62 @@ def spawn(command: Sequence[str], num_workers: int) -> int:
                 "worker",
                 sys.executable,
                 {rank: ("-u", *command) for rank in ranks},
-                {rank: _torchrun_environment(rank, num_workers, held.port) for rank in ranks},
+                {rank: _torchrun_environment(rank, num_workers, store.port) for rank in ranks},
                 DefaultLogsSpecs(log_dir=os.devnull),
             )
-            pids += workers.pids().values()
+            pids.extend(workers.pids().values())
         result = workers.wait(period=POLL_SECONDS)
     assert result is not None  # without a timeout
     if not result.failures:
         return 0
     first = min(result.failures.values(), key=lambda failure: failure.timestamp)
-    if first.exitcode == 128 + signal.SIGINT:  # by Ctrl-C, which rank 0 has said
-        return 128 + signal.SIGINT
-    died = first.exitcode < 0
-    how = f"to fail (signal {-first.exitcode})" if died else f"to give up (exit code {first.exitcode})"
-    say(f"worker {first.local_rank} was the first {how}; the run has ended")
-    return first.exitcode if first.exitcode > 0 else 1
+    return _report_failure(first.local_rank, first.exitcode)
+
+
+def _quiet_torch_launcher() -> None:
+    """Turn off torch's own error messages and signal handlers, which would end the workers."""
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed.elastic"):  # each has a level of its own
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # no C++ stacks: errors come as exceptions
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ""
 
 
 def _torchrun_environment(rank: int, num_workers: int, port: int) -> dict[str, str]:
-    """What torchrun would tell a worker."""
+    """The variables that torchrun sets for a worker."""
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_workers, "LOCAL_WORLD_SIZE": num_workers}
-    told = {name: str(number) for name, number in numbers.items()}
-    return told | {
+    variables = {name: str(number) for name, number in numbers.items()}
+    return variables | {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
     }
 
 
+def _report_failure(rank: int, code: int) -> int:
+    """Say which worker was the first to fail; returns the exit code of the whole run.
+
+    code: the worker's; less than 0 where a signal killed it.
+    """
+    if code == 128 + signal.SIGINT:  # by Ctrl-C, which rank 0 has said
+        return code
+    how = f"to fail (signal {-code})" if code < 0 else f"to give up (exit code {code})"
+    say(f"worker {rank} was the first {how}; the run has ended")
+    return code if code > 0 else 1
+
+
+# --- the process group ----------------------------------------------------------------------------
+
+
 @contextmanager
 def connect(worker: Worker, timeout_seconds: float, *, deterministic: bool) -> Iterator[RendezvousStore]:
     """Set up this process (threads, device, determinism) and, with several workers, the process group."""
-    torch.set_num_threads(worker.num_threads)
-    if worker.device.type == "cuda":
-        torch.cuda.set_device(worker.device)
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs to be deterministic
-        torch.use_deterministic_algorithms(True)
-        # Filling new tensors with NaN costs a pass over each.
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    _set_up_torch(worker, deterministic)
     if worker.place.world_size == 1 or worker.simulated:
         yield RendezvousStore(worker.place, None)
         return
     try:
-        tcp_store = _open_store(worker.rendezvous, timeout_seconds)
-        store = RendezvousStore(
-            worker.place, dist.PrefixStore("run", tcp_store), min(timeout_seconds, PATIENCE_SECONDS)
-        )
-        check_identities(store.collect_messages("identity", worker.identity()))
-        _join_group(worker, tcp_store, timedelta(seconds=timeout_seconds))
+        store = _meet(worker, timeout_seconds)
     except TrainingError:
         raise
     except RuntimeError as error:  # DistError and its kind
@@ -164,10 +170,33 @@ def connect(worker: Worker, timeout_seconds: float, *, deterministic: bool) -> I
     dist.destroy_process_group()
 
 
-def _open_store(meeting: Rendezvous, timeout_seconds: float) -> Store:
-    """The rendezvous store; rank 0 holds it, unless torchrun does. Raises RuntimeError.
+def _set_up_torch(worker: Worker, deterministic: bool) -> None:
+    torch.set_num_threads(worker.num_threads)
+    if worker.device.type == "cuda":
+        torch.cuda.set_device(worker.device)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs to be deterministic
+        torch.use_deterministic_algorithms(True)
+        # Filling new tensors with NaN costs a pass over each.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
-    Opened in a thread: its own timeout does not hold where something else answers at the port and is silent.
+
+def _meet(worker: Worker, timeout_seconds: float) -> RendezvousStore:
+    """Meet the other workers, and form the process group with them. Raises RuntimeError; TrainingError where
+    the workers cannot form one."""
+    tcp_store = _open_store(worker.rendezvous, timeout_seconds)
+    run_store = dist.PrefixStore("run", tcp_store)
+    store = RendezvousStore(worker.place, run_store, min(timeout_seconds, PATIENCE_SECONDS))
+    check_identities(store.collect_messages("identity", worker.identity()))
+    _join_group(worker, tcp_store, timedelta(seconds=timeout_seconds))
+    return store
+
+
+def _open_store(found: Rendezvous, timeout_seconds: float) -> Store:
+    """Connect to the rendezvous store; rank 0 holds it, unless torchrun does. Raises RuntimeError.
+
+    In a thread: the store's own timeout has no effect where another program listens at the port and sends
+    nothing.
     """
     opened: list[Store | RuntimeError] = []
 
@@ -175,10 +204,10 @@ def _open_store(meeting: Rendezvous, timeout_seconds: float) -> Store:
         try:
             opened.append(
                 dist.TCPStore(
-                    meeting.address,
-                    meeting.port,
-                    meeting.place.world_size,
-                    is_master=meeting.place.rank == 0
+                    found.address,
+                    found.port,
+                    found.place.world_size,
+                    is_master=found.place.rank == 0
                     and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
                     timeout=timedelta(seconds=timeout_seconds),
                 )
@@ -190,7 +219,7 @@ def _open_store(meeting: Rendezvous, timeout_seconds: float) -> Store:
     thread.start()
     thread.join(timeout_seconds + STORE_SECONDS)
     if not opened:
-        raise CommunicationError(f"what listens there said nothing within {timeout_seconds:g} s")
+        raise CommunicationError(f"what listens there did not answer within {timeout_seconds:g} s")
     if isinstance(opened[0], RuntimeError):
         raise opened[0]
     return opened[0]
@@ -215,29 +244,34 @@ def supervise(
     deterministic: bool,
     train: Callable[[RendezvousStore], None],
 ) -> int:
-    """Connect, run train(store) and return the exit code; what ends a run early gets one line.
+    """Connect, run train(store) and return the exit code; an error is printed in one line.
 
-    A failed collective is told by every survivor, with who fell behind; another failure by rank 0, since the
-    others know no more than it does.
+    After a failed collective every survivor prints its error, and which worker fell behind; other failures
+    are printed by rank 0, since the others know no more than it does.
     """
-    store, code = None, 0
+    store = None
     try:
         with connect(worker, timeout_seconds, deterministic=deterministic) as store:
-            try:
-                with WATCH.deferred():
-                    train(store)
-            except Stopped as stopped:
-                code = 128 + signal.SIGINT if stopped.by_hand else 0
+            return _train(train, store)
     except CommunicationError as error:
-        # The launcher ends the survivors when it sees a worker dead; first they say what they know.
+        # The launcher ends the survivors when it sees a worker dead; they print what they know before.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        complain(f"rank {worker.place.rank}: {error}{f'; {store.blame()}' if store else ''}")
-        return 1
+        who = f"; {store.blame()}" if store else ""
+        complain(f"rank {worker.place.rank}: {error}{who}")
     except TrainingError as error:
         if worker.place.rank == 0:
             complain(str(error))
-        return 1
     except OSError as error:  # a full disk, say
         complain(f"rank {worker.place.rank}: {error}")
-        return 1
-    return code
+    return 1
+
+
+def _train(train: Callable[[RendezvousStore], None], store: RendezvousStore) -> int:
+    """Run train(store) while signals are noted; returns the exit code of a run that ended well or was
+    stopped."""
+    try:
+        with WATCH.deferred():
+            train(store)
+    except Stopped as stopped:
+        return 128 + signal.SIGINT if stopped.by_hand else 0
+    return 0

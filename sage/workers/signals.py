@@ -1,4 +1,4 @@
-"""Signals that end a run early: what came, who is to be told, and what a process does at once."""
+"""Signals that end a run early: noted until the run can stop, or passed on to the processes that run it."""
 
 import os
 import signal
@@ -14,24 +14,25 @@ Send = Callable[[Signals], object]
 
 
 class SignalWatch:
-    """What the process does with the signals that end a run.
+    """Decides what the process does with a signal that ends a run.
 
-    Until the workers have met, SIGUSR1 alone is noted, and ends the run after its first step; the others end
-    the process at once. From then on all are noted, but a second Ctrl-C (SIGINT) or a SIGQUIT ends the
-    process at once: from a thread, since Python's own handlers wait where a collective waits. A process
-    whose work is done by others hands on to them all that comes.
+    Until the workers have met, only SIGUSR1 is noted, and ends the run after its first step; other signals
+    end the process at once. From then on all are noted, but a second Ctrl-C (SIGINT) or a SIGQUIT ends the
+    process at once: from a thread, since Python runs no handler while a collective waits. A process whose
+    work is done by other processes passes every signal on to them.
     """
 
     def __init__(self) -> None:
         self.received: Signals | None = None
-        """The first."""
+        """The first signal that came."""
         self._num_interrupts = 0
         self._is_deferring = False
         self._send: Send | None = None
         self._pipe: tuple[int, int] | None = None
 
     def listen(self) -> None:
-        """Take the signals, but those that this process was started to ignore (nohup). Main thread only."""
+        """Handle the signals, except those that this process was started to ignore (nohup). To be called in
+        the main thread."""
         if self._pipe is None:
             self._pipe = os.pipe()
             os.set_blocking(self._pipe[1], False)
@@ -39,12 +40,12 @@ class SignalWatch:
         signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
         for number in ENDING:
             if signal.getsignal(number) is not signal.SIG_IGN:
-                signal.signal(number, lambda *_: None)  # not the default; _watch reads the number
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)  # what came while a parent held them comes now
+                signal.signal(number, lambda *_: None)  # replaces the default; _watch reads the number
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)  # signals that a parent held back arrive now
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """What comes is noted in `received`."""
+        """In here a signal is noted in `received`."""
         self._is_deferring = True
         try:
             yield
@@ -53,7 +54,7 @@ class SignalWatch:
 
     @contextmanager
     def handed_on(self, send: Send) -> Iterator[None]:
-        """What comes is handed to send. Listens."""
+        """Listen; in here a signal is passed to send."""
         self.listen()
         self._send = send
         try:
@@ -63,7 +64,7 @@ class SignalWatch:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Processes that are started in here get what comes when they listen, not before."""
+        """A process that is started in here gets its signals once it listens, not before."""
         signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
         try:
             yield
@@ -72,19 +73,22 @@ class SignalWatch:
 
     def _watch(self, pipe: int) -> None:
         while numbers := os.read(pipe, 1):
-            self._take(Signals(numbers[0]))
+            self._handle(Signals(numbers[0]))
 
-    def _take(self, number: Signals) -> None:
+    def _handle(self, number: Signals) -> None:
         self.received = self.received or number
-        self._num_interrupts += number == Signals.SIGINT
-        at_once = number == Signals.SIGQUIT or self._num_interrupts > 1
-        if not self._is_deferring:
-            at_once = number != Signals.SIGUSR1
+        if number == Signals.SIGINT:
+            self._num_interrupts += 1
         if self._send is not None:
             self._send(number)
-        elif at_once:
+        elif self._ends_at_once(number):
             os._exit(128 + number)
+
+    def _ends_at_once(self, number: Signals) -> bool:
+        if not self._is_deferring:
+            return number != Signals.SIGUSR1
+        return number == Signals.SIGQUIT or self._num_interrupts > 1
 
 
 WATCH = SignalWatch()
-"""The process's; it does nothing until it listens."""
+"""This process's watch; it does nothing until it listens."""

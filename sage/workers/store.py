@@ -1,4 +1,4 @@
-"""What the workers of a run tell one another outside of collectives: through the rendezvous store."""
+"""Messages between the workers of a run, beside the collectives: through the rendezvous store."""
 
 import threading
 import time
@@ -31,28 +31,32 @@ class KeyValueStore(Protocol):
 
 
 class RendezvousStore:
-    """Each worker's step, in the rendezvous store: there one can read who fell behind in a collective."""
+    """Exchanges short texts between the workers, and finds out who fell behind in a failed collective.
+
+    All methods but blame raise CommunicationError where the store fails.
+    """
 
     def __init__(self, place: Place, store: KeyValueStore | None, patience_seconds: float = 0.0) -> None:
-        """patience_seconds: how long the survivors of a failed collective wait for one another."""
+        """store: None for a worker that is alone. patience_seconds: how long the survivors of a failed
+        collective wait for one another."""
         self.place = place
         self._store = store
         self._patience_seconds = patience_seconds
 
     def agree(self, name: str, value: str) -> str:
-        """Rank 0's value, on every worker. Raises CommunicationError, as all methods but blame."""
+        """Rank 0's value, on every worker. name: new for each call, the same on all workers."""
         if self._store is None:
             return value
-        with _asking():
+        with _communication_errors():
             if self.place.rank == 0:
                 self._store.set(name, value)
             return str(self._store.get(name).decode())
 
     def collect(self, name: str, value: str) -> list[str]:
-        """Every worker's value, in rank order."""
+        """Every worker's value, in rank order. name: new for each call, the same on all workers."""
         if self._store is None:
             return [value]
-        with _asking():
+        with _communication_errors():
             self._store.set(f"{name}/{self.place.rank}", value)
             return [self._store.get(f"{name}/{rank}").decode() for rank in range(self.place.world_size)]
 
@@ -68,52 +72,58 @@ class RendezvousStore:
         return messages
 
     def set_step(self, step: int) -> None:
+        """Let the other workers know which step this one has come to."""
         if self._store is not None:
-            with _asking():
+            with _communication_errors():
                 self._store.set(f"step/{self.place.rank}", str(step))
 
     def blame(self) -> str:
-        """Which workers fell behind, in one line; asked by the survivors of a failed collective.
+        """Which workers fell behind, in one line; called by the survivors of a failed collective.
 
         Each survivor marks itself and waits for the others to do so; those that have not are named. A store
-        that does not answer is given up.
+        that does not answer in time is given up.
         """
         if self._store is None:
             return "there is no other worker"
-        told: list[str] = []
-        thread = threading.Thread(target=lambda: told.append(self._ask()), daemon=True)
+        store, answers = self._store, list[str]()
+        thread = threading.Thread(target=lambda: answers.append(self._find_lost_workers(store)), daemon=True)
         thread.start()
         thread.join(self._patience_seconds + STORE_SECONDS)
-        return told[0] if told else "the rendezvous store does not answer, so no worker's step is known"
+        return answers[0] if answers else "the rendezvous store does not answer, so no worker's step is known"
 
-    def _ask(self) -> str:
-        assert self._store is not None
-        ranks = range(self.place.world_size)
+    def _find_lost_workers(self, store: KeyValueStore) -> str:
         try:
-            self._store.set(f"survived/{self.place.rank}", "1")
-            deadline = time.monotonic() + self._patience_seconds
-            while True:
-                silent = [rank for rank in ranks if not self._store.check([f"survived/{rank}"])]
-                if len(silent) <= 1 or time.monotonic() > deadline:
-                    break
-                time.sleep(0.1)
-            steps = [self._step_of(rank) for rank in ranks]
+            store.set(f"survived/{self.place.rank}", "1")
+            silent = self._wait_for_survivors(store)
+            steps = [_step_of(rank, store) for rank in range(self.place.world_size)]
         except RuntimeError as error:  # the store's own error, when its host is gone
             return f"the rendezvous store is gone, so no worker's step is known ({first_line(error)})"
-        told = ", ".join(f"rank {rank} at step {step}" for rank, step in enumerate(steps))
-        if not silent:
-            return f"every worker is alive and gave up ({told})"
-        return f"rank {', '.join(map(str, silent))} fell behind: it no longer answers ({told})"
 
-    def _step_of(self, rank: int) -> str:
-        assert self._store is not None
-        key = f"step/{rank}"
-        return self._store.get(key).decode() if self._store.check([key]) else "none"
+        listed = ", ".join(f"rank {rank} at step {step}" for rank, step in enumerate(steps))
+        if not silent:
+            return f"every worker is alive and gave up ({listed})"
+        return f"rank {', '.join(map(str, silent))} fell behind: it no longer answers ({listed})"
+
+    def _wait_for_survivors(self, store: KeyValueStore) -> list[int]:
+        """Wait until at most one worker has not marked itself, or for patience_seconds; the ranks that have
+        not."""
+        deadline = time.monotonic() + self._patience_seconds
+        while True:
+            ranks = range(self.place.world_size)
+            silent = [rank for rank in ranks if not store.check([f"survived/{rank}"])]
+            if len(silent) <= 1 or time.monotonic() > deadline:
+                return silent
+            time.sleep(0.1)
+
+
+def _step_of(rank: int, store: KeyValueStore) -> str:
+    key = f"step/{rank}"
+    return store.get(key).decode() if store.check([key]) else "none"
 
 
 @contextmanager
-def _asking() -> Iterator[None]:
-    """The store's errors as ours."""
+def _communication_errors() -> Iterator[None]:
+    """Raise the store's errors as CommunicationErrors."""
     try:
         yield
     except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""One process of a run: its place, its device, and what it says of itself."""
+"""One process of a run: its place, its device, and how it describes itself."""
 
 import socket
 from collections import Counter
@@ -34,19 +34,19 @@ class Worker:
     data: Path
     """The folder of prepared data sets."""
     simulated: bool = False
-    """Whether all workers live in this process, and take turns."""
+    """Whether all workers are in this process, and take turns."""
 
     @property
     def place(self) -> Place:
         return self.rendezvous.place
 
-    def standing_at(self, rank: int) -> "Worker":
-        """This worker in another place of the same run."""
+    def with_rank(self, rank: int) -> "Worker":
+        """A copy of this worker with another rank in the same run."""
         place = Place(rank, self.place.world_size)
         return replace(self, rendezvous=replace(self.rendezvous, place=place))
 
     def facts(self) -> dict[str, Any]:
-        """What environment.json says of all workers alike."""
+        """What environment.json records of all workers in common."""
         return {
             "world_size": self.place.world_size,
             "simulated": self.simulated,
@@ -55,13 +55,13 @@ class Worker:
         }
 
     def where(self) -> str:
-        """The host and the device, for the record."""
+        """The host and the device, as environment.json records them."""
         if self.device.type != "cuda":
             return f"{socket.gethostname()}/cpu"
         return f"{socket.gethostname()}/{self.device} {torch.cuda.get_device_name(self.device)}"
 
     def is_to_spawn(self) -> bool:
-        """Whether the workers are processes that this one is to start."""
+        """Whether the workers are processes that this process must start."""
         return self.place.world_size > 1 and not self.simulated and not self.rendezvous.launched
 
     def identity(self) -> WorkerIdentity:
@@ -72,7 +72,10 @@ class Worker:
         return WorkerIdentity(backend=self.backend, host=socket.gethostname(), gpu=gpu)
 
     def describe(self, workers: Sequence[str]) -> str:
-        """The choices made here, in one line; with several workers (where() of each), a row for each."""
+        """The workers, backend and threads of the run, in one line; several processes have a row each.
+
+        workers: where() of each worker, by rank.
+        """
         if self.simulated:
             in_turn = f"{self.place.world_size} simulated workers in turn on {self.device}"
             return f"{in_turn}, {self.num_threads} threads"

@@ -1,4 +1,4 @@
-"""A virtual SLURM cluster of four hosts for the tests here; what keeps this machine from one is said."""
+"""A virtual SLURM cluster of four hosts for the tests here; a skipped test says why there cannot be one."""
 
 import fcntl
 import os
@@ -17,13 +17,13 @@ HOSTS = ["n1", "n2", "n3", "n4"]
 
 
 class Cluster:
-    """Commands from the repository's root, on the hosts and to SLURM."""
+    """Runs commands from the repository's root: on the hosts, and SLURM's."""
 
     def tool(self, *words: str) -> str:
         return subprocess.run([TOOL, *words], check=True, capture_output=True, text=True).stdout
 
     def start(self, words: list[str]) -> subprocess.Popen:
-        """From outside of the hosts; SLURM's commands find their cluster."""
+        """Start a command outside of the hosts; SLURM's commands find this cluster."""
         return subprocess.Popen(
             words,
             cwd=ROOT,
@@ -35,14 +35,15 @@ class Cluster:
         )
 
     def start_on(self, host: str, command: str) -> subprocess.Popen:
-        """A shell command on a host, as ssh would start it."""
+        """Start a shell command on a host, as ssh would."""
         return self.start([TOOL, "ssh", host, f"cd {ROOT} && {command}"])
 
     def call(self, *words: str, seconds: float = 300) -> tuple[int, str]:
-        """The exit code and the output of a command, which is ended where it takes longer."""
+        """Run a command, for so many seconds at most; returns the exit code and the output."""
         return self.end(self.start(list(words)), seconds)
 
     def end(self, process: subprocess.Popen, seconds: float = 300) -> tuple[int, str]:
+        """Wait for a process, for so many seconds at most; returns the exit code and the output."""
         try:
             output, _ = process.communicate(timeout=seconds)
         finally:
@@ -50,44 +51,44 @@ class Cluster:
         return process.returncode, output
 
     def state(self, job: str) -> str:
-        """COMPLETED, FAILED, ..."""
+        """A job's state: COMPLETED, FAILED, ..."""
         return self.fact(job, "JobState")
 
     def fact(self, job: str, name: str) -> str:
-        """What SLURM knows of a job under a name."""
-        _, told = self.call("scontrol", "show", "job", "-o", job)
-        return told.partition(f" {name}=")[2].split()[0]
+        """One of the values that SLURM shows of a job."""
+        _, shown = self.call("scontrol", "show", "job", "-o", job)
+        return shown.partition(f" {name}=")[2].split()[0]
 
     def pids(self, host: str) -> list[int]:
-        """What runs on a host, without its slurmd."""
+        """The processes on a host, without its slurmd."""
         return [int(word) for word in self.tool("pids", host).split()]
 
     def workers(self, host: str) -> list[int]:
-        """Those of a host's processes that are workers."""
+        """The processes on a host that are workers."""
         return [pid for pid in self.pids(host) if "run.py" in command_line(pid)]
 
     def processes(self) -> list[str]:
-        """What runs on the hosts, by command line."""
+        """The command lines of all processes on the hosts."""
         lines = [command_line(pid) for host in HOSTS for pid in self.pids(host)]
         return [line for line in lines if line]
 
 
 def command_line(pid: int) -> str:
-    """Nothing where the process has ended."""
-    told = subprocess.run(["ps", "-o", "args=", "-p", str(pid)], capture_output=True, text=True)
-    return told.stdout.strip()
+    """A process's command line; empty where it has ended."""
+    done = subprocess.run(["ps", "-o", "args=", "-p", str(pid)], capture_output=True, text=True)
+    return done.stdout.strip()
 
 
-def wait_until(holds: Callable[[], object], seconds: float, told: Callable[[], object] = str) -> None:
-    """Wait until it holds; an assertion with what told() says where it does not come to that."""
+def wait_until(holds: Callable[[], object], seconds: float, explain: Callable[[], object] = str) -> None:
+    """Wait until a condition holds; fails with what explain() returns where it takes longer."""
     deadline = time.monotonic() + seconds
     while not holds():
-        assert time.monotonic() < deadline, told()
+        assert time.monotonic() < deadline, explain()
         time.sleep(0.2)
 
 
 def obstacle() -> str | None:
-    """Why there can be no virtual cluster here."""
+    """Why there can be no virtual cluster on this machine; None where there can."""
     if os.geteuid() != 0:
         return "the virtual cluster needs root"
     for tool in ("slurmctld", "slurmd", "munged", "ip", "tc", "mpirun"):
@@ -106,7 +107,7 @@ def running() -> Iterator[Cluster]:
     if reason := obstacle():
         pytest.skip(reason)
     with Path("/tmp/sage-virtual-cluster.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # one such cluster a machine
+        fcntl.flock(lock, fcntl.LOCK_EX)  # only one such cluster per machine
         cluster = Cluster()
         cluster.tool("up", "4", "1gbit")
         yield cluster
@@ -115,7 +116,7 @@ def running() -> Iterator[Cluster]:
 
 @pytest.fixture
 def cluster(running: Cluster) -> Iterator[Cluster]:
-    """The cluster, idle; what a test left is ended."""
+    """The cluster, idle; what a test leaves running is ended."""
 
     def is_idle() -> bool:
         return running.call("sinfo", "-h", "-t", "idle", "-o", "%D")[1].strip() == str(len(HOSTS))
@@ -130,7 +131,7 @@ def cluster(running: Cluster) -> Iterator[Cluster]:
 
 @pytest.fixture
 def endless_job(cluster: Cluster, tmp_path: Path) -> Iterator[str]:
-    """A job on four hosts that trains and has a checkpoint; its id. Its output is in the file log."""
+    """The id of a job on four hosts that is training and has a checkpoint. Its output is in the file log."""
     words = ["configs/digits.yaml", "epochs=100000", "timeout_seconds=10", "--threads", "1"]
     sbatch = ["sbatch", "--parsable", f"--output={tmp_path}/log", "--nodes=4", "pararun"]
     code, job = cluster.call(*sbatch, *words, "--runs", str(tmp_path))
@@ -141,6 +142,6 @@ def endless_job(cluster: Cluster, tmp_path: Path) -> Iterator[str]:
 
 
 def wait_for_checkpoint(runs: Path) -> None:
-    """Until the one run there has its first."""
+    """Wait until the only run in a folder has its first checkpoint."""
     found = "digits/*/checkpoints/step-*/manifest.json"
     wait_until(lambda: any(runs.glob(found)), 120, lambda: (runs / "log").read_text())

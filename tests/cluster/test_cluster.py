@@ -1,4 +1,4 @@
-"""A SLURM cluster's user: every way to start workers on several hosts, and how such runs end.
+"""Runs on a SLURM cluster: every way to start workers on several hosts, and how such runs end.
 
 python -m pytest -m cluster
 """
@@ -18,7 +18,7 @@ TASK = ["configs/digits.yaml", "epochs=1", "--threads", "1"]
 
 
 def only_run(runs: Path) -> tuple[int, list[str]]:
-    """The world size and the hosts, by rank, of the one run that is done."""
+    """The world size and the hosts, by rank, of the only run that is done."""
     (summary,) = runs.glob("digits/*/summary.json")
     environment = json.loads((summary.parent / "environment.json").read_text())
     assert json.loads(summary.read_text())["world_size"] == environment["world_size"]
@@ -39,11 +39,11 @@ def test_sbatch_pararun_trains_one_worker_a_task(
     log = tmp_path / "log"
     sbatch = ["sbatch", "--wait", f"--output={log}", *shape, "pararun", *TASK, "--runs", str(tmp_path)]
     code, output = cluster.call(*sbatch)
-    told = log.read_text()
-    assert code == 0, output + told
+    printed = log.read_text()
+    assert code == 0, output + printed
     assert only_run(tmp_path) == (4, hosts)
     for rank, host in enumerate(hosts):
-        assert told.count(f"rank {rank}    {host}  cpu") == 1
+        assert printed.count(f"rank {rank}    {host}  cpu") == 1
 
 
 def test_pararun_needs_no_gpu_and_passes_the_exit_code_on(cluster: Cluster, tmp_path: Path) -> None:
@@ -103,11 +103,11 @@ def test_a_job_array_of_a_sweep_runs_a_point_a_task_and_skips_what_is_done(
     sweep.write_text(f"base: {ROOT}/configs/digits.yaml\ngrid: {{epochs: [1]}}\nseeds: [3, 4]\n")
     shape = ["--array=0-1", "--nodes=2", "--ntasks-per-node=1", f"--output={tmp_path}/%a.log"]
     words = ["--sweep", str(sweep), "--threads", "1", "--runs", str(tmp_path)]
-    for told in ("2 workers over gloo", "done already"):
+    for text in ("2 workers over gloo", "done already"):
         code, output = cluster.call("sbatch", "--wait", *shape, "pararun", *words)
         logs = [(tmp_path / f"{index}.log").read_text() for index in range(2)]
         assert code == 0, [output, *logs]
-        assert all(told in log for log in logs), logs
+        assert all(text in log for log in logs), logs
         done = sorted(tmp_path.glob("two/*/*/summary.json"))
         assert [summary.parent.name.split("-")[1] for summary in done] == ["s3", "s4"]
 
@@ -118,9 +118,9 @@ def test_a_killed_worker_ends_the_job_as_failed_and_is_named(
     (worker,) = cluster.workers("n3")
     os.kill(worker, signal.SIGKILL)
     wait_until(lambda: cluster.state(endless_job) == "FAILED", 60, lambda: cluster.state(endless_job))
-    told = (tmp_path / "log").read_text()
-    assert "n3: task 2: Killed" in told
-    assert "Traceback" not in told
+    printed = (tmp_path / "log").read_text()
+    assert "n3: task 2: Killed" in printed
+    assert "Traceback" not in printed
     wait_until(lambda: not cluster.processes(), 30, cluster.processes)
     assert not list(tmp_path.glob("digits/*/summary.json"))
 
