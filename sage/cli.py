@@ -22,6 +22,7 @@ Train a task with a gradient compressor, as a YAML file describes it.
   python run.py configs/digits.yaml reducer.name=topk epochs=3   with two values changed
   python run.py configs/digits.yaml --resume                     resume the newest run of this file
   python run.py --sweep configs/sweeps/reducers_digits.yaml      every point of a sweep, one after the other
+  python run.py --sweep configs/sweeps/reducers_digits.yaml --jobs 4      four of them side by side
 
 CONFIG: configs/ has a YAML file for each experiment. key.path=value changes one of its values, in the
 syntax of YAML. A changed name (reducer.name=exact) chooses another component, which takes over the keys
@@ -33,7 +34,8 @@ and pictures of such folders.
 
 Sweeps: a sweep's file has a base (a configuration), a grid (key.path: [values]) and seeds. Each
 combination is a point; its runs are in RUNS/<sweep>/<point>/. Without --list and --index all points are
-run, except those that are done already.
+run, except those that are done already or that another process is running. --jobs N runs N of them side
+by side.
 
 Stopping: Ctrl-C, SIGTERM and SIGUSR1 let a run finish its step and write a checkpoint; a second Ctrl-C
 ends it at once. --resume continues from the checkpoint, with the same bits as without the stop.
@@ -42,7 +44,7 @@ Exit codes: 0 done, or stopped by SIGTERM or SIGUSR1 with a checkpoint; 1 failed
 started; 130 stopped by Ctrl-C. A sweep that a signal stops ends with 128 + the signal's number.
 """
 
-NEED_SWEEP = {"list_points": "--list", "index": "--index"}
+NEED_SWEEP = {"list_points": "--list", "index": "--index", "jobs": "--jobs"}
 """Options that only a sweep has, as argparse and as the user names them."""
 NEED_INDEX = {"print_config": "--print-config", "dry_run": "--dry-run"}
 """Options about one run: in a sweep, about one of its points."""
@@ -62,6 +64,8 @@ class Arguments:
     workers: int | None
     simulate: int | None
     threads: int | None
+    jobs: int | None
+    """How many points of the sweep run side by side; None: one."""
     data: Path | None
     runs: Path
     resume: str | None
@@ -135,6 +139,13 @@ def _add_sweep_options(group: "argparse._ArgumentGroup") -> None:
         "--list", action="store_true", dest="list_points", help="list the sweep's points, then stop"
     )
     which.add_argument("--index", type=_not_negative, metavar="I", help="run only the sweep's point I")
+    group.add_argument(
+        "--jobs",
+        type=_positive,
+        metavar="N",
+        help="run N points side by side on this machine (default: 1), each with its share of the cores and "
+        "GPUs; their output goes to output.log in each point's folder",
+    )
 
 
 def _add_folder_options(group: "argparse._ArgumentGroup") -> None:
@@ -197,6 +208,8 @@ def _to_arguments(parsed: dict[str, Any]) -> Arguments:
     elif parsed["index"] is None:
         _refuse_all(parsed, NEED_INDEX, "with --sweep expected an --index too")
         _refuse_path_for_all_points(parsed["resume"])
+    if parsed["jobs"] and (parsed["index"] is not None or parsed["list_points"]):
+        raise _UsageError("--jobs: with --sweep expected no --index and no --list")
     if parsed["resume"]:
         _check_resume_path(parsed["resume"])
     if sweep_file is None:
@@ -216,18 +229,21 @@ def _refuse_all(parsed: dict[str, Any], names: dict[str, str], expected: str) ->
 def _refuse_path_for_all_points(resume: str | None) -> None:
     """Raise _UsageError where --resume names one run, for all points of a sweep."""
     if resume:
-        raise _UsageError(
-            f"--resume {resume}: with --sweep and no --index expected no path: each point has its own"
-        )
+        expected = f"with --sweep and no --index expected no path: each point has its own{_hint(resume)}"
+        raise _UsageError(f"--resume {resume}: {expected}")
 
 
 def _check_resume_path(resume: str) -> None:
-    """Raise _UsageError where --resume PATH is not a folder, as where it has swallowed another word."""
-    if Path(resume).is_dir():
-        return
+    """Raise _UsageError where --resume PATH is not a folder."""
+    if not Path(resume).is_dir():
+        expected = f"expected a run's folder, or one of its checkpoints{_hint(resume)}"
+        raise _UsageError(f"--resume {resume}: {expected}")
+
+
+def _hint(resume: str) -> str:
+    """What to do where --resume has taken the next word for its PATH."""
     swallowed = "=" in resume or resume.endswith(".yaml")
-    hint = "; CONFIG and key.path=value go before it" if swallowed else ""
-    raise _UsageError(f"--resume {resume}: expected a run's folder, or one of its checkpoints{hint}")
+    return "; CONFIG and key.path=value go before it" if swallowed else ""
 
 
 def _split_words(words: list[str], resume: str | None) -> tuple[Path, list[str]]:
@@ -289,4 +305,23 @@ def run_sweep(
     for point in points:
         if not done[point.index]:
             check(resolved[point.index])
-    return PointRunner(points, options.runs, is_done, command).run()
+    num_jobs = options.jobs or 1
+    runner = PointRunner(
+        points,
+        options.runs,
+        is_done,
+        _without_jobs(command),
+        min(num_jobs, max(1, done.count(False))),
+        to_logs=num_jobs > 1,
+        divides_cpus=options.threads is None,
+    )
+    return runner.run()
+
+
+def _without_jobs(command: Sequence[str]) -> list[str]:
+    """A command line without --jobs N or --jobs=N."""
+    return [
+        word
+        for before, word in zip(["", *command], command, strict=False)
+        if "--jobs" not in (before, word) and not word.startswith("--jobs=")
+    ]

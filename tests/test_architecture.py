@@ -43,6 +43,7 @@ TORCHLESS = [
     "sage/sweep.py",
     "sage/cli.py",
     "sage/workers/points.py",
+    "sage/workers/shares.py",
     "sage/workers/signals.py",
     "sage/runfolder/manifest.py",
     "sage/runfolder/resume.py",
@@ -164,13 +165,13 @@ def test_torch_distributed_appears_in_launch_and_comm_only() -> None:
     assert users == {"sage.workers.launch", "sage.exchange.comm"}
 
 
-def test_the_environment_is_read_in_launch_only() -> None:
+def test_the_environment_is_read_in_launch_and_shares_only() -> None:
     users = {
         module_of(path)
         for path in SOURCES
         if uses(path, "os", "environ") or uses(path, "os", "getenv") or "os.environ" in imports_of(path)
     }
-    assert users == {"sage.workers.launch"}
+    assert users == {"sage.workers.launch", "sage.workers.shares"}
 
 
 def pins(text: str) -> set[str]:

@@ -23,6 +23,9 @@ from sage import cli, config, sweep, yamlfile
 from sage.config import ConfigError
 from sage.sweep import RUN_LOCK, SWEEP_LOCK, holder, lock
 from tests.test_cli import exit_code
+from tests.test_simulate import restored
+
+__all__ = ["restored"]  # a fixture that every test here gets
 
 ROOT = Path(__file__).parent.parent
 SWEEPS = sorted((ROOT / "configs" / "sweeps").glob("*.yaml"))
@@ -185,6 +188,13 @@ def test_two_points_that_are_one_run_are_refused(tmp_path: Path, content: dict[s
     [
         (["--index", "0", str(BASE)], "--index: expected together with --sweep FILE"),
         (["--list", str(BASE)], "--list: expected together with --sweep FILE"),
+        (["--jobs", "2", str(BASE)], "--jobs: expected together with --sweep FILE"),
+        (["--sweep", "FILE", "--jobs", "2", "--index", "0"], "--jobs: with --sweep expected no --index and"),
+        (
+            ["--sweep", "FILE", "--jobs", "2", "--list"],
+            "--jobs: with --sweep expected no --index and no --list",
+        ),
+        (["--sweep", "FILE", "--jobs", "0"], "argument --jobs: expected an integer in [1, inf), got '0'"),
         (["--sweep", "FILE", "--dry-run"], "--dry-run: with --sweep expected an --index too"),
         (
             ["--sweep", "FILE", "--index", "1.5"],
@@ -265,9 +275,9 @@ def test_one_point_is_the_run_of_its_configuration_and_is_skipped_when_done(tmp_
     assert len(list(runs.rglob("config.yaml"))) == 1
 
 
-def in_turn(path: Path, runs: Path, command: list[str]) -> int:
-    """All points, each by `python COMMAND ... --index I` in place of run.py."""
-    options = cli.parse(["--sweep", str(path), "--runs", str(runs)])
+def run_points(path: Path, runs: Path, command: list[str], *more: str) -> int:
+    """All points, each by `python COMMAND ... --index I` in place of run.py; more: options of the sweep."""
+    options = cli.parse(["--sweep", str(path), "--runs", str(runs), *more])
     return cli.run_sweep(options, run.SETTLE, lambda settings: None, command)
 
 
@@ -280,7 +290,7 @@ def test_all_points_run_in_turn_but_the_finished_and_a_failed_one_stops_none(
     path, log = write(tmp_path, grid={"epochs": [1, 2, 3, 4]}), tmp_path / "log"
     done = sweep.read(path)[2]
     finish(tmp_path / done.folder / "run", run.SETTLE(done.config, done.overrides))
-    assert in_turn(path, tmp_path, ["-c", NOTE.format(log=log), "--sweep"]) == 1
+    assert run_points(path, tmp_path, ["-c", NOTE.format(log=log), "--sweep"]) == 1
     assert log.read_text().splitlines() == [f"--sweep --index {i}" for i in (0, 1, 3)]
     said = capsys.readouterr()
     assert said.err == "run.py: 1 of 4 points failed: 1\n"
@@ -292,7 +302,7 @@ def test_a_point_whose_folder_cannot_be_made_fails_and_stops_none(tmp_path: Path
     folder = tmp_path / sweep.read(path)[0].folder
     folder.parent.mkdir()
     folder.write_text("")
-    assert in_turn(path, tmp_path, ["-c", NOTE.format(log=log)]) == 1
+    assert run_points(path, tmp_path, ["-c", NOTE.format(log=log)]) == 1
     assert log.read_text().splitlines() == ["--index 1", "--index 2"]
     first, last = capsys.readouterr().err.splitlines()
     assert first.startswith("run.py: point 0: ")
@@ -317,32 +327,6 @@ def test_what_a_point_needs_is_checked_before_the_first_starts_but_not_of_a_fini
     (tmp_path / "file").write_text("")
     assert exit_code(*words[:2], "--runs", str(tmp_path / "file")) == 2
     assert capsys.readouterr().err.startswith(f"run.py: --runs {tmp_path / 'file'}: expected ")
-
-
-def test_a_signal_ends_the_point_that_runs_once_and_the_sweep(tmp_path: Path) -> None:
-    path, log = write(tmp_path, grid={"epochs": [1, 2]}), tmp_path / "log"
-    child = f"""
-import signal, sys, time
-def note(number, frame):
-    open({str(log)!r}, "a").write(f"signal {{number}}\\n")
-    time.sleep(1)
-    sys.exit(5)
-signal.signal(signal.SIGINT, note)
-signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])  # as run.py does when it listens
-open({str(log)!r}, "a").write("started\\n")
-time.sleep(60)
-"""
-    parent = "import sys; from pathlib import Path; from tests.test_sweep import in_turn; "
-    parent += "sys.exit(in_turn(Path(sys.argv[1]), Path(sys.argv[2]), ['-c', sys.argv[3]]))"
-    words = [sys.executable, "-c", parent, str(path), str(tmp_path), child]
-    process = subprocess.Popen(words, cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL)
-    for _ in range(600):
-        if log.exists() and log.read_text():
-            break
-        time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does on Ctrl-C
-    assert process.wait(timeout=60) == 128 + signal.SIGINT
-    assert log.read_text().splitlines() == ["started", f"signal {signal.SIGINT}"]
 
 
 # --- what is being run ----------------------------------------------------------------------------
@@ -438,7 +422,7 @@ def test_a_sweep_skips_what_is_being_run_and_says_at_its_end_what_still_is(
 ) -> None:
     path, log = write(tmp_path, grid={"epochs": [2, 3, 4]}), tmp_path / "log"
     with locked(tmp_path / sweep.read(path)[0].folder, name):
-        assert in_turn(path, tmp_path, ["-c", NOTE.format(log=log)]) == 1
+        assert run_points(path, tmp_path, ["-c", NOTE.format(log=log)]) == 1
     assert log.read_text().splitlines() == ["--index 1", "--index 2"]
     said = capsys.readouterr()
     assert said.err == "run.py: 1 of 3 points failed: 1\n"
@@ -467,7 +451,7 @@ def test_a_skipped_point_that_nobody_finished_is_run_in_the_end(tmp_path: Path, 
     thread = threading.Thread(target=end_the_others)
     thread.start()
     wait = f"import sys, time; print(sys.argv[2], file=open({str(log)!r}, 'a'), flush=True); time.sleep(1)"
-    assert in_turn(path, tmp_path, ["-c", wait]) == 0
+    assert run_points(path, tmp_path, ["-c", wait]) == 0
     thread.join()
     assert log.read_text().split() == ["2", "0"]
 
@@ -487,7 +471,7 @@ def test_a_point_whose_process_lost_the_race_for_it_is_not_a_failure(
 
     thread = threading.Thread(target=take)
     thread.start()
-    assert in_turn(path, tmp_path, ["-c", code]) == 0
+    assert run_points(path, tmp_path, ["-c", code]) == 0
     thread.join()
     assert capsys.readouterr().out.splitlines()[-1] == "1 of 1 points are being run by other processes: 0"
     assert opened[0] is not None
