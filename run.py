@@ -3,11 +3,13 @@
 import sys
 
 from sage import cli
+from sage.workers import environment
 from sage.workers.signals import WATCH
 
 if __name__ == "__main__":
     WATCH.listen()
     cli.parse(sys.argv[1:])  # --help and slips are answered before the imports, which take seconds
+    environment.set_defaults()
 
 from functools import partial
 from pathlib import Path

@@ -98,7 +98,7 @@ def measure(size: str, folder: Path, rank: int, world_size: int, store: dist.Sto
     saved = seconds_of(save, NUM_SAVES, wait)
 
     def load() -> None:
-        checkpoint = manifest.newest_whole(folder)  # anew: it hashes a file when it is read first
+        checkpoint = manifest.newest(folder)  # anew: it hashes a file when it is read first
         state.load_shared(read_state(checkpoint, manifest.SHARED), with_optimizer=True)
         state.load_own(read_state(checkpoint, manifest.worker_file(rank)))
 
@@ -107,7 +107,7 @@ def measure(size: str, folder: Path, rank: int, world_size: int, store: dist.Sto
     used = [True] * len(gradient.layout)
     checked = seconds_of(lambda: agreement.agree(loss + gradient.flat.sum(), used), NUM_CHECKS, wait)
     floor = seconds_of(lambda: feedback.memory.add_(gradient.flat), NUM_CHECKS, wait)
-    files = manifest.newest_whole(folder).manifest.files
+    files = manifest.newest(folder).manifest.files
     return Row(
         size,
         gradient.flat.numel(),

@@ -19,11 +19,12 @@ def console() -> "Console":
     """The terminal that lines and the progress bar share."""
     from rich.console import Console
 
-    return Console(file=_lenient(sys.stdout), highlight=False, soft_wrap=True)
+    return Console(stderr=False, highlight=False, soft_wrap=True)
 
 
 def say(text: str) -> None:
     """Print a line of its own, which a running progress bar does not tear."""
+    _lenient(sys.stdout)
     console().print(printable(text), markup=False)
 
 
@@ -78,3 +79,12 @@ def readable_bytes(count: float) -> str:
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.3g} TB"
+
+
+def describe_gap(epochs: set[int], num_epochs: int) -> str:
+    """Which of the first epochs are not among those given, in words: "epochs 2, 3 have no line"."""
+    missing = sorted(set(range(num_epochs)) - epochs)
+    if not missing:
+        return ""
+    names = ", ".join(str(epoch + 1) for epoch in missing[:10]) + (", ..." if len(missing) > 10 else "")
+    return f"epoch {names} has no line" if len(missing) == 1 else f"epochs {names} have no line"

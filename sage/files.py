@@ -63,6 +63,10 @@ def check_writable(runs: Path) -> None:
         raise ValueError(f"--runs {runs}: expected a folder to write to: {error.strerror}") from None
 
 
+class RunFolderLost(OSError):  # noqa: N818  it says what happened
+    """A file that a run writes to was renamed, removed or cut while it was open."""
+
+
 class LineFile:
     """Appends lines to a file, each handed to the system at once: a process that dies loses none."""
 
@@ -71,6 +75,7 @@ class LineFile:
         OSError."""
         self.path, self._keep_waiting = path, keep_waiting
         self._file = path.open("ab", buffering=0)
+        self._length = os.fstat(self._file.fileno()).st_size
         self._pending = b""
         self.error: str | None = None
         """Why lines are waiting, if any are."""
@@ -84,6 +89,22 @@ class LineFile:
             if not self._keep_waiting:
                 raise
             self.error = error.strerror
+
+    def check_in_place(self) -> None:
+        """Raise RunFolderLost where another file, or none, is at the path now, or this one is shorter or
+        longer than what was written."""
+        opened = os.fstat(self._file.fileno())
+        try:
+            named = self.path.stat()
+        except OSError as error:
+            raise RunFolderLost(
+                f"{self.path}: {error.strerror}: it was removed or renamed meanwhile"
+            ) from None
+        if (named.st_dev, named.st_ino) != (opened.st_dev, opened.st_ino):
+            raise RunFolderLost(f"{self.path}: it was replaced by another file meanwhile")
+        if opened.st_size != self._length:
+            problem = f"expected the {self._length} bytes that were written, got {opened.st_size}"
+            raise RunFolderLost(f"{self.path}: {problem}: it was altered meanwhile")
 
     def sync(self) -> None:
         """Force all lines to the disk. Raises OSError."""
@@ -100,7 +121,9 @@ class LineFile:
     def _write_pending(self) -> None:
         try:
             while self._pending:  # the system may take a part of a line only
-                self._pending = self._pending[self._file.write(self._pending) :]
+                written = self._file.write(self._pending)
+                self._length += written
+                self._pending = self._pending[written:]
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self.path)) from None
         self.error = None

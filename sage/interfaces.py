@@ -115,6 +115,11 @@ class Stateful:
                     )
                 setattr(self, name, state[name].to(value.device, copy=True))
             else:
+                if not _is_like(state[name], value):
+                    kind = type(value).__name__
+                    raise TypeError(
+                        f"{name}: expected {kind}, got {type(state[name]).__name__} or other elements"
+                    )
                 setattr(self, name, state[name])
 
     def reseed(self, seed: int) -> None:
@@ -125,6 +130,13 @@ class Stateful:
                 value.reseed(seed_of(seed, name))
             elif name in self.worker_generators:
                 value.manual_seed(seed_of(seed, name))
+
+
+def _is_like(value: Any, old: Any) -> bool:
+    """Whether a loaded value may take the place of a Python number, or of a list of numbers."""
+    if isinstance(old, list):
+        return isinstance(value, list) and all(isinstance(one, int | float) for one in value)
+    return type(value) is type(old)
 
 
 def _saved(value: Any) -> Any:

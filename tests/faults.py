@@ -7,6 +7,7 @@ then resumed, end like one that was left alone, bit for bit.
 import argparse
 import json
 import random
+import re
 import sys
 import tempfile
 import time
@@ -91,21 +92,37 @@ def endure(victim: Victim, trial: Trial) -> None:
     trial.expect("Traceback" not in victim.said(), victim.said())
 
 
+OLDER = re.compile(r"an older one is whole: --resume (\S+)")
+CANNOT_RESUME = ("run.py: --resume: expected a run", "there is no older one that is whole")
+
+
 def resume(victim: Victim, newest: int, following: Fault | None, trial: Trial) -> int:
-    """Resume the run, or start it again where it has no checkpoint; returns the steps it is resumed from."""
+    """Resume the run, from the older checkpoint that a message names where the newest is damaged, or start it
+    again where it has none; returns the steps it is resumed from."""
     overrides, run = following.overrides if following else [], victim.folder
-    victim.start(*overrides, "--resume")
-    if victim.wait_for(lambda: RESUMED.search(victim.said()) is not None, "to resume"):
-        found = RESUMED.search(victim.said())
-        assert found is not None
-        return int(found[1])
+    resumed = start_resumed(victim, overrides)
+    if resumed is None and (named := OLDER.search(victim.said())):
+        victim.end()
+        resumed = start_resumed(victim, overrides, named[1])
+    if resumed is not None:
+        return resumed
     code, said = victim.end(), victim.said()
-    if newest or code != 2 or "run.py: --resume: expected a run" not in said or "Traceback" in said:
+    if newest or code != 2 or not any(line in said for line in CANNOT_RESUME) or "Traceback" in said:
         raise RuntimeError(f"--resume with a checkpoint after step {newest} ended with {code}: {said}")
     trial.restarts += 1
     victim.start(*overrides)
     victim.wait_for(lambda: victim.folder != run, "to start again")
     return 0
+
+
+def start_resumed(victim: Victim, overrides: Sequence[str], *path: str) -> int | None:
+    """Start the run with --resume; returns the steps it is resumed from, or None where it ends instead."""
+    victim.start(*overrides, "--resume", *path)
+    if not victim.wait_for(lambda: RESUMED.search(victim.said()) is not None, "to resume"):
+        return None
+    found = RESUMED.search(victim.said())
+    assert found is not None
+    return int(found[1])
 
 
 def carry_out(faults: Sequence[Fault], place: Path, reference: "Future[Path]") -> Trial:

@@ -26,7 +26,7 @@ SHARED = {
 """What a family shares; also everything under reducers.kernels, tasks.models and tasks.data."""
 
 LEVELS = [
-    {"interfaces", "config", "components", "files", "console", "sweep"},
+    {"interfaces", "yamlfile", "config", "components", "files", "console", "sweep"},
     {"exchange", "workers"},
     {"runfolder"},
     {"training"},
@@ -36,6 +36,7 @@ LEVELS = [
 REPORT = {"report"} | LEVELS[0]
 """The report reads what runs left on disk, so it needs the ground alone."""
 TORCHLESS = [
+    "sage/yamlfile.py",
     "sage/config.py",
     "sage/components.py",
     "sage/console.py",
@@ -44,6 +45,7 @@ TORCHLESS = [
     "sage/cli.py",
     "sage/workers/points.py",
     "sage/workers/shares.py",
+    "sage/workers/environment.py",
     "sage/workers/signals.py",
     "sage/runfolder/manifest.py",
     "sage/runfolder/resume.py",
@@ -165,13 +167,13 @@ def test_torch_distributed_appears_in_launch_and_comm_only() -> None:
     assert users == {"sage.workers.launch", "sage.exchange.comm"}
 
 
-def test_the_environment_is_read_in_launch_and_shares_only() -> None:
+def test_the_environment_is_touched_by_those_who_launch_only() -> None:
     users = {
         module_of(path)
         for path in SOURCES
         if uses(path, "os", "environ") or uses(path, "os", "getenv") or "os.environ" in imports_of(path)
     }
-    assert users == {"sage.workers.launch", "sage.workers.shares"}
+    assert users == {"sage.workers.environment", "sage.workers.launch", "sage.workers.shares"}
 
 
 def pins(text: str) -> set[str]:

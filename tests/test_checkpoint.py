@@ -133,8 +133,8 @@ def test_a_run_that_a_process_trains_cannot_be_resumed_by_another(runs: Path, ca
     folder = only_run(runs)
     before = contents(runs)
     with lock(folder):
-        assert resume(runs) == 1
-    assert error_line(capsys).endswith(f"run.py: rank 0: {folder}: another process is training this run")
+        assert resume(runs) == 2
+    assert error_line(capsys) == f"run.py: {folder}: another process is training this run"
     assert contents(runs) == before
     assert resume(runs) == 0
 
@@ -163,7 +163,7 @@ def test_a_state_that_does_not_fit_is_refused_before_anything_is_changed(runs: P
     """The state of another version of a reducer, say: it is found only when the parts are built."""
     folder = only_run(runs) / "checkpoints" / "step-00000011"
     state = read_state(manifest.read(folder), manifest.worker_file(0))
-    del state["parts"]["reducer"]["law"]
+    del state["parts"]["exchange"]["buckets"][0]["reducer"]["law"]
     facts = write_state(folder / "rank0.pt", state)
     change(folder, lambda content: {**content, "files": content["files"] | {"rank0.pt": facts.model_dump()}})
     before = contents(runs)
@@ -179,12 +179,11 @@ def test_another_configurations_checkpoint_is_refused_with_all_that_differs(
 ) -> None:
     words = ["reducer.density=0.02", "optimizer.lr=0.5"]
     assert resume(runs, *words, path=only_run(runs)) == 2
-    line = error_line(capsys)
-    assert "expected this configuration's, got another: " in line
-    assert re.search(
-        r"reducer\.density is 0\.01 there and 0\.02 here; optimizer\.lr is .* and 0\.5 here$", line
-    )
-    assert resume(runs, *words) == 2
+    line, *differences = capsys.readouterr().err.splitlines()
+    assert line.endswith("expected this configuration's run, got another:")
+    assert differences[0] == "run.py:   reducer.density is 0.01 there and 0.02 here"
+    assert re.fullmatch(r"run\.py:   optimizer\.lr is .* there and 0\.5 here", differences[1])
+    assert resume(runs, words[0]) == 2
     assert f"{only_run(runs)} is another configuration's: reducer.density is 0.01 there" in error_line(capsys)
 
 
@@ -221,8 +220,18 @@ def other_format(folder: Path) -> None:
 
 
 def change(folder: Path, of: Callable[[dict[str, Any]], Any]) -> None:
+    """Changes a manifest, as somebody does who also mends its checksum."""
     path = folder / manifest.NAME
-    path.write_text(json.dumps(of(json.loads(path.read_text()))))
+    content = of(json.loads(path.read_text()))
+    path.write_text(json.dumps(content | {"checksum": manifest.checksum_of(content)}))
+
+
+def flip(folder: Path, old: bytes, new: bytes) -> None:
+    """Replaces a part of a manifest, as a damaged disk does."""
+    path = folder / manifest.NAME
+    content = path.read_bytes()
+    assert content.count(old) == 1
+    path.write_bytes(content.replace(old, new))
 
 
 def with_file(name: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
@@ -239,7 +248,7 @@ def alter(folder: Path) -> None:
 
 
 DAMAGES: dict[str, tuple[Damage, str]] = {
-    "another version": (other_format, r"manifest\.json: format: expected 1, got 7; another version"),
+    "another version": (other_format, r"manifest\.json: format: expected 2, got 7; another version"),
     "cut off": (
         lambda folder: os.truncate(folder / "rank0.pt", 1000),
         r"rank0\.pt: expected \d+ bytes, as manifest\.json says, got 1000",
@@ -268,6 +277,26 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         lambda folder: change(folder, lambda content: {**content, "step": -1}),
         r"manifest\.json: step: Input should be greater than or equal to 0",
     ),
+    "another step": (
+        lambda folder: change(folder, lambda content: {**content, "step": 12}),
+        r"manifest\.json: step: expected a folder step-00000012 for step 12, got step-00000014",
+    ),
+    "step 0": (
+        lambda folder: change(folder, lambda content: {**content, "step": 0}),
+        r"manifest\.json: step: expected a folder step-00000000 for step 0, got step-00000014",
+    ),
+    "a flipped bit in its step": (
+        lambda folder: flip(folder, b'"step": 14', b'"step": 10'),
+        r"manifest\.json: expected its own checksum, got another: the manifest was altered",
+    ),
+    "a flipped bit in its epoch": (
+        lambda folder: flip(folder, b'"epoch": 1', b'"epoch": 0'),
+        r"manifest\.json: expected its own checksum, got another: the manifest was altered",
+    ),
+    "a flipped bit in its configuration": (
+        lambda folder: flip(folder, b'"seed": 1', b'"seed": 3'),
+        r"manifest\.json: expected its own checksum, got another: the manifest was altered",
+    ),
 }
 
 
@@ -284,29 +313,88 @@ def test_a_damaged_checkpoint_is_refused_in_one_line_and_nothing_is_changed(
     assert contents(runs) == before
 
 
-@pytest.mark.parametrize("name", sorted(DAMAGES.keys() - {"altered"}))
-def test_the_newest_whole_checkpoint_is_taken_where_a_newer_one_is_damaged(
+@pytest.mark.parametrize("name", DAMAGES)
+def test_where_the_newest_is_damaged_the_message_names_an_older_one_that_is_then_resumed(
     name: str, runs: Path, capsys: Capture
 ) -> None:
-    DAMAGES[name][0](only_run(runs) / "checkpoints" / "step-00000014")
-    assert resume(runs) == 0
+    damage, expected = DAMAGES[name]
+    damage(only_run(runs) / "checkpoints" / "step-00000014")
+    before = contents(runs)
+    assert resume(runs) == 2
+    line = error_line(capsys)
+    assert re.search(f"checkpoint is damaged: .*{expected}", line)
+    older = re.search(r"; an older one is whole: --resume (\S+)$", line)
+    assert older is not None
+    assert older[1].endswith("/checkpoints/step-00000011")
+    assert contents(runs) == before
+    assert resume(runs, path=older[1]) == 0
     assert "resumed after epoch 1, step 11" in capsys.readouterr().out
     assert steps_of(only_run(runs)) == sorted(set(steps_of(only_run(runs))))
 
 
-def test_where_all_are_damaged_the_message_is_about_the_newest(runs: Path, capsys: Capture) -> None:
+def test_where_all_are_damaged_the_message_says_so(runs: Path, capsys: Capture) -> None:
     for path in manifest.manifests(only_run(runs)):
         os.truncate(path.parent / "rank0.pt", 1000)
     assert resume(runs) == 2
     line = error_line(capsys)
-    assert "--resume: expected a run's folder with a whole checkpoint, found none in " in line
-    assert re.search(r"; the newest: .*step-00000014/rank0\.pt: expected \d+ bytes, .*, got 1000$", line)
+    assert re.search(
+        r"step-00000014/rank0\.pt: expected \d+ bytes, .*, got 1000; there is no older one", line
+    )
 
 
 def test_a_folder_without_a_manifest_is_not_a_checkpoint(runs: Path, capsys: Capture) -> None:
     (only_run(runs) / "checkpoints" / "step-00000014" / manifest.NAME).unlink()
     assert resume(runs) == 0
     assert "resumed after epoch 1, step 11" in capsys.readouterr().out
+
+
+def rewrite(folder: Path, name: str, change_state: Callable[[dict[str, Any]], object]) -> None:
+    """Changes a state and makes all checksums right again: what somebody makes by hand."""
+    state = torch.load(folder / name, weights_only=True)
+    change_state(state)
+    torch.save(state, folder / name)
+    content = (folder / name).read_bytes()
+    facts = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    change(folder, lambda whole: {**whole, "files": whole["files"] | {name: facts}})
+
+
+HAND_MADE: dict[str, tuple[str, Callable[[dict[str, Any]], object]]] = {
+    "a text for a step": ("shared.pt", lambda state: state["position"].update(step="abc")),
+    "another step": ("shared.pt", lambda state: state["position"].update(step=13)),
+    "another epoch": ("shared.pt", lambda state: state["position"].update(epoch=0)),
+    "texts for scores": ("shared.pt", lambda state: state["position"].update(scores=["x"])),
+    "a list for a tensor": (
+        "shared.pt",
+        lambda state: state["model"].update({next(iter(state["model"])): [1.0]}),
+    ),
+    "a number for a mapping": ("shared.pt", lambda state: state.update(optimizer=3)),
+    "no position": ("shared.pt", lambda state: state.pop("position")),
+    "a list for memory": (
+        "rank0.pt",
+        lambda state: next(iter(state["parts"]["exchange"]["parameters"].values())).update(
+            {"feedback.memory": [0.0]}
+        ),
+    ),
+    "a text for a generator": ("rank0.pt", lambda state: state["random"].update(cpu="abc")),
+    "no parts": ("rank0.pt", lambda state: state.update(parts=None)),
+    "no buckets": ("rank0.pt", lambda state: state["parts"]["exchange"].update(buckets=[])),
+    "texts for losses": ("rank0.pt", lambda state: state["parts"]["meter"].update(losses=["x"])),
+}
+
+
+@pytest.mark.parametrize("name", HAND_MADE)
+def test_a_state_made_by_hand_is_refused_in_one_line_and_nothing_is_changed(
+    name: str, runs: Path, capsys: Capture
+) -> None:
+    file, change_state = HAND_MADE[name]
+    folder = only_run(runs) / "checkpoints" / "step-00000014"
+    rewrite(folder, file, change_state)
+    before = contents(runs)
+    assert resume(runs, path=folder) == 1
+    line = error_line(capsys)
+    assert str(folder) in line
+    assert "weights_only" not in line
+    assert contents(runs) == before
 
 
 @pytest.fixture
@@ -403,7 +491,8 @@ def test_a_pickle_with_code_is_refused_and_its_code_does_not_run(
         read_state(manifest.read(folder), manifest.SHARED)
     assert resume(runs) == 2  # although the checksum is right
     assert re.search(
-        r"shared\.pt: expected only tensors and numbers \(Unsupported global: [^.]*\)$", error_line(capsys)
+        r"shared\.pt: expected only tensors and numbers \(Unsupported global: [^.;]*\); an older one is ",
+        error_line(capsys),
     )
     assert not mark.exists()
     torch.load(folder / "shared.pt", weights_only=False)
@@ -465,9 +554,9 @@ def test_on_a_full_disk_the_last_whole_checkpoint_stays_and_the_run_ends_or_trai
     assert line.startswith("no checkpoint after step 5: rank 0: No space left on device; the last one is ")
     for run_folder in (tmp_path / "a", tmp_path / "b"):
         assert [path.name for path in (run_folder / "checkpoints").iterdir()] == ["step-00000003"]
-        check_readable(manifest.newest_whole(run_folder))
+        check_readable(manifest.newest(run_folder))
     save(patient, 6)  # there is room again
-    assert manifest.newest_whole(tmp_path / "b").manifest.step == 6
+    assert manifest.newest(tmp_path / "b").manifest.step == 6
 
 
 def collect_with(text: str) -> Callable[[RendezvousStore, str, str], list[str]]:

@@ -211,7 +211,7 @@ def test_a_lower_score_reaches_a_target_where_lower_is_better(tmp_path: Path) ->
 
 def test_the_target_is_the_runs_own_where_all_have_the_same() -> None:
     def stopping_at(score: float | None) -> Run:
-        return Run(Path(), {"stop_at_score": score}, "", [], [], {}, False, False)
+        return Run(Path(), {"stop_at_score": score}, "", [], [], {}, False, "", False)
 
     assert report.common_target([stopping_at(0.5), stopping_at(0.5)]) == 0.5
     assert report.common_target([stopping_at(0.5), stopping_at(None)]) is None
@@ -248,7 +248,7 @@ def test_configurations_are_named_by_what_tells_them_apart(tmp_path: Path) -> No
 def test_labels_name_results_first_then_seeds_then_recording_then_folders() -> None:
     def run(folder: str, **settings: Any) -> Run:
         config = {"task.name": "digits", "reducer.name": "sage", "seed": 1, "log.every": 1} | settings
-        return Run(Path(folder), config, "", [], [], {"score.last": 1.0}, False, False)
+        return Run(Path(folder), config, "", [], [], {"score.last": 1.0}, False, "", False)
 
     def labels(*members: Run) -> list[str]:
         return [group.label for group in section_of(*members).groups]

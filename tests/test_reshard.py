@@ -79,7 +79,7 @@ def test_other_workers_get_the_mean_of_the_residuals_and_train_on(
 ) -> None:
     settings, folder = RESHARDED[name], tmp_path / "run"
     LocalComm.run(old_size, lambda comm: train_until(2, settings, comm, folder))  # 8 or 5 steps an epoch
-    found = manifest.newest_whole(folder)
+    found = manifest.newest(folder)
     shared, states = (
         read_state(found, SHARED),
         [read_state(found, worker_file(rank)) for rank in range(old_size)],

@@ -127,7 +127,7 @@ def test_a_run_that_is_stopped_in_the_middle_of_an_epoch_and_resumed_is_the_same
                 stop, settings, comm, folder, batch_per_worker=batch
             ),
         )
-        found = manifest.newest_whole(folder)
+        found = manifest.newest(folder)
         assert (found.manifest.step, found.manifest.epoch) == (stop + 1, stop // 5)
         assert [line["step"] for line in lines_of(folder)] == [0, 3, 4, 5, 6][: 1 if stop == 2 else 5]
         assert weights_in(read_state(found, SHARED)) not in (start, end)
@@ -259,7 +259,7 @@ def test_a_run_may_be_stopped_at_an_epochs_end_and_in_its_last_step(tmp_path: Pa
     for stop_at, epochs in ((4, 0), (5, 1)):  # requested in step 4, and after the evaluation that follows it
         folder = tmp_path / str(stop_at)
         train_until(stop_at, settings, LocalComm.alone(), folder, batch_per_worker=12)
-        found = manifest.newest_whole(folder)
+        found = manifest.newest(folder)
         assert (found.manifest.step, found.manifest.epoch) == (5, epochs)
         resumed, _ = train(settings, LocalComm.alone(), 12, folder, keeps=True, resumed=found)
         assert state_of(resumed) == state_of(straight)
@@ -280,7 +280,7 @@ def test_a_run_may_be_stopped_again_and_again(tmp_path: Path) -> None:
                 stop_at, settings, comm, folder, batch_per_worker=4, resumed=resumed
             ),
         )
-        resumed = manifest.newest_whole(folder)
+        resumed = manifest.newest(folder)
         assert resumed.manifest.step == step
     last = LocalComm.run(3, lambda comm: train(settings, comm, 4, folder, keeps=True, resumed=resumed)[0])
     assert list(map(state_of, last)) == list(map(state_of, straight))
@@ -307,7 +307,7 @@ def test_a_run_that_died_resumes_from_its_last_checkpoint_and_writes_every_line_
         train(settings, LocalComm.alone(), 12, folder, DyingTask(12, Place(0, 1)), keeps=True)
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "step", "ep')  # as a host leaves it that is lost while it writes
-    last = manifest.newest_whole(folder)
+    last = manifest.newest(folder)
     assert (last.manifest.step, len((folder / "metrics.jsonl").read_text().splitlines())) == (
         5,
         5 + 1 + 2 + 1,
@@ -334,7 +334,7 @@ def test_every_worker_gets_its_own_state_back_and_its_buffers(tmp_path: Path) ->
             return state_of(trainer)
 
     def restored(comm: LocalComm) -> dict[str, Any]:
-        task, found = NormTask(4, Place(comm.rank, 3)), manifest.newest_whole(folder)
+        task, found = NormTask(4, Place(comm.rank, 3)), manifest.newest(folder)
         with trainer_of(settings, comm, folder=folder, task=task, keeps=True, resumed=found) as trainer:
             return state_of(trainer)
 

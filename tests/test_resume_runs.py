@@ -86,15 +86,15 @@ def test_a_run_of_each_family_that_is_stopped_twice_is_the_same_run(
     assert steps >= 10
     stop_at(4, world_size)
     folder = train(tmp_path / "stopped", world_size, *words)
-    assert manifest.newest_whole(folder).manifest.step == 5
+    assert manifest.newest(folder).manifest.step == 5
     assert (folder / REQUEUE).exists()
     assert not (folder / "summary.json").exists()
-    first = read_state(manifest.newest_whole(folder), SHARED)["model"]
+    first = read_state(manifest.newest(folder), SHARED)["model"]
     stop_at(steps, world_size)  # of 5 fewer, and the epoch's end
     assert train(tmp_path / "stopped", world_size, *words, "--resume") == folder
-    found = manifest.newest_whole(folder).manifest
+    found = manifest.newest(folder).manifest
     assert (found.epoch, found.step) == (1, steps + 5)
-    second = read_state(manifest.newest_whole(folder), SHARED)["model"]
+    second = read_state(manifest.newest(folder), SHARED)["model"]
     stop_at(-1, world_size)
     train(tmp_path / "stopped", world_size, *words, "--resume", str(folder))
     assert not (folder / REQUEUE).exists()
@@ -115,7 +115,7 @@ def test_another_number_of_workers_is_refused_in_one_line_unless_it_is_allowed(
     words = [*FAMILIES["digits"], *SHORT, "epochs=2", "--runs", str(tmp_path)]
     stop_at(4, 2)
     folder = train(tmp_path, 2, *FAMILIES["digits"])
-    found = manifest.newest_whole(folder)
+    found = manifest.newest(folder)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     capsys.readouterr()
     for resume in ([], [str(folder)], [str(found.folder)]):
@@ -161,7 +161,7 @@ def test_processes_that_a_signal_stopped_and_that_resume_are_those_that_were_not
         launcher.kill()
     assert launcher.returncode == 0, output
     assert "Traceback" not in output
-    found = manifest.newest_whole(folder)
+    found = manifest.newest(folder)
     assert f"stopped by a signal after step {found.manifest.step}; to resume: --resume {folder}" in output
     assert (folder / REQUEUE).exists()
     assert set(found.manifest.files) == {SHARED, worker_file(0), worker_file(1)}

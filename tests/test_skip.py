@@ -375,7 +375,7 @@ def test_a_stop_wished_for_in_a_dropped_step_comes_after_the_next_and_loses_noth
         WORLD_SIZE,
         lambda comm: train_until(3, settings, comm, folder, task=spoiled_task(comm, {3, 4})),
     )
-    found = manifest.newest_whole(folder)
+    found = manifest.newest(folder)
     assert found.manifest.step == 6  # steps 3 and 4 were dropped
 
     def resumed(comm: LocalComm) -> Trainer:

@@ -196,7 +196,7 @@ class Exchange:
         Raises KeyError where a parameter is missing, ValueError where a shape or type is another.
         """
         parameters = [state["parameters"][slot.name] for slot in self.layout]
-        bucket = max(state["buckets"], key=self._count_common)
+        bucket = max(state["buckets"], key=self._count_common)  # ValueError where there is none
         for prefix, owner in self._owners().items():
             owner.load_state_dict(_unite(bucket[prefix], parameters, f"{prefix}."))
 

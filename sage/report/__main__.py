@@ -145,6 +145,7 @@ def report(options: argparse.Namespace) -> str:
     runs = [read_run(folder) for folder in folders]
     cut_off = [run.folder / "metrics.jsonl" for run in runs if run.cut_off]
     notes += [f"{path}: the last line was cut off and is ignored" for path in cut_off]
+    notes += [f"{run.folder / 'metrics.jsonl'}: {run.gap}: totals are too small" for run in runs if run.gap]
 
     target = common_target(runs) if options.target is None else options.target
     sections = gather(runs)

@@ -9,6 +9,7 @@ from typing import Any
 
 from sage import yamlfile
 from sage.config import flatten
+from sage.console import describe_gap
 
 COMPUTE = ("data", "forward", "backward", "optimizer")
 PHASES = (*COMPUTE, "reduce")
@@ -50,6 +51,8 @@ class Run:
     """Empty where the run is unfinished."""
     cut_off: bool
     """The last line of metrics.jsonl was cut off, and is not among the lines."""
+    gap: str
+    """Which epochs have no line, in words; empty where all have one."""
     simulated: bool
     """The workers took turns in one process. The times are one worker's, measured while no other ran, and
     communication was not timed."""
@@ -107,6 +110,7 @@ def read_run(folder: Path) -> Run:
         epochs=list(epochs.values()),
         summary=summary,
         cut_off=cut_off,
+        gap=describe_gap(set(epochs), max(epochs, default=-1) + 1),
         simulated=simulated,
     )
 

@@ -15,6 +15,7 @@ from pydantic import Field
 from sage import files
 from sage.config import Settings
 from sage.console import first_line, say
+from sage.files import RunFolderLost
 from sage.interfaces import TrainingError
 from sage.runfolder import manifest
 from sage.runfolder.manifest import SHARED, Checkpoint, FileFacts, Manifest, worker_file
@@ -47,6 +48,8 @@ class WriteReport(Settings):
     """Size and checksum of each file that was written."""
     error: str = ""
     """Why the files could not be written; empty: they were."""
+    is_final: bool = False
+    """Whether the run cannot continue even where a checkpoint is not required."""
 
 
 class CheckpointWriter:
@@ -101,7 +104,7 @@ class CheckpointWriter:
 
         self._last_attempt = time.monotonic()
         if error:
-            self._handle_failure(step, error)
+            self._handle_failure(step, error, is_final=any(report.is_final for report in reports))
             return
         self._last_step = step
         if self._place.rank == 0:
@@ -116,7 +119,10 @@ class CheckpointWriter:
         folder = manifest.folder_of(self.run, step)
         try:
             sync()
+            _check_present(self.run)
             return WriteReport(files={name: write_state(folder / name, s) for name, s in states.items()})
+        except RunFolderLost as error:
+            return WriteReport(error=str(error), is_final=True)
         except OSError as error:
             return WriteReport(error=error.strerror or str(error))
 
@@ -131,7 +137,7 @@ class CheckpointWriter:
                 world_size=self._place.world_size,
                 config=dict(self._config),
                 files={name: facts for report in reports for name, facts in report.files.items()},
-            )
+            ).sealed()
             written.check_files()
             _wait_until_visible(Checkpoint(folder, written))
             files.write_text(folder / manifest.NAME, written.model_dump_json(indent=2) + "\n")
@@ -139,15 +145,27 @@ class CheckpointWriter:
             return f"rank 0: {getattr(error, 'strerror', None) or error}"
         return ""
 
-    def _handle_failure(self, step: int, error: str) -> None:
+    def _handle_failure(self, step: int, error: str, *, is_final: bool) -> None:
         """Remove what was written of a checkpoint; raise TrainingError, or say that the run trains on."""
         shutil.rmtree(manifest.folder_of(self.run, step), ignore_errors=True)
         last = f"the last one is {self.saved()}" if self._last_step else "there is no earlier one"
         message = f"no checkpoint after step {step}: {error}; {last}"
+        if is_final:
+            raise TrainingError(message)
         if self.settings.required:
             raise TrainingError(f"{message} (checkpoint.required=false trains on without it)")
         if self._place.rank == 0:
             say(message)
+
+
+def _check_present(run: Path) -> None:
+    """Raise RunFolderLost where a run's folder is missing, so that no half of it is made anew. A network file
+    system may show it late."""
+    deadline = time.monotonic() + VISIBLE_SECONDS
+    while not run.is_dir():
+        if time.monotonic() > deadline:
+            raise RunFolderLost(f"{run}: the run's folder is no longer there")
+        time.sleep(0.1)
 
 
 def prune(run: Path, kept: Collection[Path]) -> None:

@@ -41,6 +41,12 @@ def lock(folder: Path) -> Iterator[None]:
         os.close(opened)
 
 
+def check_unlocked(folder: Path) -> None:
+    """Raise ValueError where another process trains in a run's folder now."""
+    with lock(folder):
+        pass
+
+
 def _lock_or_raise(opened: int, folder: Path) -> None:
     try:
         fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -70,7 +76,9 @@ def _cut_back_to(resumed: Checkpoint, folder: Path, environment: dict[str, Any])
     entry = {"at": environment["started"], "step": resumed.manifest.step, "commit": environment["commit"]}
     environment = environment | {"started": old["started"], "resumed": [*old.get("resumed", []), entry]}
 
-    cut_back(folder / "metrics.jsonl", resumed.manifest.epoch, resumed.manifest.step)
+    lost = cut_back(folder / "metrics.jsonl", resumed.manifest.epoch, resumed.manifest.step)
+    if lost:
+        say(f"{folder / 'metrics.jsonl'}: {lost}: they are missing from what the report says of this run")
     checkpoint.prune_after(resumed)
     (folder / REQUEUE).unlink(missing_ok=True)
     _say_changes(resumed, old, environment)
@@ -113,7 +121,7 @@ def leave(folder: Path, step: int, stopped: Stopped, saved: Path | None) -> None
 
     saved: its newest checkpoint.
     """
-    if not stopped.by_hand:
+    if not stopped.by_hand and folder.is_dir():
         with suppress(OSError):  # on a full disk it is not resumed by itself
             files.write_text(folder / REQUEUE, "")
     how = f"to resume: --resume {folder}" if saved else "there is no checkpoint to resume from"

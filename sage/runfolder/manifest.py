@@ -9,7 +9,8 @@ not a checkpoint.
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+import shlex
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,6 +56,12 @@ class Manifest(Settings):
     config: dict[str, Any]
     """The run's resolved configuration."""
     files: dict[str, FileFacts]
+    checksum: str = ""
+    """Of all the rest, as sealed() makes it."""
+
+    def sealed(self) -> "Manifest":
+        """The same manifest with its checksum."""
+        return self.model_copy(update={"checksum": checksum_of(self.model_dump(mode="json"))})
 
     def check_files(self) -> None:
         """Raise ValueError unless files names the shared file and one file of each worker, and no other."""
@@ -63,6 +70,12 @@ class Manifest(Settings):
             raise ValueError(f"files: expected {name} among them")
         for name in sorted(self.files.keys() - expected):
             raise ValueError(f"files: expected no {name} among them")
+
+
+def checksum_of(content: Mapping[str, Any]) -> str:
+    """The SHA-256 of a manifest's content but for its checksum."""
+    rest = {key: value for key, value in content.items() if key != "checksum"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 class FileVersion(NamedTuple):
@@ -102,6 +115,13 @@ class Checkpoint:
             if size != facts.bytes:
                 found = "it is missing" if size is None else f"got {size}"
                 raise ValueError(f"{path}: expected {facts.bytes} bytes, as {NAME} says, {found}")
+
+    def check_contents(self) -> None:
+        """Raise ValueError where a file is not what the manifest says. Reads every file once."""
+        self.check_sizes()
+        for name in self.manifest.files:
+            with self.open(name):
+                pass
 
     @contextmanager
     def open(self, name: str) -> Iterator[BinaryIO]:
@@ -149,15 +169,26 @@ def read(folder: Path) -> Checkpoint:
         problem = "another version of this program made it"
         raise ValueError(f"{path}: format: expected {FORMAT}, got {one_line(version)}; {problem}")
 
+    if content.get("checksum") != checksum_of(content):
+        raise ValueError(f"{path}: expected its own checksum, got another: the manifest was altered")
     try:
         manifest = Manifest.model_validate(content)
         manifest.check_files()
+        _check_step(manifest, folder)
     except ValidationError as error:
         first = error.errors()[0]
         raise ValueError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     return Checkpoint(folder, manifest)
+
+
+def _check_step(manifest: Manifest, folder: Path) -> None:
+    """Raise ValueError where the folder's name is that of another step: what is newer than a checkpoint is
+    told by the names."""
+    expected = folder_of(Path(), manifest.step).name
+    if folder.name != expected:
+        raise ValueError(f"step: expected a folder {expected} for step {manifest.step}, got {folder.name}")
 
 
 def _read_json(path: Path) -> Any:
@@ -174,16 +205,35 @@ def manifests(run: Path) -> list[Path]:
     return sorted((run / "checkpoints").glob(f"step-*/{NAME}"), reverse=True)
 
 
-def newest_whole(run: Path) -> Checkpoint:
-    """Read a run's newest checkpoint of which no file is missing or truncated. Where there is none, raises
-    ValueError, which says what is wrong with the newest."""
-    newest_error: ValueError | None = None
-    for path in manifests(run):
+def newest(run: Path) -> Checkpoint:
+    """A run's newest checkpoint, of which no file is missing or truncated.
+
+    Raises ValueError where there is none, or where the newest is damaged: an older one is resumed only where
+    it is named, and the message names it.
+    """
+    found = manifests(run)
+    if not found:
+        raise ValueError(f"--resume: expected a run's folder with a whole checkpoint, found none in {run}")
+    try:
+        checkpoint = read(found[0].parent)
+        checkpoint.check_sizes()
+        return checkpoint
+    except ValueError as error:
+        raise ValueError(
+            f"--resume: the newest checkpoint is damaged: {error}; {older_whole(found[0])}"
+        ) from None
+
+
+def older_whole(path: Path) -> str:
+    """In words, how to resume from a whole checkpoint older than the one with this manifest. Reads its
+    files."""
+    for older in manifests(path.parent.parent.parent):
+        if older.parent.name >= path.parent.name:
+            continue
         try:
-            checkpoint = read(path.parent)
-            checkpoint.check_sizes()
-            return checkpoint
-        except ValueError as error:
-            newest_error = newest_error or error
-    problem = f"--resume: expected a run's folder with a whole checkpoint, found none in {run}"
-    raise ValueError(f"{problem}; the newest: {newest_error}" if newest_error else problem)
+            checkpoint = read(older.parent)
+            checkpoint.check_contents()
+        except ValueError:
+            continue
+        return f"an older one is whole: --resume {shlex.quote(str(older.parent))}"
+    return "there is no older one that is whole"

@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sage.config import Settings
-from sage.console import console, readable_bytes, say
+from sage.console import console, describe_gap, readable_bytes, say
 from sage.files import LineFile, write_whole
 
 PLAIN_SECONDS = 10.0
@@ -173,9 +173,10 @@ class Recorder:
             say(f"{file.path}: {file.error}; new lines wait until there is room")
 
     def sync(self) -> None:
-        """Force all lines to the disk. Raises OSError."""
+        """Force all lines to the disk. Raises OSError, RunFolderLost where the file is no longer in place."""
         if self._file:
             self._file.sync()
+            self._file.check_in_place()
 
     def step_done(self, step: int) -> None:
         """Move the progress bar. step: how many steps are done."""
@@ -216,17 +217,19 @@ def scalars(line: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
     return found
 
 
-def cut_back(path: Path, epochs: int, steps: int) -> None:
+def cut_back(path: Path, epochs: int, steps: int) -> str:
     """Keep only the lines of metrics.jsonl that belong to so many epochs and steps, so that a resumed run
-    writes no step twice. An incomplete last line is removed too.
+    writes no step twice. An incomplete last line is removed too. Returns which of the epochs have no line, in
+    words; empty where all have one.
 
     Raises ValueError, and changes nothing, where another line was not written by this program.
     """
-    *lines, _ = path.read_bytes().split(b"\n")
+    *lines, _ = path.read_bytes().split(b"\n") if path.exists() else [b""]
     kept = [
         text + b"\n" for number, text in enumerate(lines, 1) if _is_within(text, number, path, epochs, steps)
     ]
     write_whole(path, lambda file: file.writelines(kept))
+    return describe_gap({line["epoch"] for line in map(json.loads, kept) if line["kind"] == "epoch"}, epochs)
 
 
 def _is_within(text: bytes, number: int, path: Path, epochs: int, steps: int) -> bool:

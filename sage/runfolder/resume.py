@@ -1,5 +1,6 @@
 """Which run, and which of its checkpoints, --resume PATH means. Imports no torch."""
 
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,10 +8,12 @@ from typing import Any
 
 from sage import yamlfile
 from sage.config import flatten, one_line
-from sage.runfolder.manifest import Checkpoint, manifests, newest_whole, read
+from sage.runfolder.manifest import Checkpoint, manifests, newest, read
 
 NEWEST = ""
 """What --resume without a path asks for."""
+MOST_DIFFERENCES = 10
+"""Lines about values that differ; the others are counted."""
 TRAINING_LENGTH = ("epochs", "stop_at_score")
 """Values that a run may change while it is not done, but which would make a finished run train longer."""
 
@@ -56,11 +59,23 @@ def choose(path: str, runs: Path, request: ResumeRequest) -> ResumePoint | None:
         _check_done(run, request)
         return ResumePoint(run, None)
 
-    checkpoint = read(named) if named.parent.name == "checkpoints" else newest_whole(run)
+    _check_is_run(run)
+    checkpoint = read(named) if named.parent.name == "checkpoints" else newest(run)
     if found := differences(checkpoint.manifest.config, request):
-        raise ValueError(f"--resume {path}: expected this configuration's, got another: {found}")
+        raise ValueError(
+            f"--resume {path}: expected this configuration's run, got another:{_as_lines(found)}"
+        )
     _check_world_size(checkpoint, request)
     return ResumePoint(checkpoint.run, checkpoint)
+
+
+def _check_is_run(run: Path) -> None:
+    """Raise ValueError where a folder is not a run's but holds some."""
+    inside = sorted(run.glob("*/config.yaml"), key=lambda path: path.stat().st_mtime)
+    if inside and not (run / "config.yaml").exists():
+        newest_run = shlex.quote(str(inside[-1].parent))
+        problem = f"expected a run's folder, got one that holds {len(inside)} of them"
+        raise ValueError(f"--resume {run}: {problem}; the newest: --resume {newest_run}")
 
 
 def is_done(run: Path) -> bool:
@@ -75,7 +90,9 @@ def _check_done(run: Path, request: ResumeRequest) -> None:
     found = differences(config, request)
     found = found or _differences(config, request, lambda key: key in TRAINING_LENGTH)
     if found:
-        raise ValueError(f"--resume: {run} is done, and cannot be resumed with other settings: {found}")
+        raise ValueError(
+            f"--resume: {run} is done, and cannot be resumed with other settings:{_as_lines(found)}"
+        )
 
 
 def _check_world_size(checkpoint: Checkpoint, request: ResumeRequest) -> None:
@@ -98,20 +115,25 @@ def _config_of(run: Path) -> dict[str, Any]:
 
 
 def _newest_run(runs: Path, request: ResumeRequest) -> Path | None:
-    """The newest run of the requested configuration that is done or has a checkpoint; None where there is no
-    run. Raises ValueError where there are only runs of other configurations."""
+    """Of the runs of the requested configuration the newest that is not done and has a checkpoint, or else
+    the newest that is done; None where there is no run. Raises ValueError where there are only runs of other
+    configurations."""
     others: list[str] = []
+    done: Path | None = None
     for run in sorted(runs.glob("*/"), key=_last_written, reverse=True):
         if not manifests(run) and not is_done(run):
             continue  # it ended before its first checkpoint
         found = differences(_config_of(run), request)
-        if not found:
+        if found:
+            others.append(f"{run} is another configuration's:{_as_lines(found)}")
+        elif not is_done(run):
             return run
-        others.append(f"{run} is another configuration's: {found}")
-    if others:
+        else:
+            done = done or run
+    if done is None and others:
         problem = f"expected a run of this configuration with a whole checkpoint in {runs}, found none"
         raise ValueError(f"--resume: {problem}; the newest: {others[0]}")
-    return None
+    return done
 
 
 def _last_written(run: Path) -> float:
@@ -120,23 +142,31 @@ def _last_written(run: Path) -> float:
     return max((file.stat().st_mtime for file in files), default=0.0)
 
 
-def differences(config: Mapping[str, Any], request: ResumeRequest) -> str:
-    """How a run's configuration differs from the requested one, but for the free values, in one line; empty
-    where it does not."""
+def differences(config: Mapping[str, Any], request: ResumeRequest) -> list[str]:
+    """How a run's configuration differs from the requested one, but for the free values, a text for each
+    value."""
     return _differences(config, request, lambda key: key.split(".")[0] not in request.free)
 
 
 def _differences(
     config: Mapping[str, Any], request: ResumeRequest, is_compared: Callable[[str], bool]
-) -> str:
+) -> list[str]:
     """is_compared: says of a value's key.path whether it counts."""
     there, here = flatten(config), flatten(dict(request.config))
     keys = filter(is_compared, dict.fromkeys([*here, *there]))  # each once, in order
-    return "; ".join(
+    return [
         f"{key} is {_shown(there, key)} there and {_shown(here, key)} here"
         for key in keys
         if _shown(there, key) != _shown(here, key)
-    )
+    ]
+
+
+def _as_lines(found: list[str]) -> str:
+    """The first differences: a single one behind the text, several in lines of their own."""
+    if len(found) == 1:
+        return f" {found[0]}"
+    rest = [f"... and {len(found) - MOST_DIFFERENCES} more"] if len(found) > MOST_DIFFERENCES else []
+    return "".join(f"\n  {line}" for line in [*found[:MOST_DIFFERENCES], *rest])
 
 
 def _shown(flat: Mapping[str, Any], key: str) -> str:

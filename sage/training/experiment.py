@@ -9,10 +9,11 @@ from pathlib import Path
 from sage import config, sweep
 from sage.console import say
 from sage.exchange.clock import Clock
+from sage.files import RunFolderLost
 from sage.interfaces import Stopped, TrainingError
 from sage.runfolder import checkpoint, manifest, provenance
 from sage.runfolder.checkpoint import CheckpointWriter
-from sage.runfolder.folder import begin, finish, leave, link, lock
+from sage.runfolder.folder import begin, check_unlocked, finish, leave, link, lock
 from sage.runfolder.manifest import Checkpoint
 from sage.runfolder.record import Recorder
 from sage.runfolder.resume import ResumePoint, ResumeRequest, choose
@@ -68,7 +69,12 @@ def find_resume_point(
     if found is None and required:
         raise ValueError(f"--resume: expected a run with a whole checkpoint in {parent}, found none")
     if found is not None and found.checkpoint is not None and worker.place.rank == 0:
-        checkpoint.check_readable(found.checkpoint)
+        check_unlocked(found.run)
+        try:
+            checkpoint.check_readable(found.checkpoint)
+        except ValueError as error:
+            older = manifest.older_whole(found.checkpoint.folder / manifest.NAME)
+            raise ValueError(f"--resume: the checkpoint is damaged: {error}; {older}") from None
     return found
 
 
@@ -161,6 +167,10 @@ def _train(trainer: Trainer, folder: Path, speaks: bool) -> None:
             leave(folder, trainer.position.step, stopped, trainer.writer.saved() if trainer.writer else None)
         raise
     if speaks:
+        try:
+            trainer.recorder.sync()
+        except RunFolderLost as error:  # nothing of it is made anew
+            raise TrainingError(str(error)) from None
         finish(folder, summary, trainer.task.model)
 
 
@@ -181,7 +191,14 @@ def _agree_on_checkpoint(plan: RunPlan, store: RendezvousStore) -> Checkpoint | 
     """The checkpoint that rank 0 found. Raises TrainingError, on all workers, where one does not see it."""
     folder = store.agree("resume", str(plan.checkpoint.folder) if plan.checkpoint else "")
     seen: list[Checkpoint] = []
-    _on_all_workers("seen", lambda: seen.append(manifest.read(Path(folder))) if folder else None, store)
+
+    def see() -> None:
+        if plan.checkpoint and folder == str(plan.checkpoint.folder):
+            seen.append(plan.checkpoint)  # it knows which of its files it has verified
+        elif folder:
+            seen.append(manifest.read(Path(folder)))
+
+    _on_all_workers("seen", see, store)
     return seen[0] if seen else None
 
 

@@ -115,6 +115,9 @@ class Meter(Stateful):
         return {"losses": [loss.item() for loss in self._losses], "wall": wall, **kept}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name in self.KEPT:
+            if type(state[name]) is not type(getattr(self, f"_{name}")):
+                raise TypeError(f"{name}: expected a {type(getattr(self, f'_{name}')).__name__}")
         self._losses = [
             torch.tensor(loss, dtype=torch.float64, device=self._device) for loss in state["losses"]
         ]

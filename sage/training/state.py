@@ -96,12 +96,24 @@ class TrainingState:
                     seed, "worker", place.rank, "of", place.world_size, "from", self.position.step
                 )
                 self.reshard(states, steps_per_epoch, own_seed)
-        except (KeyError, RuntimeError) as error:
+            self._check_position(checkpoint)
+        except (LookupError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+            if str(checkpoint.folder) in str(error):  # it is about a file as a whole
+                raise
             message = f"expected the state of this program's parts, got another ({first_line(error)})"
             raise ValueError(f"{checkpoint.folder}: {message}") from None
         if self.position.steps_per_epoch != steps_per_epoch:
             message = f"expected {steps_per_epoch} steps an epoch, as the data have now"
             raise ValueError(f"{checkpoint.folder}: {message}, got {self.position.steps_per_epoch}")
+
+    def _check_position(self, checkpoint: Checkpoint) -> None:
+        """Raise ValueError where the weights are those of another step than the manifest says."""
+        manifest, position = checkpoint.manifest, self.position
+        if (manifest.step, manifest.epoch) != (position.step, position.epoch):
+            raise ValueError(
+                f"{checkpoint.folder}: expected step {manifest.step} and epoch {manifest.epoch}, as its "
+                f"manifest says, got {position.step} and {position.epoch} in {SHARED}"
+            )
 
     def load_shared(self, state: State, with_optimizer: bool) -> None:
         self.model.load_state_dict(state["model"])
