@@ -1,4 +1,4 @@
-"""What it costs that nothing is lost: a checkpoint, going on from it, and the check of every step.
+"""What it costs to lose nothing: saving a checkpoint, reading it back, and the check before every exchange.
 
     python -m benchmarks.checkpoint [--folder DIR]
 
@@ -9,7 +9,6 @@ all-reduce of 4 bytes), also as a multiple of the floor `memory += gradient`. Me
 """
 
 import argparse
-import json
 import shutil
 import statistics
 import tempfile
@@ -17,6 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -24,14 +24,15 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from benchmarks.group import add_hidden, hand_in, joined, run_group
+from benchmarks.command import make_parser
+from benchmarks.group import add_worker_options, process_group, return_rows, run_workers
 from benchmarks.machine import machine
 from reducers import REDUCERS
 from sage.exchange.comm import connect_comm
 from sage.exchange.exchange import Exchange
 from sage.exchange.feedback import Residual, ResidualSettings
 from sage.exchange.gradient import GradientBuffer
-from sage.files import write_text
+from sage.files import write_json
 from sage.interfaces import Place, Seeds
 from sage.runfolder import manifest
 from sage.runfolder.checkpoint import Checkpoints, CheckpointWriter, read_state
@@ -42,21 +43,29 @@ from sage.workers.store import RendezvousStore
 from tasks.models.neumf import NeuMF
 from tasks.models.resnet import resnet18
 
-NUM_SAVES, NUM_CHECKS = 7, 60
+NUM_SAVES, NUM_LOADS, NUM_CHECKS = 7, 3, 60
+
+
+class Times(NamedTuple):
+    """Of several calls."""
+
+    median: float
+    least: float
+    most: float
 
 
 @dataclass(frozen=True)
 class Row:
-    """Seconds and milliseconds are rank 0's: median, least, most."""
+    """The times are rank 0's."""
 
     size: str
     n: int
     world_size: int
     shared_bytes: int
     worker_bytes: int
-    save_seconds: tuple[float, float, float]
-    load_seconds: tuple[float, float, float]
-    check_milliseconds: tuple[float, float, float]
+    save_seconds: Times
+    load_seconds: Times
+    check_milliseconds: Times
     check_ratio_to_floor: float
 
 
@@ -83,70 +92,76 @@ def measure(size: str, folder: Path, rank: int, world_size: int, store: dist.Sto
     feedback.memory.normal_()
     optimizer.step()  # fills its state
     state = TrainingState(model, optimizer, Position(1), {"exchange": exchange}, device)
+    folder.mkdir(parents=True, exist_ok=True)
     writer = CheckpointWriter(
         folder, {}, Checkpoints(keep=1), RendezvousStore(Place(rank, world_size), store)
     )
-    steps = iter(range(1, NUM_SAVES + 1))
-
-    def save() -> None:
-        shared = state.shared() if rank == 0 else None
-        writer.save(next(steps), 0, shared, state.own(), sync=lambda: None)
 
     def wait() -> None:
         wait_for_all(side, device)
 
-    saved = seconds_of(save, NUM_SAVES, wait)
-
-    def load() -> None:
-        checkpoint = manifest.newest(folder)  # anew: it hashes a file when it is read first
-        state.load_shared(read_state(checkpoint, manifest.SHARED), with_optimizer=True)
-        state.load_own(read_state(checkpoint, manifest.worker_file(rank)))
-
-    loaded = seconds_of(load, 3, wait)
+    saved, loaded = time_files(state, writer, folder, rank, wait)
     agreement, loss = Agreement(side, device, lambda: False), torch.zeros(())
     used = [True] * len(gradient.layout)
     checked = seconds_of(lambda: agreement.agree(loss + gradient.flat.sum(), used), NUM_CHECKS, wait)
     floor = seconds_of(lambda: feedback.memory.add_(gradient.flat), NUM_CHECKS, wait)
     files = manifest.newest(folder).manifest.files
     return Row(
-        size,
-        gradient.flat.numel(),
-        world_size,
-        files[manifest.SHARED].bytes,
-        files[manifest.worker_file(0)].bytes,
-        saved,
-        loaded,
-        (1000 * checked[0], 1000 * checked[1], 1000 * checked[2]),
-        checked[0] / floor[0],
+        size=size,
+        n=gradient.flat.numel(),
+        world_size=world_size,
+        shared_bytes=files[manifest.SHARED].bytes,
+        worker_bytes=files[manifest.worker_file(0)].bytes,
+        save_seconds=saved,
+        load_seconds=loaded,
+        check_milliseconds=Times(*(1000 * seconds for seconds in checked)),
+        check_ratio_to_floor=checked.median / floor.median,
     )
 
 
-def seconds_of(
-    call: Callable[[], object], count: int, wait: Callable[[], object]
-) -> tuple[float, float, float]:
-    """Of one call, the first left out, each begun by all workers together: median, least, most."""
+def time_files(
+    state: TrainingState, writer: CheckpointWriter, folder: Path, rank: int, wait: Callable[[], object]
+) -> tuple[Times, Times]:
+    """The seconds of saving a checkpoint, and of reading it back."""
+    steps = iter(range(1, NUM_SAVES + 1))
+
+    def save() -> None:
+        shared = state.shared() if rank == 0 else None
+        writer.save(next(steps), 0, shared, state.own(), sync=lambda: None)
+
+    def load() -> None:
+        checkpoint = manifest.newest(folder)  # anew: it hashes a file when it is read first
+        state.load_shared(read_state(checkpoint, manifest.SHARED), with_optimizer=True)
+        state.load_own(read_state(checkpoint, manifest.worker_file(rank)))
+
+    return seconds_of(save, NUM_SAVES, wait), seconds_of(load, NUM_LOADS, wait)
+
+
+def seconds_of(call: Callable[[], object], count: int, wait: Callable[[], object]) -> Times:
+    """The seconds of a call, which all workers begin together each time; the first time does not count."""
     taken = []
     for _ in range(count):
         wait()
         started = time.perf_counter()
         call()
         taken.append(time.perf_counter() - started)
-    return statistics.median(taken[1:]), min(taken[1:]), max(taken[1:])
+    return Times(statistics.median(taken[1:]), min(taken[1:]), max(taken[1:]))
 
 
-def worker(arguments: argparse.Namespace) -> None:
+def run_worker(arguments: argparse.Namespace) -> None:
+    """Measure in one process of a group."""
     rows = []
-    with joined(arguments):
+    with process_group(arguments):
         world_size = arguments.world_size
         files = dist.FileStore(f"{arguments.out}.store", world_size) if world_size > 1 else None
         for size in SIZES:
             folder = arguments.folder / f"{size}-{world_size}"
             store = dist.PrefixStore(size, files) if files else None
-            rows.append(asdict(measure(size, folder, arguments.rank, world_size, store)))
-    hand_in(arguments, rows)
+            rows.append(measure(size, folder, arguments.rank, world_size, store))
+    return_rows(arguments, rows)
 
 
-def show(rows: list[Row]) -> None:
+def print_table(rows: list[Row]) -> None:
     table = Table("size", "n", "workers", "shared", "a worker's", "save s", "load s", "check ms", "x floor")
     for row in rows:
         ranges = [
@@ -166,26 +181,24 @@ def show(rows: list[Row]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--folder", type=Path, help="where to write (default: the system's temporary folder)")
     parser.add_argument("--world-sizes", type=int, nargs="+", default=[1, 2], metavar="W")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows, and what machine it was")
-    add_hidden(parser)
+    add_worker_options(parser)
     arguments = parser.parse_args()
     if arguments.rank is not None:
-        worker(arguments)
+        run_worker(arguments)
         return
     facts, folder = machine(), Path(tempfile.mkdtemp(dir=arguments.folder))
     try:
-        words = ["--folder", str(folder)]
-        found = [row for w in arguments.world_sizes for row in run_group("benchmarks.checkpoint", words, w)]
+        options, rows = ["--folder", str(folder)], []
+        for world_size in arguments.world_sizes:
+            rows += run_workers("benchmarks.checkpoint", options, world_size, Row)
     finally:
         shutil.rmtree(folder)
-    show([Row(**row) for row in found])
+    print_table(rows)
     if arguments.json:
-        write_text(arguments.json, json.dumps({**facts, "rows": found}, indent=2) + "\n")
+        write_json(arguments.json, {**facts, "rows": [asdict(row) for row in rows]})
 
 
 if __name__ == "__main__":

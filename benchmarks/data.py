@@ -1,13 +1,13 @@
-"""How many images, tokens or interactions a second a task's batches bring, without model and optimizer.
+"""How many images, tokens or interactions a second a task delivers, without model and optimizer.
 
     python -m benchmarks.data [--tasks NAME,...] [--data data] [--seconds 1.0] [--json FILE]
 
-One worker on the CPU with one thread, the task's default settings, its own train_batches from epoch to
-epoch, whose beginnings are counted in. Of several rounds, taking turns, the median counts, beside the
-slowest and the fastest; and the rate per second of processor time, which other programs disturb less.
+One worker on the CPU with one thread takes the batches of a task with its default settings, epoch after
+epoch; what an epoch does before its first batch is counted too. The tasks take turns for several rounds. The
+table shows the median of the rounds, the slowest and the fastest, and the rate per second of processor time,
+which other programs disturb less.
 """
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +20,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.command import make_parser
 from benchmarks.machine import load_average, machine
 from sage.files import write_json
 from sage.interfaces import Place, Seeds, Task
@@ -31,7 +32,7 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Feed:
-    """What a task's batches bring, and how many of it one batch has."""
+    """What a task's batches hold, and how to count it in one."""
 
     items: str
     number_in: Callable[[Any], int]
@@ -50,7 +51,7 @@ FEEDS: dict[str, Feed] = {
     "ml-100k": INTERACTIONS,
     "synthetic_ratings": INTERACTIONS,
 }
-"""Which tasks are measured: one line each."""
+"""The tasks that are measured."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Row:
 
 
 class Measurement:
-    """A task whose batches are taken round by round."""
+    """A task whose batches are taken in rounds, and the rates of the rounds."""
 
     def __init__(self, name: str, data: Path) -> None:
         settings = TASKS[name].Settings()
@@ -78,7 +79,7 @@ class Measurement:
         self._processor_rates: list[float] = []
 
     def take(self, seconds: float, *, keep: bool) -> None:
-        """One round of at least so many seconds; what it was is kept or forgotten."""
+        """Take batches for at least so many seconds: one round, which counts where keep is true."""
         sizes: list[int] = []
         started, processor = time.perf_counter(), time.process_time()
         while (passed := time.perf_counter() - started) < seconds or not sizes:
@@ -101,19 +102,24 @@ class Measurement:
 
 
 def endless_batches(task: Task) -> Iterator[Any]:
+    """The batches of epoch after epoch."""
     for epoch in count():
         yield from task.train_batches(epoch)
 
 
-def measure(names: list[str], data: Path, seconds: float) -> list[Row]:
-    """The rows of those tasks whose data is there; the others are told, with the command that makes it."""
-    torch.set_num_threads(1)
-    measurements = []
+def with_data(names: list[str], data: Path) -> Iterator[Measurement]:
+    """The tasks whose data is there. For others, stderr says which command prepares it."""
     for name in names:
         try:
-            measurements.append(Measurement(name, data))
+            yield Measurement(name, data)
         except ValueError as error:
             Console(stderr=True, soft_wrap=True).print(f"left out: {error}", highlight=False)
+
+
+def measure(names: list[str], data: Path, seconds: float) -> list[Row]:
+    """Measure the tasks whose data is there, in rounds."""
+    torch.set_num_threads(1)
+    measurements = list(with_data(names, data))
     for measurement in measurements:
         measurement.take(seconds / 4, keep=False)
     for _ in range(NUM_ROUNDS):
@@ -122,7 +128,7 @@ def measure(names: list[str], data: Path, seconds: float) -> list[Row]:
     return [measurement.row() for measurement in measurements]
 
 
-def show(rows: list[Row]) -> None:
+def print_table(rows: list[Row]) -> None:
     table = Table("task", "items", "a batch", "a second", "slowest", "fastest", "a processor second")
     for row in rows:
         rates = (row.items_per_second, row.slowest, row.fastest, row.items_per_processor_second)
@@ -131,20 +137,17 @@ def show(rows: list[Row]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--tasks", default=",".join(FEEDS), metavar="NAME,...")
     parser.add_argument("--data", type=Path, default=Path("data"), metavar="DIR")
-    parser.add_argument("--seconds", type=float, default=1.0, help="a round, of which there are 5")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows, and where they were made")
+    parser.add_argument("--seconds", type=float, default=1.0, help="of a round; there are 5 rounds")
     arguments = parser.parse_args()
     names = arguments.tasks.split(",")
     if unknown := set(names) - set(FEEDS):
         parser.error(f"--tasks: expected some of {','.join(FEEDS)}, got {','.join(sorted(unknown))}")
     facts = machine()
     rows = measure(names, arguments.data, arguments.seconds)
-    show(rows)
+    print_table(rows)
     if arguments.json:
         content = {**facts, "load_average_after": load_average(), "rows": [asdict(row) for row in rows]}
         write_json(arguments.json, content)

@@ -3,7 +3,6 @@
 python -m benchmarks.ncf_prepare [--rows N] [--folder DIR] [--json FILE]
 """
 
-import argparse
 import resource
 import subprocess
 import sys
@@ -14,13 +13,15 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from benchmarks.command import make_parser
 from benchmarks.machine import load_average, machine
 from benchmarks.made import draw_ratings
 from sage.files import write_json
 from tasks.data.movielens import ML_20M
 
 _, NUM_USERS, NUM_ITEMS = ML_20M.sizes
-MOST_SECONDS, MOST_BYTES = 120.0, 6e9  # required; the program fails beyond
+MOST_SECONDS, MOST_BYTES = 120.0, 6e9
+"""What preparation may take; the program fails where it takes more."""
 CHILD = """
 import sys
 from pathlib import Path
@@ -30,7 +31,7 @@ print(ML_20M.prepare(Path(sys.argv[2]), Path(sys.argv[1])))
 
 
 def generate(file: Path, num_rows: int) -> None:
-    """A ratings.csv in the official form, sorted by user and item."""
+    """Write a ratings.csv in the official format, sorted by user and item."""
     ratings = draw_ratings(num_rows, NUM_USERS, NUM_ITEMS)
     stars = np.random.default_rng(0).integers(1, 11, num_rows) / 2
     columns = {
@@ -43,14 +44,9 @@ def generate(file: Path, num_rows: int) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--rows", type=int, default=20_000_000)
     parser.add_argument("--folder", type=Path, help="where to make the temporary folder")
-    parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="write the figures, and where they were made"
-    )
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as temporary:
         file = Path(temporary) / "ratings.csv"

@@ -1,47 +1,45 @@
-"""A step's exchange over limited links: four hosts of the virtual cluster (tests/cluster), gloo.
+"""How long a step's exchange takes over slow links: four hosts of the virtual cluster (tests/cluster), gloo.
 
     python -m benchmarks.network [--layout resnet18|lstm] [--rates 100mbit 1gbit] [--json FILE]
 
-Needs root and what tests/cluster/virtual-cluster names. One worker a host, one thread each, all on this
-machine's cores. All reducers take turns. Steps are measured in two ways, in turn:
+Needs root and what tests/cluster/virtual-cluster names. Each host runs one worker with one thread, all on
+this machine's cores. All reducers take turns. Steps are measured in two ways, in turn:
 
-- together: all workers at once, as they come. With fewer cores than workers, a worker's compression also
-  waits for a core, and its collectives wait for the others.
+- together: all workers compute at once. With fewer cores than workers, a worker's compression also waits for
+  a core, and its collectives wait for the others.
 - alone: one worker computes at a time, and every collective begins when all workers are ready. So
   compression and communication are those of hosts with a core for each worker; total is their sum.
 
-A step counts as long as its slowest worker; the figures are medians over steps. The model is the ledger's
-wire_bytes over the link's rate. The link lets a burst of 256 kB pass at once (tc's tbf), so the model is no
-lower bound for messages of about that size. The gradients are those of benchmarks.reduce, and SAGE's first
-threshold and the hard threshold are fitted to the target density as there. other_cores says how many of the
-machine's cores other work kept busy meanwhile: figures taken beside much of it are to be repeated.
+A step takes as long as its slowest worker; the figures are medians over steps. The column `model` is the
+ledger's wire_bytes divided by the link's rate. The link lets a burst of 256 kB pass at once (tc's tbf):
+messages of about that size can be faster than the model. The gradients are those of benchmarks.reduce, and
+SAGE's first threshold and the hard threshold are fitted to the target density as there. other_cores says how
+many of the machine's cores other work kept busy meanwhile: repeat a measurement that had much beside it.
 """
 
 import argparse
 import fcntl
-import json
 import os
 import resource
 import subprocess
-import sys
-import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.command import make_parser
+from benchmarks.group import run_workers, write_rows
 from benchmarks.network_worker import BITS, NUM_HOSTS, Row
 from benchmarks.reduce import LAYOUTS
-from sage.files import write_text
 
 ROOT = Path(__file__).parent.parent
-TOOL = str(ROOT / "tests" / "cluster" / "virtual-cluster")
+CLUSTER = str(ROOT / "tests" / "cluster" / "virtual-cluster")
 
 
 def busy_seconds() -> tuple[float, float]:
-    """Processor seconds of the whole machine so far, and those of this program's ended workers."""
+    """The processor seconds of the whole machine so far, and those of this program's workers that ended."""
     user, nice, system, _, _, irq, softirq, *_ = map(
         int, Path("/proc/stat").read_text().split("\n")[0].split()[1:]
     )
@@ -50,53 +48,29 @@ def busy_seconds() -> tuple[float, float]:
     return ticks / os.sysconf("SC_CLK_TCK"), used.ru_utime + used.ru_stime
 
 
-def run_group(layout: str, rate: str, port: int) -> list[Row]:
-    """Measure on fresh processes, one a host, with links of this rate."""
-    subprocess.run([TOOL, "rate", rate], check=True)
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "rows.json"
-        command = [sys.executable, "-m", "benchmarks.network_worker", "--layout", layout, "--rate", rate]
-        command += ["--meeting", f"10.77.0.1:{port}", "--out", str(out)]
-        started, (machine, own) = time.monotonic(), busy_seconds()
-        processes = [
-            subprocess.Popen([TOOL, "on", f"n{rank + 1}", *command, "--rank", str(rank)], cwd=ROOT)
-            for rank in range(NUM_HOSTS)
-        ]
-        if any([process.wait() for process in processes]):  # every one is waited for
-            raise SystemExit("benchmarks.network: a worker failed")
-        machine_now, own_now = busy_seconds()
-        others = (machine_now - machine - (own_now - own)) / (time.monotonic() - started)
-        return [Row(**row | {"other_cores": others}) for row in json.loads(out.read_text())]
+def on_host(rank: int) -> list[str]:
+    """The words before a command that run it on the host of a rank."""
+    return [CLUSTER, "on", f"n{rank + 1}"]
 
 
-def show(rows: list[Row]) -> None:
+def measure_rate(layout: str, rate: str, port: int) -> list[Row]:
+    """Measure in fresh processes, one on each host, with links of this rate."""
+    subprocess.run([CLUSTER, "rate", rate], check=True)
+    options = ["--layout", layout, "--rate", rate, "--address", f"10.77.0.1:{port}"]
+    started, (machine, own) = time.monotonic(), busy_seconds()
+    rows = run_workers("benchmarks.network_worker", options, NUM_HOSTS, Row, prefix=on_host)
+    machine_now, own_now = busy_seconds()
+    others = (machine_now - machine - (own_now - own)) / (time.monotonic() - started)
+    return [replace(row, other_cores=others) for row in rows]
+
+
+def print_table(rows: list[Row]) -> None:
     exact = {row.rate: row for row in rows if row.reducer == "exact" and not row.settings}
     table = Table("link", "reducer", "settings", "density", "collectives")
     for name in ("model", "communication", "compression", "total", "compression*", "total*", "x", "x*"):
         table.add_column(name, justify="right")
     for row in rows:
-        dense = exact[row.rate]
-        settings = ", ".join(
-            f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}"
-            for key, value in row.settings.items()
-        )
-        times = (
-            row.model_ms,
-            row.communication_ms,
-            row.compression_alone_ms,
-            row.total_alone_ms,
-            row.compression_together_ms,
-            row.total_together_ms,
-        )
-        ratios = (dense.total_alone_ms / row.total_alone_ms, dense.total_together_ms / row.total_together_ms)
-        table.add_row(
-            row.rate,
-            row.reducer,
-            settings,
-            f"{row.density:.1e}",
-            f"{row.num_collectives:g}",
-            *(f"{value:.1f}" for value in (*times, *ratios)),
-        )
+        table.add_row(*cells_of(row, exact[row.rate]))
     console = Console(width=150)
     console.print(table)
     console.print("milliseconds; one worker computing at a time, or (*) all at once on this machine's cores")
@@ -105,27 +79,43 @@ def show(rows: list[Row]) -> None:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def cells_of(row: Row, exact: Row) -> list[str]:
+    """exact: the row that the total times are compared with."""
+    settings = ", ".join(
+        f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}"
+        for key, value in row.settings.items()
     )
+    numbers = (
+        row.model_ms,
+        row.communication_ms,
+        row.compression_alone_ms,
+        row.total_alone_ms,
+        row.compression_together_ms,
+        row.total_together_ms,
+        exact.total_alone_ms / row.total_alone_ms,
+        exact.total_together_ms / row.total_together_ms,
+    )
+    first = [row.rate, row.reducer, settings, f"{row.density:.1e}", f"{row.num_collectives:g}"]
+    return [*first, *(f"{number:.1f}" for number in numbers)]
+
+
+def main() -> None:
+    parser = make_parser(__doc__)
     parser.add_argument("--layout", choices=LAYOUTS, default="resnet18")
     parser.add_argument("--rates", nargs="+", default=["100mbit", "1gbit"], metavar="RATE", type=_rate)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows as a list of objects")
     arguments = parser.parse_args()
     with Path("/tmp/sage-virtual-cluster.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # one such cluster a machine; the tests take it too
-        subprocess.run([TOOL, "up", str(NUM_HOSTS)], check=True)
+        fcntl.flock(lock, fcntl.LOCK_EX)  # a machine has one such cluster; the tests use it too
+        subprocess.run([CLUSTER, "up", str(NUM_HOSTS)], check=True)
+        rows = []
         try:
-            numbered = enumerate(arguments.rates)
-            rows = [
-                row for index, rate in numbered for row in run_group(arguments.layout, rate, 23460 + index)
-            ]
+            for port, rate in enumerate(arguments.rates, 23460):
+                rows += measure_rate(arguments.layout, rate, port)
         finally:
-            subprocess.run([TOOL, "down"], check=True)
-    show(rows)
+            subprocess.run([CLUSTER, "down"], check=True)
+    print_table(rows)
     if arguments.json:
-        write_text(arguments.json, json.dumps([asdict(row) for row in rows], indent=2) + "\n")
+        write_rows(arguments.json, rows)
 
 
 def _rate(text: str) -> str:

@@ -1,35 +1,32 @@
-"""A worker of benchmarks.network: every reducer's exchange in turn, all at once and one at a time."""
+"""A worker of benchmarks.network: exchanges of all reducers, with all workers at once and one at a time."""
 
 import argparse
 import fcntl
-import json
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from datetime import timedelta
-from pathlib import Path
-from typing import Any, TextIO
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TextIO
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 import reducers
-from benchmarks.reduce import LAYOUTS, PROGRESS, Gradients, fitting_start, fitting_threshold
+from benchmarks.group import add_worker_options, process_group, return_rows
+from benchmarks.reduce import LAYOUTS, PROGRESS, Gradients, fit_first_threshold, fit_threshold
 from reducers import REDUCERS
 from sage.exchange.comm import DistComm
 from sage.exchange.exchange import Exchange
 from sage.exchange.feedback import Residual, ResidualSettings
-from sage.files import write_text
 from sage.interfaces import Seeds, Slot, lay_out
 
 BITS = {"mbit": 1e6, "gbit": 1e9}
 NUM_HOSTS = 4
 NUM_WARM_UP, NUM_MEASURED = 8, 10
 NUM_DENSE = 6
-"""Steps of the reducers that send everything or nearly; they have nothing to warm up but memory."""
+"""How many of the last steps the reducers take that send everything or nearly: these only warm up memory."""
 DENSITIES = (0.001, 0.01)
 
 CASES: list[tuple[str, dict[str, Any]]] = [
@@ -38,12 +35,12 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("powersgd", {"rank": 4}),
     *((name, {"density": density}) for density in DENSITIES for name in ("topk", "threshold", "sage")),
 ]
-"""What is measured: reducers with settings; those that are not there (yet) are left out."""
+"""What is measured: reducers with settings; a reducer that is missing is left out."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """Seconds are milliseconds here; together and alone as above."""
+    """together and alone are described in benchmarks.network."""
 
     reducer: str
     settings: dict[str, Any]
@@ -54,7 +51,7 @@ class Row:
     num_collectives: float
     """In a step."""
     density: float
-    """Achieved, mean over steps and workers; 1 for what selects nothing."""
+    """What was achieved, the mean over steps and workers; 1 for a reducer that selects nothing."""
     wire_bytes: float
     model_ms: float
     communication_ms: float
@@ -63,12 +60,19 @@ class Row:
     total_alone_ms: float
     total_together_ms: float
     other_cores: float = 0.0
-    """Cores that other work kept busy during this rate's measurement."""
+    """How many cores other work kept busy while this rate was measured."""
+
+
+class ExchangeSeconds(NamedTuple):
+    """Of one step."""
+
+    compression: float
+    communication: float
 
 
 class TurnComm(DistComm):
-    """Its collectives begin together, and between them one worker of the machine runs at a time, while taking
-    turns; otherwise a DistComm."""
+    """A DistComm whose workers can take turns: every collective begins when all are ready, and between
+    collectives one worker of the machine computes at a time."""
 
     def __init__(self, lock: TextIO) -> None:
         super().__init__()
@@ -76,8 +80,8 @@ class TurnComm(DistComm):
         self._seconds, self._waited = 0.0, 0.0
 
     @contextmanager
-    def _given_up(self) -> Iterator[None]:
-        """Around a collective: let the others compute, begin it when all are ready, end when all have it."""
+    def _turn_given_up(self) -> Iterator[None]:
+        """Around a collective: let others compute, begin when all are ready, end when all have the result."""
         if self._taking_turns:
             started = time.perf_counter()
             fcntl.flock(self._lock, fcntl.LOCK_UN)
@@ -93,11 +97,11 @@ class TurnComm(DistComm):
             self._waited += time.perf_counter() - started
 
     def _call(self, name: str, collective: Any) -> None:
-        with self._given_up():
+        with self._turn_given_up():
             super()._call(name, collective)
 
-    def step(self, exchange: Exchange, grad: Tensor, *, alone: bool) -> tuple[float, float]:
-        """One exchange through this communicator; the seconds of compression and of communication."""
+    def step(self, exchange: Exchange, grad: Tensor, *, alone: bool) -> ExchangeSeconds:
+        """Time one exchange through this communicator; alone: while the workers take turns."""
         self._taking_turns, self._waited, self._seconds = alone, 0.0, 0.0
         dist.barrier()
         if alone:
@@ -106,7 +110,7 @@ class TurnComm(DistComm):
         exchange.average(grad, PROGRESS)
         elapsed = time.perf_counter() - started
         fcntl.flock(self._lock, fcntl.LOCK_UN)
-        return elapsed - self._waited - self._seconds, self._seconds
+        return ExchangeSeconds(elapsed - self._waited - self._seconds, self._seconds)
 
 
 @dataclass
@@ -117,13 +121,25 @@ class Entry:
     settings: dict[str, Any]
     exchange: Exchange
     comm: TurnComm
-    num_steps: int
-    seconds: dict[bool, list[tuple[float, float]]] = field(default_factory=lambda: {True: [], False: []})
-    """By alone: compression and communication of each step."""
+    first_step: int
+    """It takes no part in the steps before."""
+    alone: list[ExchangeSeconds] = field(default_factory=list)
+    together: list[ExchangeSeconds] = field(default_factory=list)
     densities: list[float] = field(default_factory=list)
+
+    def take_step(self, step: int, grad: Tensor) -> None:
+        """Make one exchange, every second one alone; after the warm-up it counts."""
+        if step == NUM_WARM_UP:
+            self.comm.ledger.take()
+        is_alone = step % 2 == 0
+        seconds = self.comm.step(self.exchange, grad, alone=is_alone)
+        if step >= NUM_WARM_UP:
+            (self.alone if is_alone else self.together).append(seconds)
+            self.densities.append(self.exchange.reducer.density)
 
 
 def available() -> list[tuple[str, dict[str, Any]]]:
+    """The cases whose reducer exists and has those settings."""
     return [
         (name, given)
         for name, given in CASES
@@ -131,13 +147,13 @@ def available() -> list[tuple[str, dict[str, Any]]]:
     ]
 
 
-def fitted(layout: list[Slot], gradients: Gradients) -> dict[tuple[str, float], float]:
-    """The hard threshold and SAGE's first one by density: rank 0's, which the others wait for."""
+def fit_thresholds(layout: list[Slot], gradients: Gradients) -> dict[tuple[str, float], float]:
+    """The hard threshold and SAGE's first one, by reducer and density. Rank 0 fits them for all."""
     fits = torch.zeros(len(DENSITIES), 2)
     if dist.get_rank() == 0:
         for row, density in zip(fits, DENSITIES, strict=True):
-            row[0] = fitting_threshold(layout, gradients, density)
-            row[1] = fitting_start(layout, gradients, density, row[0].item())
+            row[0] = fit_threshold(layout, gradients, density)
+            row[1] = fit_first_threshold(layout, gradients, density, row[0].item())
     dist.broadcast(fits, 0)
     pairs = zip(DENSITIES, fits.tolist(), strict=True)
     return {
@@ -148,7 +164,7 @@ def fitted(layout: list[Slot], gradients: Gradients) -> dict[tuple[str, float], 
 
 
 def make_entries(layout: list[Slot], gradients: Gradients, lock: TextIO) -> list[Entry]:
-    thresholds, entries, n = fitted(layout, gradients), [], layout[-1].stop
+    thresholds, entries, n = fit_thresholds(layout, gradients), [], layout[-1].stop
     for name, given in available():
         settings = REDUCERS[name].Settings
         density = given.get("density", 1.0)
@@ -159,44 +175,38 @@ def make_entries(layout: list[Slot], gradients: Gradients, lock: TextIO) -> list
         reducer = reducers.build(
             settings(**known), layout, seeds=Seeds.derive(1, dist.get_rank()), device=torch.device("cpu")
         )
-        num_steps = NUM_WARM_UP + NUM_MEASURED if density < 1 else NUM_DENSE
+        first_step = 0 if density < 1 else NUM_WARM_UP + NUM_MEASURED - NUM_DENSE
         comm = TurnComm(lock)
         exchange = Exchange(Residual(ResidualSettings(), torch.zeros(n)), reducer, comm, layout)
-        entries.append(Entry(name, chosen, exchange, comm, num_steps))
+        entries.append(Entry(name, chosen, exchange, comm, first_step))
     return entries
 
 
 def measure(layout: list[Slot], lock: TextIO) -> list[Entry]:
-    """Interleaved: every reducer once a round, together and alone in turn."""
+    """Measure all reducers, which take turns: each makes one exchange in a round."""
     gradients, n = Gradients(layout, dist.get_rank()), layout[-1].stop
     entries = make_entries(layout, gradients, lock)
     grad, fresh = torch.empty(n), torch.empty(n)
     for step in range(NUM_WARM_UP + NUM_MEASURED):
         gradients.fill(fresh)
         for entry in entries:
-            if step < NUM_WARM_UP + NUM_MEASURED - entry.num_steps:
-                continue
-            if step == NUM_WARM_UP:
-                entry.comm.ledger.take()
-            grad.copy_(fresh)
-            alone = step % 2 == 0
-            seconds = entry.comm.step(entry.exchange, grad, alone=alone)
-            if step >= NUM_WARM_UP:
-                entry.seconds[alone].append(seconds)
-                entry.densities.append(entry.exchange.reducer.density)
+            if step >= entry.first_step:
+                grad.copy_(fresh)
+                entry.take_step(step, grad)
     return entries
 
 
-def slowest(steps: list[tuple[float, ...]]) -> Tensor:
-    """Each step's milliseconds (steps, parts): of its slowest worker."""
+def slowest(steps: Sequence[tuple[float, float]]) -> Tensor:
+    """The milliseconds (steps, 2) of the slowest worker in each step, from the seconds of this worker."""
     milliseconds = 1000 * torch.tensor(steps, dtype=torch.float64)
     dist.all_reduce(milliseconds, dist.ReduceOp.MAX)
     return milliseconds
 
 
 def row_of(entry: Entry, arguments: argparse.Namespace, n: int) -> Row:
-    alone = slowest([(a, b) for a, b in entry.seconds[True]]).median(0).values.tolist()
-    together = slowest([(a, a + b) for a, b in entry.seconds[False]]).median(0).values.tolist()
+    compression_alone, communication = slowest(entry.alone).median(0).values.tolist()
+    totals = [(step.compression, step.compression + step.communication) for step in entry.together]
+    compression_together, total_together = slowest(totals).median(0).values.tolist()
     ledger = entry.comm.ledger.take()
     num_steps = len(entry.densities)
     density = torch.tensor(statistics.mean(entry.densities), dtype=torch.float64)
@@ -213,11 +223,11 @@ def row_of(entry: Entry, arguments: argparse.Namespace, n: int) -> Row:
         density=density.item() / NUM_HOSTS,
         wire_bytes=wire_bytes,
         model_ms=1000 * 8 * wire_bytes / bits_a_second(arguments.rate),
-        communication_ms=alone[1],
-        compression_alone_ms=alone[0],
-        compression_together_ms=together[0],
-        total_alone_ms=sum(alone),
-        total_together_ms=together[1],
+        communication_ms=communication,
+        compression_alone_ms=compression_alone,
+        compression_together_ms=compression_together,
+        total_alone_ms=compression_alone + communication,
+        total_together_ms=total_together,
     )
 
 
@@ -226,31 +236,21 @@ def bits_a_second(rate: str) -> float:
     return float(number) * BITS[unit]
 
 
-def worker(arguments: argparse.Namespace) -> None:
-    """One process on its host: joins the group, measures; rank 0 writes the rows."""
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"tcp://{arguments.meeting}",
-        rank=arguments.rank,
-        world_size=NUM_HOSTS,
-        timeout=timedelta(minutes=10),
-    )
+def run_worker(arguments: argparse.Namespace) -> None:
+    """Measure in one process of a group, on its host."""
     layout = lay_out((str(index), shape) for index, shape in enumerate(LAYOUTS[arguments.layout]()))
-    with arguments.out.with_suffix(".lock").open("w") as lock:
+    lock_path = arguments.out.with_suffix(".lock")
+    with process_group(arguments, arguments.address, minutes=10), lock_path.open("w") as lock:
         rows = [row_of(entry, arguments, layout[-1].stop) for entry in measure(layout, lock)]
-    if arguments.rank == 0:
-        write_text(arguments.out, json.dumps([asdict(row) for row in rows]))
-    dist.destroy_process_group()
+    return_rows(arguments, rows)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    for name in ("--layout", "--rate", "--meeting"):
+    for name in ("--layout", "--rate", "--address"):
         parser.add_argument(name)
-    parser.add_argument("--rank", type=int)
-    parser.add_argument("--out", type=Path)
-    worker(parser.parse_args())
+    add_worker_options(parser)
+    run_worker(parser.parse_args())
 
 
 if __name__ == "__main__":

@@ -3,22 +3,21 @@
     python -m benchmarks.reduce [--layout resnet18|lstm] [--world-sizes 1 2] [--reducers NAME,...]
                                 [--density 0.001] [--json FILE]
 
-All reducers and the floor take turns in one run (interleaved), one thread a process, each with error
-feedback and a memory of its own, which is kept; the figures are medians. The gradients are heavy-tailed
-(Student's t, 3 degrees of freedom), with a scale a tensor, as in networks, and differ from step to step.
-The hard threshold's constant and SAGE's first threshold are fitted beforehand so that the density is about
-the target in the measured steps: two that select as much are compared. The mean density of the measured
-steps is printed beside the time, and the compression error of the step after them: the squared norm of what
-was not sent over that of what was to be sent.
+All reducers and the floor take turns in one run (interleaved), with one thread a process. Each reducer has
+error feedback with a memory of its own; the figures are medians. The gradients are heavy-tailed (Student's t,
+3 degrees of freedom), as in networks; each tensor has a scale of its own, and steps differ. The hard
+threshold's constant and SAGE's first threshold are fitted beforehand so that the density is about the target
+in the measured steps: the two are compared where they select as much. The table shows the mean density of the
+measured steps beside the time, and the compression error of the step after them: the squared norm of what was
+not sent, divided by that of what was to be sent.
 """
 
 import argparse
-import json
 import math
 import statistics
 import time
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,12 +26,12 @@ from rich.table import Table
 from torch import Tensor
 
 import reducers
-from benchmarks.group import add_hidden, hand_in, joined, run_group
+from benchmarks.command import make_parser
+from benchmarks.group import add_worker_options, process_group, return_rows, run_workers, write_rows
 from reducers import REDUCERS
 from sage.exchange.comm import CountingComm, LocalComm, connect_comm
 from sage.exchange.exchange import Exchange
 from sage.exchange.feedback import Residual, ResidualSettings
-from sage.files import write_text
 from sage.interfaces import Communicator, Progress, Seeds, Slot, lay_out
 from tasks.models.resnet import resnet18
 
@@ -42,11 +41,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "powersgd-alternating": ("powersgd", {"form": "alternating"}),
     "accordion-powersgd": ("accordion", {"inner": "powersgd"}),
 }
-"""What is measured, by label: a reducer and its settings; density and threshold are given where it has
-them."""
+"""What is measured, by label: a reducer and its settings. Density and threshold are added to them."""
 NUM_WARM_UP, NUM_MEASURED = 8, 15
 NUM_GRADIENTS = 5
-"""Gradients kept in memory; their product with signs and shifts gives as many as there are steps."""
+"""How many gradients are kept in memory; signs drawn for each step make a new one of them."""
 
 
 def resnet18_layout() -> list[tuple[int, ...]]:
@@ -75,7 +73,7 @@ class Row:
 
 
 class Gradients:
-    """A worker's gradients (n,), a new one each step, without the cost of drawing n numbers a step."""
+    """A worker's gradients (n,): a new one each step, without the cost of drawing n numbers each time."""
 
     def __init__(self, layout: list[Slot], rank: int) -> None:
         rng = torch.Generator().manual_seed(1000 + rank)
@@ -91,7 +89,7 @@ class Gradients:
         self._rng = rng
 
     def fill(self, grad: Tensor) -> None:
-        """grad (n,) = a kept gradient with random signs a block, so that none is seen twice."""
+        """Fill grad (n,) with a kept gradient, each block of 64 with a random sign: none comes twice."""
         chosen = self._pool[int(torch.randint(NUM_GRADIENTS, (), generator=self._rng))]
         blocks = -(-grad.numel() // 64)
         signs = torch.randint(2, (blocks,), generator=self._rng).float().mul_(2).sub_(1)
@@ -124,10 +122,10 @@ class Entry:
         return norms.read().get("compression_error")
 
 
-def fitting_threshold(layout: list[Slot], gradients: Gradients, density: float) -> float:
-    """The constant whose density under error feedback is about the target in the measured steps.
+def fit_threshold(layout: list[Slot], gradients: Gradients, density: float) -> float:
+    """Find the constant whose density under error feedback is about the target in the measured steps.
 
-    The median over these steps of the quantile of |memory + gradient|, each step sending what reaches it.
+    It is the median of a quantile of |memory + gradient| over these steps; each sends what exceeds its own.
     """
     n, thresholds = layout[-1].stop, []
     grad, memory = torch.empty(n), torch.zeros(n)
@@ -139,8 +137,8 @@ def fitting_threshold(layout: list[Slot], gradients: Gradients, density: float) 
     return statistics.median(thresholds[NUM_WARM_UP:])
 
 
-def fitting_start(layout: list[Slot], gradients: Gradients, density: float, constant: float) -> float:
-    """SAGE's first threshold: the fraction of the constant that brings its density nearest the target.
+def fit_first_threshold(layout: list[Slot], gradients: Gradients, density: float, constant: float) -> float:
+    """Find SAGE's first threshold: the fraction of the constant that brings its density nearest the target.
 
     The memory is empty at first and fills, and SAGE's alpha raises the threshold with it.
     """
@@ -171,59 +169,79 @@ def make_entry(
 def measure(
     names: list[str], layout: list[Slot], density: float, rank: int, world_size: int, side: Communicator
 ) -> list[Row]:
-    """Interleaved: every reducer and the floor once a round; the medians over the measured rounds."""
+    """The medians of all reducers and of the floor. side: a communicator that is not measured."""
     n, gradients = layout[-1].stop, Gradients(layout, rank)
-    constant = fitting_threshold(layout, gradients, density)
-    thresholds = torch.tensor([constant, fitting_start(layout, gradients, density, constant)])
-    side.broadcast(thresholds)
-    constant, start = thresholds.tolist()
+    constant, first = fit_thresholds(layout, gradients, density, side)
     entries = {}
     for name in names:
-        threshold = start if name == "sage" else constant
+        threshold = first if name == "sage" else constant
         entries[name] = make_entry(name, layout, density, threshold, connect_comm(world_size), rank)
-    grad, fresh, memory, floor = torch.empty(n), torch.empty(n), torch.zeros(n), []
+    fresh = torch.empty(n)
+    floor = take_turns(list(entries.values()), gradients, fresh, side)
+    floor_ms = 1000 * statistics.median(floor[NUM_WARM_UP:])
+    rows = [Row("floor", n, world_size, floor_ms, 1.0, 1.0, 0.0, 0.0)]
+    return rows + [row_of(name, entry, world_size, floor_ms, fresh) for name, entry in entries.items()]
+
+
+def fit_thresholds(
+    layout: list[Slot], gradients: Gradients, density: float, side: Communicator
+) -> tuple[float, float]:
+    """The hard threshold and SAGE's first one, as rank 0 finds them."""
+    constant = fit_threshold(layout, gradients, density)
+    thresholds = torch.tensor([constant, fit_first_threshold(layout, gradients, density, constant)])
+    side.broadcast(thresholds)
+    constant, first = thresholds.tolist()
+    return constant, first
+
+
+def take_turns(
+    entries: Sequence[Entry], gradients: Gradients, fresh: Tensor, side: Communicator
+) -> list[float]:
+    """Measure every reducer and the floor once a round, interleaved; returns the floor's seconds.
+
+    fresh (n,) holds the gradient of a round, and on return that of the last one.
+    """
+    grad, memory, floor = torch.empty_like(fresh), torch.zeros_like(fresh), []
     for step in range(NUM_WARM_UP + NUM_MEASURED):
         gradients.fill(fresh)
-        if step == NUM_WARM_UP:
-            for entry in entries.values():
+        for entry in entries:
+            if step == NUM_WARM_UP:
                 entry.comm.ledger.take()
-        for entry in entries.values():
             grad.copy_(fresh)
             side.all_reduce(torch.zeros(1))  # all workers start a reducer together
             entry.step(grad)
         started = time.perf_counter()
         memory.add_(fresh)
         floor.append(time.perf_counter() - started)
-    floor_ms = 1000 * statistics.median(floor[NUM_WARM_UP:])
-    rows = [Row("floor", n, world_size, floor_ms, 1.0, 1.0, 0.0, 0.0)]
-    for name, entry in entries.items():
-        milliseconds = 1000 * statistics.median(entry.seconds[NUM_WARM_UP:])
-        achieved = statistics.mean(entry.densities[NUM_WARM_UP:])
-        payload = entry.comm.ledger.take()["payload_bytes"] / NUM_MEASURED
-        error = entry.compression_error(grad.copy_(fresh))
-        ratio = milliseconds / floor_ms
-        rows.append(Row(name, n, world_size, milliseconds, ratio, achieved, payload, error))
-    return rows
+    return floor
 
 
-def worker(arguments: argparse.Namespace) -> None:
-    """One process of a group: measures, and rank 0 hands its rows in."""
+def row_of(label: str, entry: Entry, world_size: int, floor_ms: float, grad: Tensor) -> Row:
+    """grad (n,): of one more step, for the compression error."""
+    milliseconds = 1000 * statistics.median(entry.seconds[NUM_WARM_UP:])
+    return Row(
+        reducer=label,
+        n=grad.numel(),
+        world_size=world_size,
+        milliseconds=milliseconds,
+        ratio_to_floor=milliseconds / floor_ms,
+        density=statistics.mean(entry.densities[NUM_WARM_UP:]),
+        payload_bytes=entry.comm.ledger.take()["payload_bytes"] / NUM_MEASURED,
+        compression_error=entry.compression_error(grad.clone()),
+    )
+
+
+def run_worker(arguments: argparse.Namespace) -> None:
+    """Measure in one process of a group."""
     layout = lay_out((str(index), shape) for index, shape in enumerate(LAYOUTS[arguments.layout]()))
     names, world_size = arguments.reducers.split(","), arguments.world_size
-    with joined(arguments):
+    with process_group(arguments):
         comm = connect_comm(world_size)
         rows = measure(names, layout, arguments.density, arguments.rank, world_size, comm)
-    hand_in(arguments, [asdict(row) for row in rows])
+    return_rows(arguments, rows)
 
 
-def measure_group(arguments: argparse.Namespace, world_size: int) -> list[Row]:
-    """Measure in world_size fresh processes."""
-    words = ["--layout", arguments.layout, "--reducers", arguments.reducers]
-    words += ["--density", str(arguments.density)]
-    return [Row(**row) for row in run_group("benchmarks.reduce", words, world_size)]
-
-
-def show(rows: list[Row]) -> None:
+def print_table(rows: list[Row]) -> None:
     table = Table("reducer", "workers", "ms", "x floor", "density", "payload kB", "error")
     for row in rows:
         table.add_row(
@@ -239,25 +257,26 @@ def show(rows: list[Row]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--layout", choices=LAYOUTS, default="resnet18")
     parser.add_argument("--world-sizes", type=int, nargs="+", default=[1, 2], metavar="W")
     parser.add_argument("--reducers", default=",".join(VARIANTS), metavar="NAME,...")
     parser.add_argument("--density", type=float, default=0.001)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows as a list of objects")
-    add_hidden(parser)
+    add_worker_options(parser)
     arguments = parser.parse_args()
     if unknown := set(arguments.reducers.split(",")) - set(VARIANTS):
         parser.error(f"--reducers: expected some of {','.join(VARIANTS)}, got {','.join(sorted(unknown))}")
     if arguments.rank is not None:
-        worker(arguments)
+        run_worker(arguments)
         return
-    rows = [row for world_size in arguments.world_sizes for row in measure_group(arguments, world_size)]
-    show(rows)
+    options = ["--layout", arguments.layout, "--reducers", arguments.reducers]
+    options += ["--density", str(arguments.density)]
+    rows = []
+    for world_size in arguments.world_sizes:
+        rows += run_workers("benchmarks.reduce", options, world_size, Row)
+    print_table(rows)
     if arguments.json:
-        write_text(arguments.json, json.dumps([asdict(row) for row in rows], indent=2) + "\n")
+        write_rows(arguments.json, rows)
 
 
 if __name__ == "__main__":

@@ -22,12 +22,12 @@ class AccordionSettings(WrapperSettings):
     ranks: Annotated[tuple[Rank, Rank], Strict(False)] = (2, 1)
     """powersgd: the rank at low and at high compression."""
     detector: Literal["epoch", "batch"] = "epoch"
-    """Whose norm tells a change: the gradient summed over an epoch (the paper), or the first batch's of an
-    epoch (SAGE's published code)."""
+    """Whose norm shows a change: the gradient summed over an epoch (the paper), or that of an epoch's first
+    batch (SAGE's published code)."""
     interval_epochs: int = Field(default=10, ge=1)
     """Epochs between two decisions."""
     change: float = Field(default=0.5, gt=0)
-    """The relative change of the norm from which on a tensor is in a critical regime: low compression."""
+    """A tensor whose norm changed by this share or more is in a critical regime: low compression."""
     vectors: Literal["whole", "compressed"] = "whole"
     """topk: send all of a tensor of one dimension (the paper), or treat it as the others."""
 
@@ -43,13 +43,13 @@ class AccordionSettings(WrapperSettings):
 
 
 class Accordion(Reducer):
-    """Agarwal et al. 2021, arXiv 2010.16248, algorithm 1, around a reducer with a level a tensor.
+    """Agarwal et al. 2021, arXiv 2010.16248, algorithm 1, around a reducer with a level per tensor.
 
     After every interval_epochs-th epoch, rank 0 compares the norm of each tensor of its raw gradient with the
-    norm an interval ago: |before - now| / before >= change means low compression until the next decision, as
-    do a first decision, a norm of zero and a learning rate that is lower where an epoch begins than where the
-    one before did. The choice is broadcast. Where it changes, PowerSGD's factors start anew. The inner
-    reducer's other settings are its defaults. Without begin_step compression stays low.
+    norm an interval ago: |before - now| / before >= change means low compression until the next decision. So
+    do the first decision, a norm of zero, and a learning rate that is lower at the start of an epoch than at
+    the start of the one before. The choice is broadcast. Where it changes, PowerSGD draws new factors. The
+    inner reducer's other settings are its defaults. Without begin_step compression stays low.
     """
 
     Settings: ClassVar[type[Named]] = AccordionSettings
@@ -112,7 +112,7 @@ class Accordion(Reducer):
             self.inner.set_levels(levels)
 
     def _watch(self, grad: Tensor, progress: Progress, comm: Communicator) -> None:
-        """Take the raw gradient (n,) of a step; where an epoch begins, decide if it is time to."""
+        """Take the raw gradient (n,) of a step; at the start of an epoch, decide where a decision is due."""
         epoch, ended = int(progress.epoch), self.epoch
         by_batch = self.config.detector == "batch"
         if epoch != ended:
@@ -127,7 +127,7 @@ class Accordion(Reducer):
             self.total.add_(grad)
 
     def _decide(self, gradient: Tensor, comm: Communicator) -> None:
-        """1. rank 0 judges every tensor; 2. its choice is everybody's."""
+        """1. rank 0 decides for every tensor; 2. it broadcasts its choice."""
         parts = [gradient[slot.start : slot.stop] for slot in self.layout]
         norms = torch.stack(torch._foreach_norm(parts))  # (tensors,)
         # low compression unless | ||G_before|| - ||G|| | / ||G_before|| < change

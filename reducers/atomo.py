@@ -65,5 +65,5 @@ class Atomo(Spectral):
         ]
 
     def expected_payload_bytes(self, world_size: int) -> int:
-        """With rank atoms a matrix, the mean of what is drawn; the longest message of a step is longer."""
+        """The mean, as rank atoms per matrix are expected; the longest message of a step is longer."""
         return 4 + 4 * self.num_matrices + 4 * self.target_elements if world_size > 1 else 0

@@ -32,11 +32,11 @@ def average_at(indices: Tensor, send: Tensor, mean: Tensor, comm: Communicator) 
 
 
 class Leveled(Reducer):
-    """A reducer whose compression can be set a tensor, while it runs."""
+    """A reducer whose compression can be set per tensor, while it runs."""
 
     @abstractmethod
     def set_levels(self, levels: Sequence[Any]) -> None:
-        """One density, or one rank, a slot from now on."""
+        """Use these densities, or ranks, one per slot, from now on."""
 
 
 class WrapperSettings(Named):

@@ -1,8 +1,8 @@
 """The k largest magnitudes of each part of a gradient: an exact top-k among few candidates.
 
 A sample of a part gives a bound a little below its k-th largest magnitude. One pass, which also adds the
-gradient, lists what reaches the bound, and an exact top-k runs on that list; a list of fewer than k is no
-answer, and the part is searched whole. So the sample decides how long it takes, never what is selected.
+gradient, lists what reaches the bound, and an exact top-k runs on that list; where the list is shorter than
+k, the part is searched whole. So the sample decides how long it takes, never what is selected.
 """
 
 import math
@@ -18,14 +18,14 @@ from reducers.sparse import CandidateSparsifier, SparsifierSettings
 from sage.interfaces import Slot
 
 NUM_ABOVE = 16
-"""Of a part's k largest at least so many are expected in its sample, of k / size each ..."""
+"""A part's sample is so large that this many of the part's k largest are expected in it ..."""
 SHARE = 1 / 256
-"""... or this share of the part is sampled, where that is more: many candidates cost more than a sample."""
+"""... or is this share of the part, where that is more: many candidates cost more than a sample."""
 NUM_DEVIATIONS = 4.0
-"""The bound lies so many standard deviations of the binomial count below the k-th largest: the part is
+"""The bound is so many standard deviations of the binomial count below the k-th largest: the part is
 searched whole in about 1 step of 10,000."""
 MOST_SAMPLED, MOST_SELECTED = 1 / 4, 1 / 4
-"""Parts of which more would be sampled, or of which more is selected, are searched whole at once."""
+"""Parts of which a larger share would be sampled or is selected are searched whole, without a sample."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from sage.interfaces import Slot
 
 
 def matrix_shape(slot: Slot) -> tuple[int, int] | None:
-    """(shape[0], product of the rest); None of a vector and of an empty tensor."""
+    """(shape[0], product of the rest); None for a vector and for an empty tensor."""
     return (slot.shape[0], slot.size // slot.shape[0]) if len(slot.shape) > 1 and slot.size else None
 
 
@@ -27,7 +27,7 @@ class Group:
 class Matrices:
     """A layout as matrices, grouped by shape, and the rest, which is sent whole.
 
-    ranks: one a slot; a matrix n x m gets r = min(n, m, its rank), if r (n + m) min_compression_rate < n m.
+    ranks: one per slot; a matrix n x m gets r = min(n, m, its rank), if r (n + m) min_compression_rate < n m.
     Matrices, left and right factors are listed in the groups' order.
     """
 
@@ -61,7 +61,7 @@ class Matrices:
         ]
 
     def wholes(self, flat: Tensor) -> list[Tensor]:
-        """Views (size,) of a flat gradient: what is no matrix, or too small a one."""
+        """Views (size,) of a flat gradient: what is not a matrix, or is too small to compress."""
         return [flat[slot.start : slot.stop] for slot in self.whole]
 
     def left_slices(self, layout: list[Slot]) -> list[slice]:
@@ -82,12 +82,12 @@ class Matrices:
         return [found.get(slot.name, slice(0, 0)) for slot in layout]
 
     def left_blocks(self, flat: Tensor) -> list[Tensor]:
-        """Views (B, n, r), one a group, of the left factors (left_size,)."""
+        """Views (B, n, r), one per group, of the left factors (left_size,)."""
         shapes = [(len(group.slots), group.rows, group.rank) for group in self.groups]
         return _blocks(flat, shapes)
 
     def right_blocks(self, flat: Tensor) -> list[Tensor]:
-        """Views (B, m, r), one a group, of the right factors (right_size,)."""
+        """Views (B, m, r), one per group, of the right factors (right_size,)."""
         shapes = [(len(group.slots), group.columns, group.rank) for group in self.groups]
         return _blocks(flat, shapes)
 
@@ -105,7 +105,7 @@ def each(blocks: Iterable[Tensor]) -> list[Tensor]:
 def multiply(a: list[Tensor], b: list[Tensor], out: list[Tensor]) -> None:
     """out_i = a_i b_i.
 
-    One product a matrix: the big factor is a view of the flat gradient, and copying it into a batch costs
+    One product per matrix: the big factor is a view of the flat gradient, and copying it into a batch costs
     more than the product, which only reads it once.
     """
     for left, right, product in zip(a, b, out, strict=True):

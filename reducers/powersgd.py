@@ -17,10 +17,10 @@ class PowerSGDSettings(Named):
     name: Literal["powersgd"] = "powersgd"
     rank: int = Field(default=4, ge=1)
     form: Literal["two_sided", "alternating"] = "two_sided"
-    """two_sided (the paper): P and Q each step. alternating (the authors' later library): one of them a step,
-    in turn, at half the bytes."""
+    """two_sided (the paper): P and Q each step. alternating (the authors' later library): one of them per
+    step, in turn, at half the bytes."""
     iterations: int = Field(default=1, ge=1)
-    """alternating: iterations a step, each on what the ones before have left."""
+    """alternating: iterations per step, each on what the ones before have left."""
     residual: Literal["local", "mean"] = "local"
     """two_sided: what is left in send is M - P Q_w^T of this worker's own Q_w, or (the published code) M
     minus the mean. The means that follow are the same; the local residual is smaller."""
@@ -51,8 +51,8 @@ class PowerSGD(Leveled):
         self.set_levels([config.rank] * len(layout))
 
     def set_levels(self, levels: Sequence[int]) -> None:
-        """A rank for each slot from now on; the factors start anew."""
-        # numbers sent / r (n + m): 1, or half of it an iteration
+        """Use these ranks, one per slot, from now on; new factors are drawn."""
+        # numbers sent / r (n + m): 1, or half of it per iteration
         cost = 1.0 if self.config.form == "two_sided" else self.config.iterations / 2
         self.matrices = Matrices(self.layout, levels, self.config.min_compression_rate * cost)
         self.p, self.q = self._draw(self.matrices.left_size), self._draw(self.matrices.right_size)

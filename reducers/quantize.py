@@ -1,4 +1,4 @@
-"""What the sign methods share: signs packed eight a byte, and the majority vote on them."""
+"""What the sign methods share: signs packed eight to a byte, and the majority vote on them."""
 
 from collections.abc import Iterator
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from sage.interfaces import Communicator
 
 CHUNK = 131_072
-"""Elements a step on the CPU, a multiple of 8: what a step reads and writes stays in a core's cache."""
+"""Elements per step on the CPU, a multiple of 8: what a step reads and writes stays in a core's cache."""
 
 SPREAD = 0x0102040810204080
 """Eight bytes of 0 or 1 times this, modulo 2^64, have byte i as bit i of the top byte: 2^(8i) 2^(56-7j) is
@@ -19,7 +19,7 @@ SIGNS = 2.0 * (torch.arange(256)[:, None] >> torch.arange(8) & 1) - 1  # (256, 8
 
 
 def spans(n: int, device: torch.device) -> Iterator[tuple[slice, slice]]:
-    """Consecutive elements, and the bytes that hold their signs: pieces on the CPU, elsewhere everything."""
+    """Consecutive elements, and the bytes that hold their signs: in pieces on the CPU, else all at once."""
     size = CHUNK if device.type == "cpu" else n
     for start in range(0, n, size):
         stop = min(start + size, n)
@@ -27,7 +27,7 @@ def spans(n: int, device: torch.device) -> Iterator[tuple[slice, slice]]:
 
 
 def num_bytes(n: int) -> int:
-    """What n signs take."""
+    """The bytes that n signs take."""
     return -(-n // 8)
 
 

@@ -1,4 +1,4 @@
-"""Random-k and random-block: which elements travel is drawn alike on all workers, so no index does."""
+"""Random-k and random-block: all workers draw the same elements to send, so no index travels."""
 
 from abc import abstractmethod
 from typing import ClassVar, Literal, Self
@@ -17,7 +17,7 @@ from sage.interfaces import Communicator, Seeds, Slot
 class SharedDrawSettings(DensitySettings):
     rank: int | None = Field(default=None, ge=1)
     """k_l = min(rank (rows + columns), n_l) instead, what a low-rank method of this rank sends; vectors go
-    whole. Beside a number the density is a label only."""
+    whole. Beside a rank the density is only a label."""
 
     @model_validator(mode="after")
     def _schedule_needs_a_density(self) -> Self:

@@ -91,9 +91,9 @@ class SageLaw(ThresholdLaw):
         self.lam = torch.zeros((), device=device)
         self.previous_mean = torch.zeros((), device=device)
         self.started = False
-        one = torch.ones((), device=device)
+        zero, one = torch.zeros((), device=device), torch.ones((), device=device)
         self._usable = torch.zeros((), dtype=torch.bool, device=device)
-        self._terms = {"alpha": one, "beta": one, "gamma": one, "density_exam": 0 * one}
+        self._terms = {"alpha": one, "beta": one, "gamma": one, "density_exam": zero}
         self.aim(config.density)
 
     def aim(self, density: float) -> None:
@@ -111,7 +111,7 @@ class SageLaw(ThresholdLaw):
         return self.begin(sample.abs().mean().float()).to(send.dtype)
 
     def begin(self, sampled_mean: Tensor) -> Tensor:
-        """Take this step's sampled mean; the lowest threshold that it can lead to."""
+        """Take this step's sampled mean; return the lowest threshold that it can lead to."""
         finite = sampled_mean.isfinite()
         self._usable = finite & (sampled_mean > 0) if self.started else torch.zeros_like(finite)
         ratio = sampled_mean / self.previous_mean

@@ -11,7 +11,7 @@ from sage.interfaces import Progress, Reducer
 
 
 class DensitySchedule(Settings):
-    """A density an epoch, until the target is reached. Lin et al. 2018, arXiv 1712.01887, section 3.3."""
+    """A density per epoch, until the target is reached. Lin et al. 2018, arXiv 1712.01887, section 3.3."""
 
     warmup_epochs: int = Field(default=0, ge=0)
     """E: in epoch e < E the density is max(c^(e+1), d), c = d^(1/(E+1)), d the target."""
@@ -62,5 +62,5 @@ class ScheduledReducer(Reducer):
             self.aim(density)
 
     def aim(self, density: float) -> None:
-        """Select this share from the next step on. What was laid out for another is laid out anew here."""
+        """Select this share from the next step on. A subclass prepares here what depends on the density."""
         self.target_density = density

@@ -1,4 +1,4 @@
-"""Signs scaled by the tensor's mean magnitude (EF-signSGD): one bit an element and a number a tensor."""
+"""Signs scaled by the tensor's mean magnitude (EF-signSGD): one bit per element and a number per tensor."""
 
 from typing import ClassVar, Literal
 

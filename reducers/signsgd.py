@@ -1,4 +1,4 @@
-"""signSGD with majority vote: one bit an element."""
+"""signSGD with majority vote: one bit per element."""
 
 from typing import ClassVar, Literal
 
@@ -15,9 +15,9 @@ class SignSGDSettings(Named):
 
 
 class SignSGD(Reducer):
-    """mean = sign(sum_i sign(g_i)), sign(0) = +1: a direction, so the learning rate is a step an element.
+    """mean = sign(sum_i sign(g_i)), sign(0) = +1: a direction, so the learning rate is each element's step.
 
-    Bernstein et al. 2018, arXiv 1810.05291, algorithm 1. Nothing is left in send: a vote is no estimate of
+    Bernstein et al. 2018, arXiv 1810.05291, algorithm 1. Nothing is left in send: a vote does not estimate
     the gradient, so there is no error to feed back. NaN votes -1.
     """
 

@@ -1,4 +1,4 @@
-"""Signum: the majority vote of the workers' momenta, one bit an element."""
+"""Signum: the majority vote of the workers' momenta, one bit per element."""
 
 from typing import ClassVar, Literal
 

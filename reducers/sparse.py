@@ -2,7 +2,7 @@
 
 A sparsifier is a subclass of Sparsifier that writes one method, select. One that finds candidates while the
 gradient is added is a subclass of CandidateSparsifier; one that selects by a threshold is a subclass of
-ThresholdSparsifier that passes a law: who sets the threshold.
+ThresholdSparsifier that passes a law, which sets the threshold.
 """
 
 from abc import ABC, abstractmethod
@@ -28,7 +28,7 @@ Threshold = Annotated[float, Field(ge=1.2e-38, le=3.4e38)] | Literal["auto"]  # 
 
 
 def target_count(density: float, n: int) -> int:
-    """k = max(1, floor(density n)), and 0 of none."""
+    """k = max(1, floor(density n)), or 0 where n is 0."""
     return min(n, max(1, int(density * n)))
 
 
@@ -162,15 +162,15 @@ class CandidateSparsifier(Sparsifier, Generic[Candidates]):
 
 
 class ThresholdLaw(Stateful, ABC):
-    """Who sets the threshold. A step calls lower_bound, then threshold; both return scalars on the law's
-    device.
+    """Sets a sparsifier's threshold. A step calls lower_bound, then threshold; both return scalars on the
+    law's device.
 
     The scan finds the candidates at the lower bound; the final threshold is then applied to those few.
     """
 
     @abstractmethod
     def lower_bound(self, send: Tensor, grad: Tensor | None) -> Tensor:
-        """A scalar that this step's threshold is not below. send + grad is what will be scanned."""
+        """A scalar that is at most this step's threshold. send + grad is what will be scanned."""
 
     @abstractmethod
     def threshold(self, magnitudes: Tensor, n: int) -> Tensor:

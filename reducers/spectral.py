@@ -18,7 +18,7 @@ from sage.interfaces import Communicator, Reducer, Slot
 
 class SpectralSettings(Named):
     rank: int = Field(default=2, ge=1)
-    """Atoms a matrix. One whose rank atoms are no smaller than itself is sent exactly, as vectors are."""
+    """Atoms per matrix. One whose rank atoms are no smaller than itself is sent exactly, as vectors are."""
 
 
 def wide(matrix: Tensor) -> Tensor:
@@ -31,7 +31,7 @@ def spectrum(matrices: Tensor) -> tuple[Tensor, Tensor]:
     (count, short, long).
 
     From the eigenvectors of A A^T in float64, 20 times as fast as an SVD; float32's products are exact there,
-    so singular values down to about 1e-7 of the largest are told apart. A matrix that is not finite counts
+    so singular values down to about 1e-7 of the largest are distinguished. A matrix that is not finite counts
     as 0.
     """
     precise = matrices.double()

@@ -22,7 +22,7 @@ class HardThresholdSettings(SparsifierSettings):
     name: Literal["threshold"] = "threshold"
     threshold: Threshold = "auto"
     """The constant; auto: 1 / (2 sqrt k), k = density n, which follows a density_schedule. Beside a number
-    the density is a label only."""
+    the density is only a label."""
 
     @model_validator(mode="after")
     def _a_schedule_has_a_threshold_to_move(self) -> Self:

@@ -19,8 +19,8 @@ class TopKSettings(SparsifierSettings):
 class TopK(LargestSparsifier, Leveled):
     """k_l = max(1, floor(density n_l)); S_l = argtop_{k_l} |a_l|. NaN counts as the largest and is sent.
 
-    Aji and Heafield 2017, arXiv 1704.05021; Stich et al. 2018, arXiv 1809.07599. At least one element a
-    tensor is sent, so with many small tensors the density is above the target.
+    Aji and Heafield 2017, arXiv 1704.05021; Stich et al. 2018, arXiv 1809.07599. At least one element of
+    each tensor is sent, so with many small tensors the density is above the target.
     """
 
     Settings: ClassVar[type[Named]] = TopKSettings
@@ -32,7 +32,7 @@ class TopK(LargestSparsifier, Leveled):
         super().__init__(config, layout, device)
 
     def set_levels(self, levels: Sequence[float]) -> None:
-        """A density for each slot from now on, in place of the configuration's."""
+        """Use these densities, one per slot, from now on, in place of the configuration's."""
         self._levels = levels
         self.aim(self.target_counts() / self.n)
 

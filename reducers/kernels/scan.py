@@ -8,7 +8,7 @@ from torch import Tensor
 
 Form = Callable[[Tensor, Tensor | None, Tensor, bool], Tensor]
 CHUNK = 65_536
-"""Elements a step of the scan on the CPU: send, gradient and scratch of a chunk stay in a core's cache
+"""Elements per step of the scan on the CPU: send, gradient and scratch of a chunk stay in a core's cache
 together."""
 
 
