@@ -19,7 +19,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.distributed import Store
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
 
 from sage.console import complain, first_line, say
 from sage.interfaces import CommunicationError, Stopped, TrainingError
@@ -82,6 +81,9 @@ def spawn(command: Sequence[str], num_workers: int) -> int:
     A command, not a function: each child is a process of its own session, so that Ctrl-C reaches it once,
     through this process, which hands all signals on and waits. When one fails, the others are ended.
     """
+    # Here: workers, and runs of one worker, do without.
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
+
     for name in list(logging.root.manager.loggerDict):
         # each has a level of its own; what they log is said below
         if name.startswith("torch.distributed.elastic"):
