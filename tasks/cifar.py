@@ -1,21 +1,31 @@
 """CNNs on CIFAR-10 and CIFAR-100."""
 
+from importlib import import_module
 from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
+from torch import nn
 
 from sage.config import Named
 from sage.interfaces import Place, Seeds
 from tasks.classification import Augmentation, ImageClassification, check_batch
 from tasks.data.cifar import CIFAR10, CIFAR100, CifarSet
-from tasks.models.googlenet import googlenet
-from tasks.models.resnet import resnet18
-from tasks.models.senet import senet18
-from tasks.models.vgg import vgg16_bn
 
-MODELS = {"resnet18": resnet18, "vgg16_bn": vgg16_bn, "googlenet": googlenet, "senet18": senet18}
+MODELS = {
+    "resnet18": "tasks.models.resnet",
+    "vgg16_bn": "tasks.models.vgg",
+    "googlenet": "tasks.models.googlenet",
+    "senet18": "tasks.models.senet",
+}
+"""Each network, and the module that has a function of its name."""
+
+
+def build_model(name: str, num_classes: int) -> nn.Module:
+    """A network of MODELS. Its module is imported here: it imports torchvision, which takes a second."""
+    model: nn.Module = getattr(import_module(MODELS[name]), name)(num_classes)
+    return model
 
 
 class CifarSettings(Named):
@@ -33,7 +43,7 @@ class Cifar(ImageClassification):
         self, config: CifarSettings, data: Path, place: Place, *, seeds: Seeds, device: torch.device
     ) -> None:
         super().__init__(
-            MODELS[config.model](self.source.num_classes),
+            build_model(config.model, self.source.num_classes),
             self.source.read(data),
             config.batch_per_worker,
             place,

@@ -376,6 +376,21 @@ def test_print_config_prints_yaml_that_loads_to_the_same_settings(
     assert settings == config.load(Path(path), overrides, RunSettings, run.TABLES)
 
 
+def test_a_configuration_is_printed_without_what_only_training_or_a_report_needs() -> None:
+    """Each of these takes longer than all that --print-config has to do."""
+    slow = {"torchvision", "torchtext", "spacy", "sklearn", "scipy", "pandas", "tensorboard"}
+    slow |= {"matplotlib", "torch.distributed.elastic", "torch._dynamo", "torch.utils.tensorboard"}
+    program = f"""
+import sys
+import run
+for path in {[str(path) for path in sorted((ROOT / "configs").glob("*.yaml"))]}:
+    assert run.main([path, "--print-config"]) == 0
+print(sorted({slow} & set(sys.modules)), file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "[]\n")
+
+
 def test_options_and_overrides_may_stand_in_any_order(
     nothing_starts: None, capsys: pytest.CaptureFixture[str]
 ) -> None:

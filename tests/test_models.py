@@ -1,6 +1,7 @@
 """The networks of image classification: sizes, shapes, gradients, what training mode changes."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from sage.interfaces import Place, Seeds
 from tasks import TASKS
-from tasks.cifar import MODELS, CifarSettings
+from tasks.cifar import MODELS, CifarSettings, build_model
 from tasks.models.googlenet import googlenet
 from tasks.models.senet import SEPreActBlock
 
@@ -31,7 +32,8 @@ COUNTS = {
 BY_MODE = (nn.BatchNorm2d, nn.Dropout)
 """The modules that do something else in training than in evaluation."""
 
-each_model = pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
+BUILDS: dict[str, Build] = {name: partial(build_model, name) for name in MODELS}
+each_model = pytest.mark.parametrize("build", BUILDS.values(), ids=BUILDS)
 
 
 def images(count: int, size: int = 32, channels: int = 3) -> Tensor:
@@ -88,7 +90,7 @@ def test_the_setting_offers_every_network_and_no_other() -> None:
 def test_the_resolution_starts_at_that_of_the_image_and_halves(
     model: str, sizes: list[int], num_features: int
 ) -> None:
-    network, seen = built(MODELS[model]), []
+    network, seen = built(BUILDS[model]), []
     for module in network.modules():
         if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
             module.register_forward_hook(lambda *found: seen.append(tuple(found[2].shape[2:])))
@@ -151,7 +153,7 @@ def test_only_vgg16_has_dropout_and_so_draws_from_the_global_generator(build: Bu
     before = torch.get_rng_state()
     with torch.no_grad():
         network(images(2))
-    assert torch.equal(torch.get_rng_state(), before) == (build is not MODELS["vgg16_bn"])
+    assert torch.equal(torch.get_rng_state(), before) == (build is not BUILDS["vgg16_bn"])
 
 
 @each_model

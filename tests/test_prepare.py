@@ -38,7 +38,7 @@ def md5(content: bytes) -> str:
 
 def made_entries(source: CifarSet, rng: np.random.Generator) -> dict[str, Entry]:
     """3 images a file, channel by channel, as in the official files: CIFAR-100 has labels of two kinds."""
-    official, entries = source.official, {}
+    official, entries = source.load_official(), {}
     for name, _ in (*official.train_list, *official.test_list):
         labels = rng.integers(source.num_classes, size=3).tolist()
         kinds = {"labels": labels} if source is CIFAR10 else {"coarse_labels": [0] * 3, "fine_labels": labels}
@@ -47,8 +47,8 @@ def made_entries(source: CifarSet, rng: np.random.Generator) -> dict[str, Entry]
 
 
 def prepared_form(source: CifarSet, entries: dict[str, Entry]) -> dict[str, np.ndarray]:
-    arrays = {}
-    for part, files in (("train", source.official.train_list), ("test", source.official.test_list)):
+    official, arrays = source.load_official(), {}
+    for part, files in (("train", official.train_list), ("test", official.test_list)):
         chosen = [entries[name] for name, _ in files]
         pixels = np.concatenate([entry["data"] for entry in chosen]).reshape(-1, 3, 32, 32)
         arrays[f"{part}_x"] = pixels.transpose(0, 2, 3, 1)
@@ -59,7 +59,8 @@ def prepared_form(source: CifarSet, entries: dict[str, Entry]) -> dict[str, np.n
 def make(folder: Path, source: CifarSet) -> Made:
     """An archive with 3 images a file, and torchvision's reader for it, which has its checksums."""
     entries = made_entries(source, np.random.default_rng(0))
-    official, meta = source.official, source.official.meta
+    official = source.load_official()
+    meta = official.meta
     contents = {name: pickle.dumps(entry) for name, entry in entries.items()}
     contents[meta["filename"]] = pickle.dumps({meta["key"]: [str(n) for n in range(source.num_classes)]})
     unpacked = folder / official.base_folder
@@ -76,7 +77,8 @@ def make(folder: Path, source: CifarSet) -> Made:
         "meta": {**meta, "md5": md5(contents[meta["filename"]])},
     }
     reader: type[datasets.CIFAR10] = type("Reader", (official,), changes)
-    return Made(archive, replace(source, official=reader), prepared_form(source, entries), unpacked)
+    made = replace(source, load_official=lambda: reader)
+    return Made(archive, made, prepared_form(source, entries), unpacked)
 
 
 @pytest.fixture(params=[CIFAR10, CIFAR100], ids=["cifar10", "cifar100"])
@@ -256,7 +258,7 @@ def test_the_script_knows_both_data_sets() -> None:
 
 @pytest.mark.parametrize("source", [CIFAR10, CIFAR100], ids=["cifar10", "cifar100"])
 def test_the_script_says_in_one_line_what_is_wrong(tmp_path: Path, source: CifarSet) -> None:
-    archive = tmp_path / source.official.filename
+    archive = tmp_path / source.load_official().filename
     archive.write_bytes(b"no archive")
     words = ["./prepare_dataset.sh", source.name, "--from", str(archive), "--data", str(tmp_path)]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)

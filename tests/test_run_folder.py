@@ -94,6 +94,7 @@ def test_a_line_file_in_place_is_in_place(tmp_path: Path) -> None:
         other.write("x")
     with pytest.raises(RunFolderLost, match="expected the 8 bytes that were written, got 9"):
         lines.check_in_place()
+    lines.close()
 
 
 # --- what --resume finds --------------------------------------------------------------------------

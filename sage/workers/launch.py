@@ -20,7 +20,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.distributed import Store
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
 
 from sage.console import complain, first_line, say
 from sage.interfaces import CommunicationError, Stopped, TrainingError
@@ -87,6 +86,9 @@ def spawn(command: Sequence[str], num_workers: int) -> int:
     A command, not a function: each child is a process of its own session, so that Ctrl-C reaches it once,
     through this process, which hands all signals on and waits. When one fails, the others are ended.
     """
+    # Imported here: a worker, and a run of one worker, need none of it.
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
+
     _quiet_torch_launcher()
     # The store belongs to this process, so it outlives every worker: survivors can tell who fell behind.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)

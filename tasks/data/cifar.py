@@ -1,18 +1,21 @@
 """CIFAR-10 and CIFAR-100 in their prepared form: DATA/NAME/NAME.npz with train_x, train_y, test_x, test_y,
 uint8, NHWC."""
 
+import hashlib
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
-from torchvision import datasets
-from torchvision.datasets.utils import check_integrity, extract_archive
 
 from tasks.classification import ImageSet
 from tasks.data.npz import Headers, read_headers
+
+if TYPE_CHECKING:
+    from torchvision import datasets
 
 KEYS = ("train_x", "train_y", "test_x", "test_y")
 Found = TypeVar("Found")
@@ -24,8 +27,9 @@ class CifarSet:
 
     name: str
     num_classes: int
-    official: type[datasets.CIFAR10]
-    """torchvision's reader: it knows the official place, the archive's format and its checksums."""
+    load_official: "Callable[[], type[datasets.CIFAR10]]"
+    """Imports torchvision's reader, which takes a second and only preparing needs: it knows the official
+    place, the archive's format and its checksums."""
 
     def path(self, data: Path) -> Path:
         return data / self.name / f"{self.name}.npz"
@@ -79,7 +83,7 @@ class CifarSet:
 
     def _verified(self, given: Path) -> Path:
         """The archive, or the folder in which the unpacked archive lies; its checksums are right."""
-        official, name = self.official, given.resolve().name
+        official, name = self.load_official(), given.resolve().name
         meta = (official.meta["filename"], official.meta["md5"])
         if name == official.base_folder or (given / official.base_folder).is_dir():
             root = given.resolve().parent if name == official.base_folder else given
@@ -92,12 +96,15 @@ class CifarSet:
 
     def _unpacked(self, verified: Path | None, temporary: Path) -> Path:
         """The folder in which the unpacked archive lies: the temporary one, where it is not unpacked yet."""
+        from torchvision.datasets.utils import extract_archive
+
         if verified is None:
+            official = self.load_official()
             try:
-                self.official(temporary, download=True)
+                official(temporary, download=True)
             except (OSError, RuntimeError) as error:  # no network, no answer, or another file there
                 told = f"cannot be downloaded ({error}); fetch it by hand and pass it with --from"
-                raise ValueError(f"{self.official.url}: {told}") from None
+                raise ValueError(f"{official.url}: {told}") from None
         elif verified.is_file():
             extract_archive(str(verified), str(temporary))
         else:
@@ -106,22 +113,33 @@ class CifarSet:
 
     def _arrays(self, root: Path) -> dict[str, Any]:
         """Images (N, 32, 32, 3) and labels (N,), uint8, of the unpacked archive in a folder."""
+        official = self.load_official()
         arrays: dict[str, Any] = {}
         for part in ("train", "test"):
-            images = self.official(root, train=part == "train")
+            images = official(root, train=part == "train")
             arrays |= {f"{part}_x": images.data, f"{part}_y": np.array(images.targets, np.uint8)}
         return arrays
 
 
-CIFAR10 = CifarSet("cifar10", 10, datasets.CIFAR10)
-CIFAR100 = CifarSet("cifar100", 100, datasets.CIFAR100)
+def _load_reader(name: str) -> "type[datasets.CIFAR10]":
+    from torchvision import datasets
+
+    reader: type[datasets.CIFAR10] = getattr(datasets, name)
+    return reader
+
+
+CIFAR10 = CifarSet("cifar10", 10, partial(_load_reader, "CIFAR10"))
+CIFAR100 = CifarSet("cifar100", 100, partial(_load_reader, "CIFAR100"))
 
 
 def _check_md5(file: Path, name: str, md5: str) -> None:
     """Raise ValueError where a file is not the published one of a name."""
-    if not check_integrity(file, md5):
-        what = "it is cut short, or another" if file.is_file() else "there is no such file"
-        raise ValueError(f"{file}: expected {name} with MD5 {md5}; {what}")
+    if not file.is_file():
+        raise ValueError(f"{file}: expected {name} with MD5 {md5}; there is no such file")
+    with file.open("rb") as content:
+        found = hashlib.file_digest(content, "md5").hexdigest()
+    if found != md5:
+        raise ValueError(f"{file}: expected {name} with MD5 {md5}; it is cut short, or another")
 
 
 def _check_headers(file: Path, headers: Headers) -> None:

@@ -6,9 +6,6 @@ from collections.abc import Callable
 from http.client import HTTPException
 from pathlib import Path
 
-import rich.console
-import rich.progress
-
 TIMEOUT_SECONDS = 30
 Places = tuple[tuple[str, ...], ...]
 """The official place, then its mirrors; a place is the URLs of one file or of several."""
@@ -34,6 +31,9 @@ def fetch_first(name: str, places: Places, folder: Path, verify: Callable[[Path]
 
 def _fetch(url: str, folder: Path) -> Path:
     """Download one file, with a progress bar. Raises OSError where that fails or stops early."""
+    import rich.console  # here: every run imports this module
+    import rich.progress
+
     file = folder / url.rpartition("/")[2]
     with urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS) as answer, file.open("wb") as target:
         size = int(answer.headers.get("Content-Length", 0))

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from torchtext.vocab import Vocab
 
 UNK, EOS, BOS, PAD = "<unk>", "<eos>", "<bos>", "<pad>"
 PARTS = ("train", "valid", "test")
@@ -46,6 +45,8 @@ def build(
     The vocabulary is torchtext's: the specials, then the types that the training part has at least
     min_frequency times, by falling frequency; every other token is <unk>.
     """
+    from torchtext.vocab import Vocab  # here: a prepared text needs none
+
     streams = {part: _types_and_tokens(parts[part], tokenize) for part in PARTS}
     types, tokens = streams["train"]
     counts = Counter(dict(zip(types, np.bincount(tokens).tolist(), strict=True)))
