@@ -98,7 +98,7 @@ def _build_parser() -> "_Parser":
         description=HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="python run.py CONFIG [key.path=value ...] [options]\n"
-        "       python run.py --sweep FILE [key.path=value ...] [--list | --index I] [options]",
+        "       python run.py --sweep FILE [key.path=value ...] [--list | --index I | --jobs N] [options]",
     )
     parser.add_argument(
         "words",

@@ -14,7 +14,7 @@ from sage import sweep
 from sage.workers import shares
 from sage.workers.points import LOG
 from tests.test_simulate import assert_same_run, restored
-from tests.test_sweep import ROOT, TINY, Capture, finish, run_points, start_sweep, wait_until, write
+from tests.test_sweep import ROOT, SECONDS, Capture, finish, run_points, started, wait_until, words_of, write
 
 __all__ = ["restored"]  # a fixture that every test here gets
 
@@ -200,7 +200,7 @@ def test_a_signal_reaches_every_point_that_runs_once_and_ends_the_sweep(
 ) -> None:
     process, log = listening(tmp_path, num_jobs, seconds=1)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does on Ctrl-C
-    assert process.wait(timeout=60) == 128 + signal.SIGINT
+    assert process.wait(SECONDS) == 128 + signal.SIGINT
     told = [word for word in ("started", f"signal {signal.SIGINT}", "1 interrupts") for _ in range(num_jobs)]
     assert log.read_text().splitlines() == told
 
@@ -210,22 +210,21 @@ def test_a_second_ctrl_c_ends_all_at_once(tmp_path: Path) -> None:
     os.killpg(process.pid, signal.SIGINT)
     wait_until(lambda: log.read_text().count("signal") == 2)
     os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(timeout=60) == 128 + signal.SIGINT
+    assert process.wait(SECONDS) == 128 + signal.SIGINT
     assert "interrupts" not in log.read_text()
 
 
 # --- run.py itself --------------------------------------------------------------------------------
 
 
-def test_points_side_by_side_have_the_bits_of_points_one_after_the_other(tmp_path: Path) -> None:
+def test_points_side_by_side_have_the_bits_of_points_one_after_the_other(
+    tmp_path: Path, capsys: Capture
+) -> None:
     path = write(tmp_path, grid={"epochs": [1], "task.batch_per_worker": [64, 128]}, seeds=[1, 2])
-    side_by_side = start_sweep(path, tmp_path / "jobs", "--jobs", "2")
-    output, _ = side_by_side.communicate(timeout=300)
-    assert side_by_side.returncode == 0, output
-    assert output.count("ended with exit code 0 after ") == 4
+    assert run.main(words_of(path, tmp_path / "jobs", "--jobs", "2")) == 0
+    assert capsys.readouterr().out.count("ended with exit code 0 after ") == 4
     for point in sweep.read(path):
-        words = ["--sweep", str(path), "--index", str(point.index), "--runs", str(tmp_path / "one"), *TINY]
-        assert run.main(words) == 0
+        assert run.main(words_of(path, tmp_path / "one", "--index", str(point.index))) == 0
         (one,), (other,) = ((tmp_path / name / point.folder).glob("*/") for name in ("one", "jobs"))
         assert (other / "summary.json").exists()
         assert_same_run(one, other)
@@ -234,17 +233,15 @@ def test_points_side_by_side_have_the_bits_of_points_one_after_the_other(tmp_pat
 def test_points_that_a_signal_ended_side_by_side_are_resumed(tmp_path: Path) -> None:
     path, runs = write(tmp_path, grid={"epochs": [100000]}, seeds=[1, 2]), tmp_path / "runs"
     folders = [runs / point.folder for point in sweep.read(path)]
-    process = start_sweep(path, runs, "--jobs", "2")
-    wait_until(lambda: all(has_trained(folder) for folder in folders))
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 128 + signal.SIGINT, output
+    with started(path, runs, "--jobs", "2") as process:
+        wait_until(lambda: all(has_trained(folder) for folder in folders))
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=SECONDS)
+        assert process.returncode == 128 + signal.SIGINT, output
     assert not any(sweep.holder(folder) for folder in folders)
     assert not list(runs.rglob("summary.json"))
-    # The score of an epoch, at which the runs end.
-    resumed = start_sweep(path, runs, "stop_at_score=0.01", "--jobs", "2", "--resume")
-    output, _ = resumed.communicate(timeout=300)
-    assert resumed.returncode == 0, output
+    # A score that every epoch reaches: the runs end with the one that they were in.
+    assert run.main(words_of(path, runs, "stop_at_score=0.01", "--jobs", "2", "--resume")) == 0
     for folder in folders:
         (found,) = folder.glob("*/")
         assert (found / "summary.json").exists()
@@ -257,6 +254,6 @@ def has_trained(folder: Path) -> bool:
 
 def test_help_explains_jobs() -> None:
     words = [sys.executable, "run.py", "--help"]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=SECONDS)
     assert "--jobs N" in done.stdout
     assert LOG in done.stdout

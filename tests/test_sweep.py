@@ -479,47 +479,67 @@ def test_a_point_whose_process_lost_the_race_for_it_is_not_a_failure(
 
 
 TINY = ["--threads", "1", "log.tensorboard=false", "reducer.name=exact"]
+SECONDS = 600
+"""The most that a few processes may take on a busy machine, of which each needs seconds to start."""
 
 
-def start_sweep(path: Path, runs: Path, *more: str) -> subprocess.Popen:
-    command = [sys.executable, "run.py", "--sweep", str(path), "--runs", str(runs), *TINY, *more]
-    return subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+def words_of(path: Path, runs: Path, *more: str) -> list[str]:
+    """A sweep's command line."""
+    return ["--sweep", str(path), "--runs", str(runs), *TINY, *more]
+
+
+@contextmanager
+def started(path: Path, runs: Path, *more: str) -> Iterator[subprocess.Popen]:
+    """A sweep in a process of its own; what still runs at the end is killed, with its points' processes."""
+    words = [sys.executable, "run.py", *words_of(path, runs, *more)]
+    process = subprocess.Popen(
+        words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
+    try:
+        yield process
+    finally:
+        process.kill()
+        for point in sweep.read(path):
+            kill_holder(runs / point.folder)
+        process.communicate()
+
+
+def kill_holder(folder: Path) -> None:
+    """Kill the process that runs a point, if there is one."""
+    if who := holder(folder, [RUN_LOCK]):
+        os.kill(int(who.split()[1]), signal.SIGKILL)
+        wait_until(lambda: holder(folder, [RUN_LOCK]) == "")
 
 
 def test_two_sweeps_of_one_file_at_once_run_every_point_once(tmp_path: Path) -> None:
     path, runs = write(tmp_path, grid={"epochs": [1]}, seeds=[1, 2, 3]), tmp_path / "runs"
-    both = [start_sweep(path, runs) for _ in range(2)]
-    outputs = [process.communicate(timeout=300)[0] for process in both]
-    assert [process.returncode for process in both] == [0, 0], outputs
+    with started(path, runs) as one, started(path, runs) as other:
+        outputs = [process.communicate(timeout=SECONDS)[0] for process in (one, other)]
+        assert [process.returncode for process in (one, other)] == [0, 0], outputs
     assert len(list(runs.glob("four/*/*/summary.json"))) == 3
     assert len(list(runs.glob("four/*/*/config.yaml"))) == 3
     assert "is skipped: process " in "".join(outputs)
 
 
-def test_a_point_of_a_killed_sweep_is_free_when_its_process_is_dead_too(tmp_path: Path) -> None:
+def test_a_point_of_a_killed_sweep_is_free_when_its_process_is_dead_too(
+    tmp_path: Path, capsys: Capture
+) -> None:
     path, runs = write(tmp_path), tmp_path / "runs"
     folder = runs / sweep.read(path)[0].folder
-    first = start_sweep(path, runs, "epochs=100000")
-    wait_until(lambda: list(folder.glob("*/metrics.jsonl")) != [])
-    first.kill()
-    first.wait()
-    words = holder(folder).split()  # the point's process lives on, and keeps it
-    assert words[0] == "process"
-    second = start_sweep(path, runs, "epochs=1")
-    output, _ = second.communicate(timeout=120)
-    assert (second.returncode, "is skipped: process " + words[1] in output) == (0, True), output
-    os.kill(int(words[1]), signal.SIGKILL)
-    first.communicate()
-    wait_until(lambda: holder(folder) == "")
-    third = start_sweep(path, runs, "epochs=1")
-    output, _ = third.communicate(timeout=120)
-    assert third.returncode == 0, output
+    with started(path, runs, "epochs=100000") as first:
+        wait_until(lambda: list(folder.glob("*/metrics.jsonl")) != [])
+        first.kill()
+        first.wait()
+        who = holder(folder)  # the point's process lives on, and keeps it
+        assert who.startswith("process ")
+        assert run.main(words_of(path, runs, "epochs=1")) == 0
+        assert f"is skipped: {who} runs it" in capsys.readouterr().out
+        kill_holder(folder)
+    assert run.main(words_of(path, runs, "epochs=1")) == 0
     assert len(list(folder.glob("*/summary.json"))) == 1
 
 
-def wait_until(holds: Callable[[], bool], seconds: float = 120) -> None:
+def wait_until(holds: Callable[[], bool], seconds: float = SECONDS) -> None:
     deadline = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < deadline, "it did not come to hold in time"

@@ -120,16 +120,12 @@ class PointRunner:
         Raises OSError where the folder cannot be made.
         """
         folder = self._runs / point.folder
-        lock = sweep.lock(folder, SWEEP_LOCK)
-        who = sweep.holder(folder, [SWEEP_LOCK] if lock is None else [RUN_LOCK])
-        if lock is not None and not who:
-            return lock
-        if lock is not None:
-            os.close(lock)
-        if point.index not in self._skipped:
+        who = sweep.holder(folder)
+        lock = None if who else sweep.lock(folder, SWEEP_LOCK)
+        if lock is None and point.index not in self._skipped:
             self._skipped.add(point.index)
             self._say(point, f"{point} is skipped: {who or 'another process'} runs it")
-        return None
+        return lock
 
     def _start(self, point: Point, lock: int) -> None:
         """Start the process of a point whose folder is locked. Raises OSError."""
