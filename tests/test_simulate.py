@@ -146,7 +146,7 @@ def test_sixteen_workers_train_and_leave_what_a_run_leaves(
     steps = [line for line in numbers(folder) if line["kind"] == "step"]
     assert len(steps) == 4  # 1437 // (16 * 32) = 2 an epoch
     assert all(line["density"] < line["union_density"] < 16 * line["density"] for line in steps)
-    assert report.read_run(folder).place == "digits, world size 16, simulated"
+    assert report.read_run(folder).workload == "digits, world size 16, simulated"
 
 
 def test_what_workers_hold_alike_is_found_by_its_bits_whatever_its_layout() -> None:

@@ -1,6 +1,7 @@
 """Where a result comes from: the commit, the versions, the machine."""
 
 import platform
+import re
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -20,6 +21,11 @@ def run_id(reducer: str, seed: int) -> str:
     """
     now = datetime.now(UTC)
     return f"{reducer.rpartition(':')[2]}-s{seed}-{now:%Y%m%d-%H%M%S}-{now.microsecond // 1000:03d}"
+
+
+def is_run_id(name: str) -> bool:
+    """Whether a text can be the name of a run's folder: one component, no hidden one."""
+    return re.fullmatch(r"[\w+-][\w.+-]{0,200}", name, flags=re.ASCII) is not None
 
 
 def environment(**facts: Any) -> dict[str, Any]:

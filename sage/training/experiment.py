@@ -116,8 +116,7 @@ def run_worker(
 
     # 2. where, and from which step on
     resumed = _agree_on_checkpoint(plan, store)
-    new = plan.parent / provenance.run_id(settings.reducer.name, settings.seed)
-    folder = resumed.run if resumed else Path(store.agree("run", str(new)))
+    folder = resumed.run if resumed else _agree_on_folder(plan, store)
     first_step = resumed.manifest.step if resumed else 0
 
     # 3. the trainer; of a resumed run everything is loaded before anything in its folder is changed
@@ -187,6 +186,30 @@ def _is_done(plan: RunPlan, worker: Worker, store: RendezvousStore) -> bool:
     return bool(name)
 
 
+def _agree_on_folder(plan: RunPlan, store: RendezvousStore) -> Path:
+    """The new run's folder, which rank 0 names. Raises TrainingError, on all workers, where one gets what is
+    no name of a folder."""
+    name = store.agree("run", provenance.run_id(plan.settings.reducer.name, plan.settings.seed))
+
+    def check_name() -> None:
+        if not provenance.is_run_id(name):
+            raise ValueError(f"the rendezvous store: expected the name of a run's folder, got {name[:60]!r}")
+
+    _on_all_workers("named", check_name, store)
+    return plan.parent / name
+
+
+def _check_within(folder: Path, plan: RunPlan) -> None:
+    """Raise ValueError where a checkpoint's folder is not of the run that --resume names, nor of one beside
+    it."""
+    run = folder.parent.parent.resolve()
+    own = plan.checkpoint.run.resolve() if plan.checkpoint else None
+    if run != own and run.parent != plan.parent.resolve():
+        raise ValueError(
+            f"the rendezvous store: expected a checkpoint in {plan.parent}, got {str(folder)[:200]!r}"
+        )
+
+
 def _agree_on_checkpoint(plan: RunPlan, store: RendezvousStore) -> Checkpoint | None:
     """The checkpoint that rank 0 found. Raises TrainingError, on all workers, where one does not see it."""
     folder = store.agree("resume", str(plan.checkpoint.folder) if plan.checkpoint else "")
@@ -196,6 +219,7 @@ def _agree_on_checkpoint(plan: RunPlan, store: RendezvousStore) -> Checkpoint | 
         if plan.checkpoint and folder == str(plan.checkpoint.folder):
             seen.append(plan.checkpoint)  # it knows which of its files it has verified
         elif folder:
+            _check_within(Path(folder), plan)
             seen.append(manifest.read(Path(folder)))
 
     _on_all_workers("seen", see, store)

@@ -8,7 +8,9 @@ starts through torch's own launcher of processes.
 
 import logging
 import os
+import secrets
 import signal
+import socket
 import sys
 import threading
 import time
@@ -29,6 +31,9 @@ from sage.workers.signals import WATCH
 from sage.workers.store import PATIENCE_SECONDS, STORE_SECONDS, RendezvousStore
 from sage.workers.worker import Worker, check_identities
 
+LOOPBACK = "127.0.0.1"
+SECRET = "SAGE_SECRET"
+"""The variable by which --workers hands its workers a secret of the run."""
 POLL_SECONDS = 0.2
 """How often the parent looks whether its workers have ended."""
 
@@ -91,7 +96,8 @@ def spawn(command: Sequence[str], num_workers: int) -> int:
 
     _quiet_torch_launcher()
     # The store belongs to this process, so it outlives every worker: survivors can tell who fell behind.
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = _open_local_store()
+    secret = secrets.token_hex(16)
     ranks, pids = range(num_workers), list[int]()
 
     def send(number: signal.Signals) -> None:
@@ -105,7 +111,7 @@ def spawn(command: Sequence[str], num_workers: int) -> int:
                 "worker",
                 sys.executable,
                 {rank: ("-u", *command) for rank in ranks},
-                {rank: _torchrun_environment(rank, num_workers, store.port) for rank in ranks},
+                {rank: _worker_environment(rank, num_workers, store.port, secret) for rank in ranks},
                 DefaultLogsSpecs(log_dir=os.devnull),
             )
             pids.extend(workers.pids().values())
@@ -126,14 +132,27 @@ def _quiet_torch_launcher() -> None:
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ""
 
 
-def _torchrun_environment(rank: int, num_workers: int, port: int) -> dict[str, str]:
-    """The variables that torchrun sets for a worker."""
+def _open_local_store() -> dist.TCPStore:
+    """A rendezvous store that only this machine can reach: given an address, TCPStore listens on all of
+    them."""
+    listener = socket.create_server((LOOPBACK, 0))
+    port = listener.getsockname()[1]
+    return dist.TCPStore(
+        LOOPBACK, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
+    )
+
+
+def _worker_environment(rank: int, num_workers: int, port: int, secret: str) -> dict[str, str]:
+    """The variables that torchrun sets for a worker, the secret of this run, and that all talk through the
+    loopback interface (unless the user has named another)."""
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_workers, "LOCAL_WORLD_SIZE": num_workers}
     variables = {name: str(number) for name, number in numbers.items()}
     return variables | {
-        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_ADDR": LOOPBACK,
         "MASTER_PORT": str(port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
+        SECRET: secret,
+        **{name: os.environ.get(name, "lo") for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")},
     }
 
 
@@ -186,7 +205,11 @@ def _set_up_torch(worker: Worker, deterministic: bool) -> None:
 def _meet(worker: Worker, timeout_seconds: float) -> RendezvousStore:
     """Meet the other workers, and form the process group with them. Raises RuntimeError; TrainingError where
     the workers cannot form one."""
-    tcp_store = _open_store(worker.rendezvous, timeout_seconds)
+    tcp_store: Store = _open_store(worker.rendezvous, timeout_seconds)
+    # The store has no password: who does not know the secret does not know the keys. Launchers other than
+    # --workers
+    # hand none over, and need a network that is trusted.
+    tcp_store = dist.PrefixStore(os.environ.get(SECRET, "no secret"), tcp_store)
     run_store = dist.PrefixStore("run", tcp_store)
     store = RendezvousStore(worker.place, run_store, min(timeout_seconds, PATIENCE_SECONDS))
     check_identities(store.collect_messages("identity", worker.identity()))

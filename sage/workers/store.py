@@ -48,9 +48,10 @@ class RendezvousStore:
         if self._store is None:
             return value
         with _communication_errors():
-            if self.place.rank == 0:
+            if self.place.rank == 0:  # it believes itself, not what somebody may have written meanwhile
                 self._store.set(name, value)
-            return str(self._store.get(name).decode())
+                return value
+            return _text(self._store.get(name))
 
     def collect(self, name: str, value: str) -> list[str]:
         """Every worker's value, in rank order. name: new for each call, the same on all workers."""
@@ -58,7 +59,10 @@ class RendezvousStore:
             return [value]
         with _communication_errors():
             self._store.set(f"{name}/{self.place.rank}", value)
-            return [self._store.get(f"{name}/{rank}").decode() for rank in range(self.place.world_size)]
+            return [
+                value if rank == self.place.rank else _text(self._store.get(f"{name}/{rank}"))
+                for rank in range(self.place.world_size)
+            ]
 
     def collect_messages(self, name: str, message: Message) -> list[Message]:
         """Every worker's message, in rank order: sent as JSON, and validated on arrival."""
@@ -118,7 +122,12 @@ class RendezvousStore:
 
 def _step_of(rank: int, store: KeyValueStore) -> str:
     key = f"step/{rank}"
-    return store.get(key).decode() if store.check([key]) else "none"
+    return _text(store.get(key))[:20] if store.check([key]) else "none"
+
+
+def _text(content: bytes) -> str:
+    """A value as a text; what is not UTF-8 is replaced, since anybody may have written it."""
+    return content.decode(errors="replace")
 
 
 @contextmanager
