@@ -50,6 +50,12 @@ NEED_INDEX = {"print_config": "--print-config", "dry_run": "--dry-run"}
 """Options about one run: in a sweep, about one of its points."""
 
 
+MAX_WORKERS = 4096
+"""Of one machine. Processes are further limited by its memory, simulated workers by their threads."""
+MAX_THREADS = 1024
+"""Of a worker; more than any machine has cores."""
+
+
 @dataclass(frozen=True)
 class Arguments:
     """The command line of run.py."""
@@ -115,16 +121,18 @@ def _build_parser() -> "_Parser":
 
 def _add_worker_options(group: "argparse._ArgumentGroup") -> None:
     how = group.add_mutually_exclusive_group()
-    how.add_argument("--workers", type=_positive, metavar="N", help="start N processes on this machine")
+    how.add_argument(
+        "--workers", type=_up_to(MAX_WORKERS), metavar="N", help="start N processes on this machine"
+    )
     how.add_argument(
         "--simulate",
-        type=_positive,
+        type=_up_to(MAX_WORKERS),
         metavar="W",
         help="let W workers take turns in one process",
     )
     group.add_argument(
         "--threads",
-        type=_positive,
+        type=_up_to(MAX_THREADS),
         metavar="N",
         help="threads of each worker (default: this machine's cores divided by its workers)",
     )
@@ -189,6 +197,15 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected an integer in [1, inf), got {text!r}")
     return int(text)
+
+
+def _up_to(most: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if not text.isdecimal() or not 1 <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"expected an integer in [1, {most}], got {text[:60]!r}")
+        return int(text)
+
+    return number
 
 
 def _not_negative(text: str) -> int:

@@ -21,6 +21,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, Strict
 
+from sage import yamlfile
 from sage.config import ConfigError, Settings, load, one_line
 
 Block = dict[str, list[Any]]
@@ -74,7 +75,12 @@ class Point:
 
 
 def single_point(config: Path, overrides: list[str]) -> Point:
-    """A configuration that is run without a sweep. It is never done: each call is a new run."""
+    """A configuration that is run without a sweep. It is never done: each call is a new run. Raises
+    ConfigError."""
+    raw = yamlfile.read(config)
+    if isinstance(raw, dict) and "seeds" in raw and "task" not in raw:
+        command = f"python run.py --sweep {shlex.quote(str(config))}"
+        raise ConfigError(f"{config}: this is a sweep's file, not a configuration: {command}")
     return Point(0, config, overrides, Path(config.stem))
 
 
@@ -83,6 +89,10 @@ def read(path: Path, extra: Sequence[str] = ()) -> list[Point]:
 
     The points' values are not checked, since no component is known here: see resolve.
     """
+    raw = yamlfile.read(path)
+    if isinstance(raw, dict) and "task" in raw:
+        command = f"python run.py {shlex.quote(str(path))}"
+        raise ConfigError(f"{path}: this is a configuration, not a sweep's file: {command}")
     sweep = load(path, [], Sweep, {})
     points: list[Point] = []
     for index, (values, seed) in enumerate(_combine(sweep)):

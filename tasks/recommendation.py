@@ -39,7 +39,7 @@ class RecommendationSettings(Named):
 
     global_batch: int = Field(ge=1)
     """Interactions in a step, positive and negative, over all workers; a multiple of their number."""
-    negatives: int = Field(default=4, ge=1)
+    negatives: int = Field(default=4, ge=1, le=1000)
     """Negatives drawn for each positive, anew each epoch."""
     exclude_positives: bool = False
     """Draw no negative that the user took in training; as published, all items are drawn from alike."""

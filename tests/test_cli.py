@@ -102,7 +102,7 @@ def test_a_missing_config_is_refused(refuse: Refuse) -> None:
 
 def test_a_missing_file_is_refused(refuse: Refuse, tmp_path: Path) -> None:
     path = tmp_path / "missing.yaml"
-    assert refuse(str(path)) == f"{path}: cannot read the configuration: No such file or directory"
+    assert refuse(str(path)) == f"{path}: cannot be read: No such file or directory"
 
 
 def test_a_file_that_is_no_mapping_is_refused(refuse: Refuse, tmp_path: Path) -> None:
@@ -127,8 +127,8 @@ def test_a_file_that_is_no_mapping_is_refused(refuse: Refuse, tmp_path: Path) ->
         ("reducer.density=2", "expected a number in (0, 1], got 2"),
         ("reducer.density=lots", "expected a number in (0, 1], got 'lots'"),
         ("reducer.threshold=-1", "expected a number in [1.2e-38, 3.4e+38] or auto, got -1"),
-        ("optimizer.lr=nan", "expected a number in [0, inf), got 'nan'"),
-        ("optimizer.lr=.nan", "expected a number in [0, inf), got .nan"),
+        ("optimizer.lr=nan", "expected a number in (0, inf), got 'nan'"),
+        ("optimizer.lr=.nan", "expected a number in (0, inf), got .nan"),
     ],
 )
 def test_a_bad_value_is_refused(refuse: Refuse, workers: list[str], override: str, told: str) -> None:
@@ -159,10 +159,27 @@ def test_a_vote_takes_no_error_feedback(refuse: Refuse, name: str, feedback: str
 
 
 @pytest.mark.parametrize("option", ["--workers", "--simulate", "--threads"])
-@pytest.mark.parametrize("count", ["0", "x", "-1", "1.5", ""])
-def test_a_count_below_one_is_refused(refuse: Refuse, option: str, count: str) -> None:
-    told = f"argument {option}: expected an integer in [1, inf), got {count!r} (--help explains)"
+@pytest.mark.parametrize("count", ["0", "x", "-1", "1.5", "", "1000000000"])
+def test_a_count_below_one_or_beyond_reason_is_refused(refuse: Refuse, option: str, count: str) -> None:
+    most = 1024 if option == "--threads" else 4096
+    told = f"argument {option}: expected an integer in [1, {most}], got {count!r} (--help explains)"
     assert refuse(DIGITS, f"{option}={count}") == told
+
+
+def test_more_workers_than_the_memory_holds_are_refused(refuse: Refuse) -> None:
+    line = refuse(DIGITS, "--workers=4096")
+    assert re.fullmatch(
+        r"--workers: expected at most \d+, since a process takes about 400 MB before its model and [\d.]+ [GT]B are "
+        r"free, got 4096",
+        line,
+    )
+
+
+def test_a_sweeps_file_and_a_configuration_are_told_apart(refuse: Refuse) -> None:
+    sweep = "configs/sweeps/ablation.yaml"
+    assert refuse(sweep) == f"{sweep}: this is a sweep's file, not a configuration: python run.py --sweep {sweep}"
+    expected = f"{DIGITS}: this is a configuration, not a sweep's file: python run.py {DIGITS}"
+    assert refuse("--sweep", DIGITS) == expected
 
 
 def test_an_unknown_option_is_refused(refuse: Refuse) -> None:
@@ -175,7 +192,7 @@ def test_an_unknown_option_is_refused(refuse: Refuse) -> None:
 def test_a_batch_larger_than_the_workers_data_is_refused(
     refuse: Refuse, batch: int, workers: int, most: int
 ) -> None:
-    line = refuse(DIGITS, f"task.batch_per_worker={batch}", "--workers", str(workers))
+    line = refuse(DIGITS, f"task.batch_per_worker={batch}", "--simulate", str(workers))
     assert line.startswith(f"task.batch_per_worker: expected at most {most} ")
     assert line.endswith(f"got {batch}")
 
@@ -338,7 +355,7 @@ def test_a_refusal_ends_the_process_with_code_2_one_line_and_no_traceback() -> N
     command = [sys.executable, "run.py", "missing.yaml", "--workers", "2"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (2, "")
-    told = "run.py: missing.yaml: cannot read the configuration: No such file or directory\n"
+    told = "run.py: missing.yaml: cannot be read: No such file or directory\n"
     assert done.stderr == told
 
 

@@ -16,6 +16,7 @@ from sage import config
 from sage.components import ComponentTable, SettingsTable
 from sage.config import ConfigError
 from sage.interfaces import Reducer, Task
+from sage.report import groups
 from sage.report import runs as report
 from sage.training.settings import RunSettings
 from sage.workers import launch
@@ -274,7 +275,7 @@ def test_a_run_of_ones_own_task_is_resumed_and_reported_by_its_place(
     assert run.main([*words, "--resume"]) == 0
     (folder,) = (tmp_path / "runs" / "digits").iterdir()
     assert json.loads((folder / "summary.json").read_text())["steps"] == 16
-    assert report.read_run(folder).place == "own:Line, world size 1"
+    assert report.read_run(folder).workload == "own:Line, world size 1"
 
 
 @pytest.mark.skipif(not isinstance(REDUCERS, ComponentTable), reason="reducers are imported at once")
@@ -291,7 +292,7 @@ def test_two_workers_train_ones_own_task_with_ones_own_reducer_once_in_a_sweep(
     (folder,) = tmp_path.glob("runs/sweep/*/*/")
     assert folder.name.startswith("Mean-s1-")
     assert json.loads((folder / "summary.json").read_text())["world_size"] == 2
-    (group,) = report.gather([report.read_run(folder)])[0].groups
+    (group,) = groups.gather([report.read_run(folder)])[0].groups
     assert group.label == "own:Mean"
     again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert (again.returncode, again.stdout) == (0, f"{folder.relative_to(tmp_path)}: done already\n")

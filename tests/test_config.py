@@ -215,10 +215,10 @@ MISTAKES = [  # path, value, what the line says was expected
     ("reducer.threshold", -1, "a number in [1.2e-38, 3.4e+38] or auto"),
     ("reducer.threshold", "auot", "a number in [1.2e-38, 3.4e+38] or auto"),
     ("reducer.exchange", "gathr", "gather, union"),
-    ("optimizer.lr", "nan", "a number in [0, inf)"),
-    ("optimizer.lr", float("nan"), "a number in [0, inf)"),
-    ("optimizer.lr", float("inf"), "a number in [0, inf)"),
-    ("optimizer.lr", -0.1, "a number in [0, inf)"),
+    ("optimizer.lr", "nan", "a number in (0, inf)"),
+    ("optimizer.lr", float("nan"), "a number in (0, inf)"),
+    ("optimizer.lr", float("inf"), "a number in (0, inf)"),
+    ("optimizer.lr", -0.1, "a number in (0, inf)"),
     ("optimizer.momentum", 1, "a number in [0, 1)"),
     ("optimizer.nesterov", 1, "true or false"),
     ("task.batch_per_worker", 0, "an integer in [1, inf)"),
@@ -333,13 +333,13 @@ def test_an_override_that_is_no_yaml_is_one_line(load: Load) -> None:
 
 def test_a_key_that_stands_twice_is_one_line_with_its_place(load: Load) -> None:
     (line,) = lines_of(load, text=CONFIG + "epochs: 3\n")
-    assert "the key epochs stands twice" in line
+    assert "the key epochs is given twice" in line
     assert f"line {len(CONFIG.splitlines()) + 1}" in line
 
 
 def test_a_value_that_yaml_cannot_build_is_one_line_with_its_path(load: Load) -> None:
-    (line,) = lines_of(load, "seed=2024-13-45")
-    assert line.startswith("seed=2024-13-45: ")
+    (line,) = lines_of(load, "seed=!!timestamp 2024-13-45")
+    assert line.startswith("seed=!!timestamp 2024-13-45: not valid YAML: ")
 
 
 def test_a_file_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
@@ -349,7 +349,7 @@ def test_a_file_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
         path = tmp_path / name
         with pytest.raises(config.ConfigError) as caught:
             config.load(path, [], RunSettings, TABLES)
-        assert str(caught.value) == f"{path}: cannot read the configuration: {reason}"
+        assert str(caught.value) == f"{path}: cannot be read: {reason}"
 
 
 # --- values that are numbers and make no sense ----------------------------------------------------

@@ -132,12 +132,24 @@ def _read_lines(path: Path) -> tuple[list[Flat], bool]:
     return [_parse(text, f"{path}: line {number}") for number, text in enumerate(texts, 1)], bool(rest)
 
 
+TEXTS = ("kind", "score.name")
+"""The values of a line of metrics.jsonl that are no numbers."""
+
+
+def _check_numbers(line: Flat, origin: Path | str) -> None:
+    for key, value in line.items():
+        if key not in TEXTS and not isinstance(value, int | float | None):
+            raise ReportError(f"{origin}: {key}: expected a number, got {str(value)[:60]!r}")
+
+
 def _parse(text: bytes, origin: Path | str, kind: str = "") -> Flat:
     """Parse a JSON object that has the numbers its kind needs. A line of metrics.jsonl names its own kind."""
     try:
         flat = flatten(json.loads(text))
     except ValueError:  # not JSON, or not UTF-8
         flat = {}
+    if not kind:
+        _check_numbers(flat, origin)
     needed = NEEDED.get(kind or str(flat.get("kind")), ["kind"])
     missing = [key for key in needed if not isinstance(flat.get(key), int | float)]
     if missing:

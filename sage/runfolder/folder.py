@@ -7,6 +7,7 @@ summary.json, written last: a run without it is not done.
 import fcntl
 import json
 import os
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -124,7 +125,11 @@ def leave(folder: Path, step: int, stopped: Stopped, saved: Path | None) -> None
     if not stopped.by_hand and folder.is_dir():
         with suppress(OSError):  # on a full disk it is not resumed by itself
             files.write_text(folder / REQUEUE, "")
-    how = f"to resume: --resume {folder}" if saved else "there is no checkpoint to resume from"
+    how = (
+        f"to resume: --resume {shlex.quote(str(folder))}"
+        if saved
+        else "there is no checkpoint to resume from"
+    )
     say(f"stopped by a signal after step {step}; {how}")
 
 

@@ -91,6 +91,18 @@ def find_rendezvous(
     """
     if num_workers is not None and configured not in (None, num_workers):
         raise ValueError(f"--workers: expected {configured}, as world_size says, got {num_workers}")
+    try:
+        return _find_part(environ, num_workers, configured)
+    except ValueError as error:
+        by_hand = [f"{name}={environ[name][:60]!r}" for name in BY_HAND.values() if name in environ]
+        if not by_hand or num_workers is not None:
+            raise
+        advice = "unset what is not meant for this program"
+        raise ValueError(f"{error}; in the environment: {', '.join(by_hand)}: {advice}") from None
+
+
+def _find_part(environ: Mapping[str, str], num_workers: int | None, configured: int | None) -> Rendezvous:
+    """find_rendezvous, without its advice."""
     found = _merge(_sources(environ) if num_workers is None else [_read(environ, TORCHRUN)])
     if not _is_worker(found, environ, num_workers, configured):
         count = num_workers or 1
@@ -134,7 +146,10 @@ def find_simulation(environ: Mapping[str, str], num_simulated: int, configured: 
     """The part of a process that simulates all workers. Raises ValueError where a launcher started it, or
     where the configuration's world_size differs."""
     found = _merge(_sources(environ))
-    if names := [found[quantity].name for quantity in ("rank", "world_size") if quantity in found]:
+    given = [found[quantity] for quantity in ("rank", "world_size") if quantity in found]
+    is_single = all(variable.text == text for variable, text in zip(given, ("0", "1"), strict=False))
+    if given and not (is_single and len(given) == 2):  # srun --pty bash is a step of one task
+        names = [variable.name for variable in given]
         problem = f"got one with {' and '.join(names)} in its environment"
         raise ValueError(f"--simulate: expected one process without a launcher, {problem}")
     if configured not in (None, num_simulated):

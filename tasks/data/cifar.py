@@ -2,6 +2,7 @@
 uint8, NHWC."""
 
 import hashlib
+import shlex
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -76,7 +77,7 @@ class CifarSet:
         try:
             return read(file)
         except FileNotFoundError:
-            command = f"./prepare_dataset.sh {self.name} --data {data}"
+            command = f"./prepare_dataset.sh {self.name} --data {shlex.quote(str(data))}"
             raise ValueError(f"{file}: there is no such file; make it with: {command}") from None
         except Exception as error:  # a damaged archive fails in many ways
             raise ValueError(f"{file}: expected a prepared npz file; it cannot be read: {error}") from None

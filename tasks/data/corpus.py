@@ -3,6 +3,7 @@ form, DATA/<name>/<tokenizer>.npz."""
 
 import hashlib
 import io
+import shlex
 import tarfile
 import tempfile
 import zipfile
@@ -42,7 +43,9 @@ class Corpus:
     def read(self, data: Path, name: TokenizerName) -> Text:
         """The prepared form by a tokenizer. Raises ValueError, in one line, where it is not there or not
         whole."""
-        return read(self.path(data, name), f"./prepare_dataset.sh {self.name} --data {data}")
+        return read(
+            self.path(data, name), f"./prepare_dataset.sh {self.name} --data {shlex.quote(str(data))}"
+        )
 
 
 def prepare(data: Path, source: Path | None, corpus: Corpus) -> str:

@@ -3,6 +3,7 @@
 
 import hashlib
 import re
+import shlex
 import tempfile
 import zipfile
 import zlib
@@ -65,7 +66,7 @@ class MovieLensSet:
         try:
             headers = read_headers(file)
         except FileNotFoundError:
-            command = f"./prepare_dataset.sh {self.name} --data {data}"
+            command = f"./prepare_dataset.sh {self.name} --data {shlex.quote(str(data))}"
             raise ValueError(f"{file}: there is no such file; make it with: {command}") from None
         except Exception as error:  # a damaged archive fails in many ways
             raise ValueError(f"{file}: expected a prepared npz file; it cannot be read: {error}") from None
