@@ -1,7 +1,7 @@
-"""Tables of components: a class by the name that a configuration gives it, imported when it is asked for.
+"""Tables of components: a class by the name that a configuration gives it, imported when it is looked up.
 
-A name is one of the table's, or the place of a class of the user's own, `package.module:Class`, on PYTHONPATH
-or in the folder where the program is started. Imports no torch.
+A name is one of the table's, or the place of a user's own class, `package.module:Class`, on PYTHONPATH or in
+the folder where the program is started. Imports no torch.
 """
 
 import importlib
@@ -52,7 +52,7 @@ class ComponentTable(Mapping[str, type[Kind]], Generic[Kind]):
 
 
 class SettingsTable(Mapping[str, type[Named]]):
-    """name -> the settings of a table's component, which is imported when it is asked for."""
+    """name -> the settings of a table's component, which is imported when it is looked up."""
 
     def __init__(self, components: Mapping[str, Any]) -> None:
         self._components = components
@@ -114,6 +114,6 @@ def _check_complete(component: Any) -> None:
         raise ConfigError(f"{component.__name__} does not define {', '.join(missing)}")
     settings = getattr(component, "Settings", None)
     if not inspect.isclass(settings) or not issubclass(settings, Named):
-        told = "is missing" if settings is None else f"is {settings!r}"
+        found = "is missing" if settings is None else f"is {settings!r}"
         owner = f"{component.__name__}.Settings"
-        raise ConfigError(f"expected {owner} to be a subclass of sage.config.Named; it {told}")
+        raise ConfigError(f"expected {owner} to be a subclass of sage.config.Named; it {found}")

@@ -1,7 +1,8 @@
 """One YAML file, plus key.path=value overrides, into frozen pydantic models. Imports no torch.
 
-Every component's settings are a subclass of Settings that stands beside its owner; a field's default is its
-only home. A bad value is a ConfigError whose every line names the path, the value and what was expected.
+Every component's settings are a subclass of Settings, in the same file as the component; a default is written
+there and nowhere else. A bad value is a ConfigError whose every line names the path, the value and what was
+expected.
 """
 
 import difflib
@@ -82,7 +83,7 @@ def to_yaml(settings: Settings) -> str:
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """{"task": {"name": "cnn"}} as {"task.name": "cnn"}; empty for what is no mapping."""
+    """{"task": {"name": "cnn"}} as {"task.name": "cnn"}; empty for a value that is not a mapping."""
     flat: dict[str, Any] = {}
     for key, value in tree.items() if isinstance(tree, dict) else ():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
@@ -95,13 +96,13 @@ def one_line(value: Any) -> str:
 
 
 def _component(section: str, raw: Any, table: Mapping[str, type[Named]], complaints: "_Complaints") -> Named:
-    """A section's settings; where they are wrong, a stand-in beside the complaint."""
+    """A section's settings; where they are wrong, a complaint is added and empty ones are returned."""
     if not isinstance(raw, dict) or "name" not in raw:
-        told = f"expected a mapping with a name, one of {_listed(table)}, got {_shown(raw)}"
-        complaints.add(section, told)
+        message = f"expected a mapping with a name, one of {_listed(table)}, got {_shown(raw)}"
+        complaints.add(section, message)
     elif not isinstance(raw["name"], str) or raw["name"] not in table:
-        told = f"expected one of {_listed(table)}, got {_shown(raw['name'])}{_hint(raw['name'], table)}"
-        complaints.add(f"{section}.name", told)
+        message = f"expected one of {_listed(table)}, got {_shown(raw['name'])}{_hint(raw['name'], table)}"
+        complaints.add(f"{section}.name", message)
     else:
         return _validated(section, raw, table, complaints) or Named(name="")
     return Named(name="")
@@ -150,22 +151,22 @@ def _assign(raw: dict[str, Any], keys: list[str], value: Any) -> None:
     raw[keys[-1]] = value
 
 
-# --- saying what is wrong -------------------------------------------------------------------------
+# --- error messages --------------------------------------------------------------------------------
 
 
 class _Complaints:
-    """One line a bad path, however many alternatives of its type pydantic tried."""
+    """One line for each bad path, however many alternatives of its type pydantic tried."""
 
     def __init__(self) -> None:
         self._lines: dict[str, str] = {}
         self._missing: set[str] = set()
         self._meant: set[str] = set()
 
-    def add(self, path: str, told: str) -> None:
-        self._lines.setdefault(path, f"{path}: {told}")
+    def add(self, path: str, message: str) -> None:
+        self._lines.setdefault(path, f"{path}: {message}")
 
     def add_all(self, error: ValidationError, model: type[BaseModel], prefix: str) -> None:
-        """The lines of a pydantic error about a model whose keys have a prefix."""
+        """Add the lines of a pydantic error about a model. prefix: of the model's keys, "task." say."""
         for problem in error.errors():
             owner, field, keys = _find(model, problem["loc"])
             path = (prefix + ".".join(keys)).rstrip(".")
@@ -177,23 +178,23 @@ class _Complaints:
             elif problem["type"] == "value_error":
                 self.add(path, str(problem["ctx"]["error"]))
             else:
-                told = f"expected {_expected(field)}, got {_shown(problem['input'])}"
-                self.add(path, told + _hint(problem["input"], _choices(field)))
+                message = f"expected {_expected(field)}, got {_shown(problem['input'])}"
+                self.add(path, message + _hint(problem["input"], _choices(field)))
 
     def text(self) -> str:
-        """The lines; a key that is missing because it is misspelt has one line, not two."""
+        """All lines; a key that is missing because it is misspelt has one line, not two."""
         kept = [line for path, line in self._lines.items() if path not in self._missing & self._meant]
         return "\n".join(kept)
 
     def _add_unknown(self, path: str, key: str, owner: type[BaseModel]) -> None:
         meant = difflib.get_close_matches(key, owner.model_fields, n=1)
         self._meant |= {path.removesuffix(key) + name for name in meant}
-        told = f"did you mean {meant[0]}?" if meant else f"expected one of {_listed(owner.model_fields)}"
-        self.add(path, f"unknown key; {told}")
+        message = f"did you mean {meant[0]}?" if meant else f"expected one of {_listed(owner.model_fields)}"
+        self.add(path, f"unknown key; {message}")
 
 
 def _hint(value: Any, names: Iterable[str]) -> str:
-    """The nearest of the names, as the end of a complaint."""
+    """The most similar of the names, as the end of a message; empty where none is similar."""
     meant = difflib.get_close_matches(value, names, n=1) if isinstance(value, str) else []
     return f"; did you mean {meant[0]}?" if meant else ""
 

@@ -1,4 +1,4 @@
-"""Every task by its name in the configuration; its module is imported when the task is asked for."""
+"""Every task by its name in the configuration; its module is imported when the task is looked up."""
 
 from sage.components import ComponentTable
 from sage.interfaces import Task

@@ -68,9 +68,12 @@ def check_batch(batch_per_worker: int, num_images: int, world_size: int) -> None
 
 
 class ImageClassification(Task):
-    """Cross entropy on an ImageSet. An epoch visits the images in an order common to all workers, of which
-    each takes its slice of every global batch; the last incomplete global batch is dropped, another one
-    each epoch."""
+    """Cross entropy on an ImageSet.
+
+    An epoch visits the images in an order common to all workers, of which each takes its slice of every
+    global batch. The images left over at the end, fewer than a global batch, are not used; they are others
+    each epoch.
+    """
 
     score = "accuracy"
     score_limits = (0.0, 1.0)

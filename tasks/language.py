@@ -46,10 +46,10 @@ class LanguageSettings(Named):
 class LanguageModelling(Task):
     """Cross entropy of each next token.
 
-    The training text is cut into batch_per_worker x world_size columns of equal length (up to a column's
-    length of tokens is left over, fewer than there are columns); worker r reads columns r B to (r + 1) B - 1,
-    so that all workers together read what one with the whole batch does. The last step of an epoch may be
-    shorter than bptt, on all workers alike.
+    The training text is cut into batch_per_worker x world_size columns of equal length; the last tokens,
+    fewer than there are columns, are not used. Worker r reads columns r B to (r + 1) B - 1, with
+    B = batch_per_worker, so that all workers together read what one with the whole batch does. The last step
+    of an epoch may be shorter than bptt, on all workers alike.
     """
 
     score = "perplexity"
@@ -91,8 +91,8 @@ class LanguageModelling(Task):
     def train_batches(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Tokens (T, B) int64 and those that follow them (T, B), T = bptt; every epoch reads the same.
 
-        At batch 0 the hidden state becomes zero. From a later start it stays as it is: who resumes there
-        restores `hidden` from the task's state.
+        The hidden state becomes zero at batch 0. From a later start it stays as it is: a resumed run has
+        restored `hidden` from the task's state.
         """
         if start == 0:
             self.hidden = torch.zeros_like(self.hidden)

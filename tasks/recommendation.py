@@ -59,7 +59,7 @@ class RecommendationSettings(Named):
     def _input_is_even(self) -> Self:
         if self.widths[0] % 2:
             raise ValueError(
-                f"widths: the first is user and item in equal parts, got the odd {self.widths[0]}"
+                f"widths: expected an even first width, half of it for the user, got {self.widths[0]}"
             )
         return self
 
@@ -74,10 +74,10 @@ def check_batch(config: RecommendationSettings, num_positives: int, world_size: 
 
 
 class Shuffle:
-    """A permutation of range(size) that is evaluated where it is asked for, and never stored.
+    """A permutation of range(size) that is computed position by position, and never stored.
 
     An epoch of MovieLens 20M has 10^8 interactions: torch.randperm takes 8 s and 0.4 GB for them on every
-    worker, which needs but its own slices. A generalised Feistel network over pairs (left, right), the round
+    worker, which needs only its own slices. A generalised Feistel network over pairs (left, right), the round
     functions being tables of random numbers, with cycle walking: after Black & Rogaway 2002, "Ciphers with
     arbitrary finite domains". Its bits depend on the generator alone, not on the device.
     """
@@ -94,7 +94,7 @@ class Shuffle:
     def __call__(self, positions: Tensor) -> Tensor:
         """positions (B,) int32, each below size -> the numbers there, (B,) int32."""
         numbers = self._permute(positions)
-        # Walk on from the few numbers in [size, side^2). nonzero: a host synchronisation.
+        # Permute the few numbers in [size, side^2) again. nonzero: a host synchronisation.
         while len(outside := (numbers >= self.size).nonzero().squeeze(1)):
             numbers[outside] = self._permute(numbers[outside])
         return numbers
@@ -111,9 +111,9 @@ def sum_ranks(scores: Tensor) -> tuple[float, float]:
     """scores (U, 1 + negatives), the held-out item's first -> the sums over users of HR@10 and NDCG@10.
 
     HR@10 is 1 where the held-out item is among the user's 10 best, NDCG@10 is 1 / log2(1 + its place), or 0
-    past the 10th (He et al. 2017, section 4.1). Negatives with the held-out item's very score count as placed
-    before or after it by lot, and the expected value is taken: a constant model has HR@10 = 10 / 101, not 1.
-    A negative whose score cannot be compared (NaN) is before it.
+    past the 10th (He et al. 2017, section 4.1). Where negatives have the same score as the held-out item, the
+    result is the mean over all orders of them: a constant model has HR@10 = 10 / 101, not 1. A negative whose
+    score is NaN counts as placed before it.
     """
     held_out, others = scores[:, :1], scores[:, 1:]
     ties = (others == held_out).sum(1)
@@ -130,7 +130,7 @@ def sum_ranks(scores: Tensor) -> tuple[float, float]:
 
 
 def popularity(found: Interactions) -> dict[str, float]:
-    """What ranking by the number of training interactions scores on the same candidates, for all users."""
+    """The scores of a ranking by the number of training interactions, on the same candidates."""
     counts = np.bincount(found.items, minlength=found.num_items)
     hits, gains = sum_ranks(torch.from_numpy(counts[found.test_items]))
     return {"hr@10": hits / found.num_users, "ndcg@10": gains / found.num_users}
@@ -141,8 +141,8 @@ class Recommendation(Task):
 
     An epoch holds each positive once and, for each, `negatives` of the same user with items drawn uniformly.
     They are shuffled together, alike on all workers, and each worker takes its slice of every global batch,
-    so that the workers' labels differ by chance alone. The last incomplete global batch is dropped, another
-    one each epoch.
+    so that the workers' labels differ by chance alone. The interactions left over at the end, fewer than a
+    global batch, are not used; they are others each epoch.
     """
 
     score = "hr@10"

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -177,7 +178,10 @@ def test_more_workers_than_the_memory_holds_are_refused(refuse: Refuse) -> None:
 
 def test_a_sweeps_file_and_a_configuration_are_told_apart(refuse: Refuse) -> None:
     sweep = "configs/sweeps/ablation.yaml"
-    assert refuse(sweep) == f"{sweep}: this is a sweep's file, not a configuration: python run.py --sweep {sweep}"
+    assert (
+        refuse(sweep)
+        == f"{sweep}: this is a sweep's file, not a configuration: python run.py --sweep {sweep}"
+    )
     expected = f"{DIGITS}: this is a configuration, not a sweep's file: python run.py {DIGITS}"
     assert refuse("--sweep", DIGITS) == expected
 

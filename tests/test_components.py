@@ -278,7 +278,6 @@ def test_a_run_of_ones_own_task_is_resumed_and_reported_by_its_place(
     assert report.read_run(folder).workload == "own:Line, world size 1"
 
 
-@pytest.mark.skipif(not isinstance(REDUCERS, ComponentTable), reason="reducers are imported at once")
 def test_two_workers_train_ones_own_task_with_ones_own_reducer_once_in_a_sweep(
     write: Write, tmp_path: Path
 ) -> None:

@@ -109,7 +109,7 @@ def test_a_number_without_a_point_is_a_number_in_file_and_override(
 
 def test_a_quoted_number_is_a_text(load: Load) -> None:
     (line,) = lines_of(load, "optimizer.lr='1e-3'")
-    assert line == "optimizer.lr: expected a number in [0, inf), got '1e-3'"
+    assert line == "optimizer.lr: expected a number in (0, inf), got '1e-3'"
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

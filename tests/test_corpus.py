@@ -142,17 +142,17 @@ def broken(folder: Path, how: str) -> Path:
 @pytest.mark.parametrize(
     ("how", "told"),
     [
-        ("torn zip", r"expected a folder, a zip or a tar archive; it is none, or cut short"),
+        ("torn zip", r"expected a folder, a zip or a tar archive; it is something else, or cut short"),
         ("torn tgz", r"it cannot be read, and may be cut short"),
         ("damaged zip", r"it cannot be read, and may be cut short"),
-        ("no archive", r"expected a folder, a zip or a tar archive; it is none, or cut short"),
-        ("nothing", r"expected a folder, a zip or a tar archive; there is nothing"),
+        ("no archive", r"expected a folder, a zip or a tar archive; it is something else, or cut short"),
+        ("nothing", r"expected a folder, a zip or a tar archive; it is missing"),
         ("empty", r"train\.txt: expected text, the file is empty"),
         ("blank", r"train\.txt: expected text, the file is empty"),
         ("other", r"train\.txt: expected the 4 lines of \w+, got 9; it is cut short, or another corpus"),
         ("cut", r"train\.txt: expected the 4 lines of \w+, got 3; it is cut short, or another corpus"),
         ("latin", r"train\.txt: expected text in UTF-8: .* at byte 0"),
-        ("missing", r"expected \w+, with a file .* or train\.txt; there is none"),
+        ("missing", r"expected \w+, with a file .* or train\.txt; found none"),
     ],
 )
 def test_what_is_torn_empty_or_another_corpus_is_refused_in_one_line(

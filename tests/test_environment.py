@@ -56,11 +56,38 @@ def test_what_the_user_has_set_stands(variable: str, value: str, tmp_path: Path)
     assert found.get("OMP_WAIT_POLICY") == (value if variable == "OMP_WAIT_POLICY" else None)
 
 
-def test_workers_that_are_started_have_it_too(tmp_path: Path) -> None:
-    """They are run.py once more, with the environment of the one that starts them."""
-    code = "import os, subprocess, sys\nfrom sage.workers import environment\nenvironment.set_defaults()\n"
-    code += "print(subprocess.check_output([sys.executable, '-c', "
-    code += "\"import os; print(os.environ['OMP_WAIT_POLICY'])\"], text=True))"
+HOOK = """
+import json, os, sys
+from pathlib import Path
+
+class Finder:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name == "torch" and Path(sys.argv[0]).name == "run.py":
+            Path(os.environ["FOUND"] + str(os.getpid())).write_text(json.dumps(dict(os.environ)))
+
+sys.meta_path.insert(0, Finder)
+"""
+"""As a module sitecustomize, which Python imports at its start: it writes down the environment in which
+run.py imports torch, which succeeds."""
+LAUNCHES = {  # command, processes that are run.py
+    "--workers": ([*RUN, "task.batch_per_worker=700", "log.tensorboard=false", "--workers", "2"], 3),
+    "torchrun": (
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *RUN[1:], "--print-config"],
+        2,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_threads_of_launched_workers_sleep_too(name: str, tmp_path: Path) -> None:
+    command, count = LAUNCHES[name]
+    (tmp_path / "first").mkdir()
+    (tmp_path / "first" / "sitecustomize.py").write_text(HOOK)
     kept = {name: value for name, value in os.environ.items() if name not in environment.INSTEAD}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=kept, capture_output=True, text=True)
-    assert done.stdout.strip() == "PASSIVE", done.stderr
+    given = {**kept, "PYTHONPATH": str(tmp_path / "first"), "FOUND": str(tmp_path / "found-")}
+    command = [*command, "--runs", str(tmp_path / "runs")]
+    done = subprocess.run(command, cwd=ROOT, env=given, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    policies = [json.loads(path.read_text())["OMP_WAIT_POLICY"] for path in tmp_path.glob("found-*")]
+    assert policies == ["PASSIVE"] * count

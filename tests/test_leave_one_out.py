@@ -47,7 +47,7 @@ def test_users_with_few_ratings_are_dropped_and_a_pair_rated_twice_counts_once_t
 
 
 def test_no_user_with_twenty_ratings_is_an_error() -> None:
-    with pytest.raises(ValueError, match="expected a user with 20 ratings or more, there is none"):
+    with pytest.raises(ValueError, match="expected a user with 20 ratings or more, found none"):
         split(ratings_of(30, 19, 200))
 
 

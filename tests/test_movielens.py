@@ -109,8 +109,8 @@ BAD: dict[str, tuple[MovieLensSet, Callable[[str], str], str]] = {
         lambda text: text.replace("::", "\t"),
         r"lines of ml-1m, like '1::1193::5::978300760', got '31",
     ),
-    "torn in a line": (ML_100K, no_line_break, "a line is cut short, or is none: .*NA"),
-    "words": (ML_1M, lambda text: text + "a::b::c::d\n", "a line is cut short, or is none: .*'a'"),
+    "torn in a line": (ML_100K, no_line_break, "a line is cut short, or not a rating: .*NA"),
+    "words": (ML_1M, lambda text: text + "a::b::c::d\n", "a line is cut short, or not a rating: .*'a'"),
     "few ratings": (
         ML_100K,
         lambda text: "".join(text.splitlines(True)[:19]),
@@ -153,7 +153,7 @@ def test_a_torn_or_other_archive_is_one_line_and_leaves_nothing(tmp_path: Path, 
 
 def test_nothing_given_where_it_is_said_to_be_is_an_error(tmp_path: Path) -> None:
     for given in (tmp_path, tmp_path / "gone"):
-        with pytest.raises(ValueError, match=f"^{given}: expected ml-1m, .* there is none$"):
+        with pytest.raises(ValueError, match=f"^{given}: expected ml-1m, .* found none$"):
             ML_1M.prepare(tmp_path / "data", given)
 
 

@@ -10,8 +10,8 @@ CHUNK = 2**20
 
 
 def copy_limited(content: IO[bytes], target: BinaryIO, max_bytes: int, name: str) -> None:
-    """Copy a member. Raises ValueError, which names it, where it holds more than max_bytes, whatever it says
-    of itself; what was copied until then is max_bytes at most."""
+    """Copy a member. Raises ValueError, which names it, where it has more than max_bytes, whatever its header
+    says; by then max_bytes at most were copied."""
     copied = 0
     while chunk := content.read(min(CHUNK, max_bytes - copied + 1)):
         copied += len(chunk)
@@ -39,7 +39,7 @@ def from_zip(source: Path, wanted: Sequence[str], max_bytes: int) -> Iterator[tu
 
 
 def from_tar(source: Path, wanted: Sequence[str], max_bytes: int) -> Iterator[tuple[str, bytes]]:
-    """The same of a tar archive. Raises ValueError where a wanted file is a link, or no file."""
+    """The same of a tar archive. Raises ValueError where a wanted file is a link, a folder or a device."""
     with tarfile.open(source) as archive:
         for member in archive:
             name = Path(member.name).name

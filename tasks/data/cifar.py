@@ -37,7 +37,7 @@ class CifarSet:
 
     def check(self, data: Path) -> int:
         """The number of training images, from the headers and labels alone. Raises ValueError, in one line,
-        where the prepared file is missing, is none, or has wrong keys, shapes, types or labels."""
+        where the prepared file is missing, damaged, or has wrong keys, shapes, types or labels."""
         file = self.path(data)
         headers = self._attempt(read_headers, data)
         _check_headers(file, headers)
@@ -47,11 +47,11 @@ class CifarSet:
         return headers["train_x"][0][0]
 
     def prepare(self, data: Path, given: Path | None) -> str:
-        """Make the prepared file, by torchvision from the official place or from what is given: the archive,
-        or a folder that holds it or what was in it. Says what was done.
+        """Make the prepared file with torchvision, and return what was done, in words. The source is the
+        official place or what is given: the archive, or a folder with the archive or with its files.
 
-        Nothing is done where the file is there; an interrupted call leaves none. Raises ValueError where what
-        is given is not the published data, by its MD5 checksums, or where nothing can be downloaded.
+        An existing file stays as it is; an interrupted call leaves no file. Raises ValueError where what is
+        given does not have the published MD5 checksums, or where nothing can be downloaded.
         """
         file = self.path(data)
         if file.exists():
@@ -72,7 +72,7 @@ class CifarSet:
             return ImageSet(**{key: arrays[key] for key in KEYS})
 
     def _attempt(self, read: Callable[[Path], Found], data: Path) -> Found:
-        """What read finds in the prepared file; one that cannot be read is a ValueError in one line."""
+        """What read returns of the prepared file. Raises ValueError, in one line, where it cannot be read."""
         file = self.path(data)
         try:
             return read(file)
@@ -83,7 +83,7 @@ class CifarSet:
             raise ValueError(f"{file}: expected a prepared npz file; it cannot be read: {error}") from None
 
     def _verified(self, given: Path) -> Path:
-        """The archive, or the folder in which the unpacked archive lies; its checksums are right."""
+        """The archive, or the folder with the unpacked one. Raises ValueError where a checksum is wrong."""
         official, name = self.load_official(), given.resolve().name
         meta = (official.meta["filename"], official.meta["md5"])
         if name == official.base_folder or (given / official.base_folder).is_dir():
@@ -96,7 +96,7 @@ class CifarSet:
         return archive
 
     def _unpacked(self, verified: Path | None, temporary: Path) -> Path:
-        """The folder in which the unpacked archive lies: the temporary one, where it is not unpacked yet."""
+        """The folder with the unpacked archive: the temporary one, where it had to be unpacked."""
         from torchvision.datasets.utils import extract_archive
 
         if verified is None:
@@ -104,8 +104,8 @@ class CifarSet:
             try:
                 official(temporary, download=True)
             except (OSError, RuntimeError) as error:  # no network, no answer, or another file there
-                told = f"cannot be downloaded ({error}); fetch it by hand and pass it with --from"
-                raise ValueError(f"{official.url}: {told}") from None
+                reason = f"cannot be downloaded ({error}); fetch it by hand and pass it with --from"
+                raise ValueError(f"{official.url}: {reason}") from None
         elif verified.is_file():
             extract_archive(str(verified), str(temporary))
         else:

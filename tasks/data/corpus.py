@@ -33,7 +33,7 @@ class Corpus:
     files: dict[str, tuple[str, ...]]
     """Of each part: the names that its file may have."""
     num_lines: dict[str, int]
-    """Of each part: how many ends of a line its file has; tells another corpus, or a file cut short."""
+    """Of each part: how many line ends its file has. Another number: another corpus, or cut short."""
     md5: dict[str, str]
     """Of what a place offers, by file name: the published checksum, where there is one."""
 
@@ -41,23 +41,22 @@ class Corpus:
         return data / self.name / f"{name}.npz"
 
     def read(self, data: Path, name: TokenizerName) -> Text:
-        """The prepared form by a tokenizer. Raises ValueError, in one line, where it is not there or not
-        whole."""
-        return read(
-            self.path(data, name), f"./prepare_dataset.sh {self.name} --data {shlex.quote(str(data))}"
-        )
+        """A tokenizer's prepared form. Raises ValueError, in one line, where it is missing or damaged."""
+        command = f"./prepare_dataset.sh {self.name} --data {shlex.quote(str(data))}"
+        return read(self.path(data, name), command)
 
 
 def prepare(data: Path, source: Path | None, corpus: Corpus) -> str:
-    """Make the prepared forms, one a tokenizer, from a folder or archive, or the net; says what was done.
+    """Make the prepared forms, one for each tokenizer, from a folder or an archive, or from the internet, and
+    return what was done, in words.
 
-    What is there whole stays; an interrupted call leaves no half-made file. Raises ValueError, in one line,
-    where the source is not the corpus, or nothing answers.
+    Existing files stay as they are; an interrupted call leaves no incomplete file. Raises ValueError, in one
+    line, where the source is not the corpus, or nothing can be downloaded.
     """
     missing = [name for name in TOKENIZERS if not corpus.path(data, name).exists()]
-    told = [_describe(corpus, data, name) for name in TOKENIZERS if name not in missing]
+    lines_done = [_describe(corpus, data, name) for name in TOKENIZERS if name not in missing]
     if not missing:
-        return "\n".join(told)
+        return "\n".join(lines_done)
     folder = data / corpus.name
     texts = _texts(source, corpus) if source is not None else {}
     folder.mkdir(parents=True, exist_ok=True)
@@ -70,8 +69,8 @@ def prepare(data: Path, source: Path | None, corpus: Corpus) -> str:
             whole = Path(scratch) / f"{name}.npz"
             save(whole, build(lines, tokenizer(name), SPECIALS[name]))
             whole.replace(corpus.path(data, name))
-            told.append(_describe(corpus, data, name))
-    return "\n".join(told)
+            lines_done.append(_describe(corpus, data, name))
+    return "\n".join(lines_done)
 
 
 def _describe(corpus: Corpus, data: Path, name: TokenizerName) -> str:
@@ -99,7 +98,7 @@ def _texts(source: Path, corpus: Corpus) -> dict[str, str]:
         name = next((name for name in names if name in files), None)
         if name is None:
             raise ValueError(
-                f"{source}: expected {corpus.name}, with a file {' or '.join(names)}; there is none"
+                f"{source}: expected {corpus.name}, with a file {' or '.join(names)}; found none"
             )
         texts[part] = _decoded(files[name], source / name)
         found, expected = texts[part].count("\n"), corpus.num_lines[part]
@@ -115,7 +114,7 @@ def _contents(source: Path, wanted: list[str]) -> dict[str, bytes]:
     """File name -> content of the wanted files, from a folder (or a folder in it), a zip or a tar archive."""
     reader = next((read for suits, read in _READERS if suits(source)), None)
     if reader is None:
-        what = "it is none, or cut short" if source.exists() else "there is nothing"
+        what = "it is something else, or cut short" if source.exists() else "it is missing"
         raise ValueError(f"{source}: expected a folder, a zip or a tar archive; {what}")
     try:
         return dict(reader(source, wanted))
@@ -147,7 +146,7 @@ def _decoded(content: bytes, file: Path) -> str:
 
 
 def _verify(corpus: Corpus, file: Path) -> None:
-    """Raise ValueError where a file of a published name is not the published one."""
+    """Raise ValueError where a file has the name of a published one, and another checksum."""
     expected, found = corpus.md5.get(file.name), hashlib.md5(file.read_bytes()).hexdigest()
     if expected is not None and found != expected:
         raise ValueError(f"{file}: expected the published file, with MD5 {expected}, got {found}")

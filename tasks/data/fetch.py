@@ -1,4 +1,4 @@
-"""Published files from the net, each fetched whole and verified, from the first place that has them."""
+"""Published files from the internet, each complete and verified, from the first place that has them."""
 
 import shutil
 import urllib.request
@@ -15,7 +15,7 @@ def fetch_first(name: str, places: Places, folder: Path, verify: Callable[[Path]
     """The files of the first place that has them all, in a folder.
 
     verify raises ValueError where a file is not the published one. Raises ValueError, in one line with each
-    place's reason, where no place serves.
+    place's reason, where no place has them.
     """
     reasons = []
     for place in places:
@@ -41,5 +41,5 @@ def _fetch(url: str, folder: Path) -> Path:
         with rich.progress.wrap_file(answer, size, description=file.name, console=console) as shown:
             shutil.copyfileobj(shown, target)
     if size and file.stat().st_size != size:
-        raise OSError(f"it ended after {file.stat().st_size} of {size} bytes")
+        raise OSError(f"the download ended after {file.stat().st_size} of {size} bytes")
     return file

@@ -30,12 +30,13 @@ def split(ratings: Ratings) -> Interactions:
 
     A pair rated twice counts once, the last time; users with few ratings are dropped; users and items are
     numbered in the order of their ids. Of ratings given at the same time, the item with the largest id is
-    last: the order of lines does not matter. Raises ValueError where no user stays, or one rated nearly all.
+    last: the order of lines does not matter. Raises ValueError where no user is left, or where one rated
+    nearly all items.
     """
     ratings = _latest(_numbered(ratings))
     ratings = _numbered(ratings[np.bincount(ratings.users)[ratings.users] >= MIN_RATINGS])
     if not len(ratings.users):
-        raise ValueError(f"expected a user with {MIN_RATINGS} ratings or more, there is none")
+        raise ValueError(f"expected a user with {MIN_RATINGS} ratings or more, found none")
     num_users, num_items = int(ratings.users.max()) + 1, int(ratings.items.max()) + 1
     held_out = _last_rows(ratings)  # (num_users,)
     negatives = _draw_negatives(ratings, num_users, num_items)  # (num_users, NUM_NEGATIVES)
@@ -84,8 +85,8 @@ def _draw_negatives(ratings: Ratings, num_users: int, num_items: int) -> np.ndar
     set is as likely, since what is drawn again depends on equality alone."""
     most = int(np.bincount(ratings.users).max())
     if most + NUM_NEGATIVES > num_items:
-        told = f"a user rated {most:,} of the {num_items:,} items"
-        raise ValueError(f"expected {NUM_NEGATIVES} items that each user never rated; {told}")
+        rated_most = f"a user rated {most:,} of the {num_items:,} items"
+        raise ValueError(f"expected {NUM_NEGATIVES} items that each user never rated; {rated_most}")
     rated = _keys(ratings, num_items)  # (N,), sorted
     rng = np.random.default_rng(NEGATIVES_SEED)
     drawn = rng.integers(num_items, size=(num_users, NUM_NEGATIVES), dtype=np.int32)

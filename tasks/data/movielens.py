@@ -61,7 +61,7 @@ class MovieLensSet:
 
     def check(self, data: Path) -> int:
         """The number of training interactions, from the headers alone. Raises ValueError, in one line, where
-        the prepared file is missing, is none, or has wrong arrays."""
+        the prepared file is missing, damaged, or has wrong arrays."""
         file = self.path(data)
         try:
             headers = read_headers(file)
@@ -82,10 +82,10 @@ class MovieLensSet:
 
     def prepare(self, data: Path, given: Path | None) -> str:
         """Make the prepared file from the official archive, downloaded or given, or from what is in it: a
-        folder or the file of ratings. Says what was done, and how ranking by popularity scores.
+        folder or the file of ratings. Returns what was done, and how ranking by popularity scores, in words.
 
-        Nothing is made where the file is there; an interrupted call leaves none. Raises ValueError, in one
-        line, where there are no such ratings.
+        An existing file stays as it is; an interrupted call leaves no file. Raises ValueError, in one line,
+        where these ratings cannot be found or read.
         """
         file = self.path(data)
         if file.exists():
@@ -102,20 +102,20 @@ class MovieLensSet:
             whole = Path(temporary) / file.name
             np.savez(whole, **vars(found))
             whole.replace(file)
-        told = [f"{file}: {describe(found)}"]
+        done = [f"{file}: {describe(found)}"]
         if dropped := sizes[1] - found.num_users:
-            told.append(
+            done.append(
                 f"dropped: {dropped:,} of {sizes[1]:,} users, who rated fewer than {MIN_RATINGS} items"
             )
         if sizes != self.sizes:
             ours, published = (", ".join(f"{size:,}" for size in row) for row in (sizes, self.sizes))
-            told.append(
+            done.append(
                 f"NOT the published {self.name}: ratings, users, items are {ours}, published {published}"
             )
-        return "\n".join(told)
+        return "\n".join(done)
 
     def _locate(self, given: Path | None, temporary: Path) -> Path:
-        """The file of ratings; out of an archive, it is unpacked to the temporary folder."""
+        """The file of ratings. One in an archive is unpacked into the temporary folder."""
         if given is None:
             places = ((f"{PLACE}/{self.name}.zip",),)
             [archive] = fetch_first(self.name, places, temporary, self._verify)
@@ -128,7 +128,7 @@ class MovieLensSet:
         if (given / f"{self.name}.zip").is_file():
             return self._unpacked(given / f"{self.name}.zip", temporary)
         what = f"a folder with {self.file} or {self.name}.zip" if given.is_dir() else "an archive or a folder"
-        raise ValueError(f"{given}: expected {self.name}, {what}; there is none")
+        raise ValueError(f"{given}: expected {self.name}, {what}; found none")
 
     def _verify(self, archive: Path) -> None:
         with archive.open("rb") as content:
@@ -149,12 +149,12 @@ class MovieLensSet:
                 with opened.open(member) as content, (folder / self.file).open("wb") as target:
                     copy_limited(content, target, MAX_BYTES, f"{archive}: {member}")
         except (zipfile.BadZipFile, EOFError, zlib.error) as error:
-            told = f"expected the archive {self.name}.zip; it is none, or cut short: {error}"
-            raise ValueError(f"{archive}: {told}") from None
+            reason = f"expected the archive {self.name}.zip; it is something else, or cut short: {error}"
+            raise ValueError(f"{archive}: {reason}") from None
         return folder / self.file
 
     def _parse(self, file: Path) -> Ratings:
-        """The ratings in a file; a line that is none raises ValueError."""
+        """The ratings in a file. Raises ValueError where a line is not a rating."""
         import pandas as pd  # here: it takes 0.7 s, and every run imports this module
 
         with file.open("rb") as content:
@@ -167,8 +167,8 @@ class MovieLensSet:
                 f"{file}: expected the columns {', '.join(COLUMNS)}; {', '.join(missing)} is missing"
             )
         if not self.has_header and len(fields) != len(self.fields):
-            told = f"like {self.line!r}, got {first[:40]!r}"
-            raise ValueError(f"{file}: expected lines of {self.name}, {told}")
+            compared = f"like {self.line!r}, got {first[:40]!r}"
+            raise ValueError(f"{file}: expected lines of {self.name}, {compared}")
         try:
             frame = pd.read_csv(
                 file,
@@ -179,9 +179,9 @@ class MovieLensSet:
                 dtype={"userId": np.int32, "movieId": np.int32, "timestamp": np.int64},
             )
         except (ValueError, OverflowError) as error:
-            told = str(error).strip().splitlines()[0]
+            reason = str(error).strip().splitlines()[0]
             raise ValueError(
-                f"{file}: expected ratings of {self.name}; a line is cut short, or is none: {told}"
+                f"{file}: expected ratings of {self.name}; a line is cut short, or not a rating: {reason}"
             ) from None
         if not len(frame):
             raise ValueError(f"{file}: expected ratings, got none after the header")

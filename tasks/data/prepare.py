@@ -19,11 +19,11 @@ PREPARE = {
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="prepare_dataset.sh",
-        description="Download a data set, verify it, convert it once; a whole result is left alone.",
+        description="Download a data set, verify it, convert it once; a complete result stays as it is.",
     )
     parser.add_argument("name", choices=PREPARE, metavar="NAME", help="one of %(choices)s")
-    told = "an archive or folder fetched by hand"
-    parser.add_argument("--from", dest="archive", type=Path, metavar="PATH", help=told)
+    source = "an archive or folder fetched by hand"
+    parser.add_argument("--from", dest="archive", type=Path, metavar="PATH", help=source)
     parser.add_argument(
         "--data", type=Path, default=Path("data"), metavar="DIR", help="where to (default: data)"
     )

@@ -81,13 +81,13 @@ def _types_and_tokens(lines: Iterable[str], tokenize: Tokenize) -> tuple[list[st
 
 
 def save(file: Path, text: Text) -> None:
-    """Write the prepared form; the caller gives it its final name when it is whole."""
+    """Write the prepared form; the caller gives it its final name when it is complete."""
     np.savez_compressed(file, **vars(text))
 
 
 def read(file: Path, command: str) -> Text:
     """A prepared text. Raises ValueError, in one line, where the file is missing (the command makes it), is
-    none, has wrong arrays, or where its vocabulary does not cover its token numbers."""
+    damaged, has wrong arrays, or where its vocabulary does not cover its token numbers."""
     keys = (*PARTS, "vocabulary")
     try:
         with file.open("rb") as opened, np.load(opened, allow_pickle=False) as arrays:
@@ -95,8 +95,8 @@ def read(file: Path, command: str) -> Text:
     except FileNotFoundError:
         raise ValueError(f"{file}: there is no such file; make it with: {command}") from None
     except Exception as error:  # a damaged archive fails in many ways
-        told = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{file}: expected a prepared npz file; it cannot be read: {told}") from None
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{file}: expected a prepared npz file; it cannot be read: {reason}") from None
     if missing := [key for key in keys if key not in found]:
         raise ValueError(f"{file}: expected the arrays {', '.join(keys)}; {', '.join(missing)} is missing")
     _check_arrays(file, found)
@@ -116,7 +116,8 @@ def _check_arrays(file: Path, arrays: dict[str, np.ndarray]) -> None:
         if numbers.min() < 0 or numbers.max() >= len(vocabulary):
             raise ValueError(
                 f"{file}: expected the token numbers of {part} in [0, {len(vocabulary)}), as many as the "
-                f"vocabulary has types, got {numbers.min()} to {numbers.max()}; the file is not of one piece"
+                f"vocabulary has types, got {numbers.min()} to {numbers.max()}; "
+                "the arrays are of different texts"
             )
     # A vocabulary has no type but the training text's, the rarest last.
     if (last := arrays["train"].max()) != len(vocabulary) - 1:
