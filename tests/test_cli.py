@@ -170,8 +170,8 @@ def test_a_count_below_one_or_beyond_reason_is_refused(refuse: Refuse, option: s
 def test_more_workers_than_the_memory_holds_are_refused(refuse: Refuse) -> None:
     line = refuse(DIGITS, "--workers=4096")
     assert re.fullmatch(
-        r"--workers: expected at most \d+, since a process takes about 400 MB before its model and [\d.]+ [GT]B are "
-        r"free, got 4096",
+        r"--workers: expected at most \d+, since a process takes about 400 MB before its model and "
+        r"[\d.]+ [GT]B are free, got 4096",
         line,
     )
 
