@@ -5,7 +5,14 @@ import re
 import pytest
 
 from sage.interfaces import Place
-from sage.workers.rendezvous import Rendezvous, find_rendezvous, first_host, is_first_on_host, tasks_per_node
+from sage.workers.rendezvous import (
+    Rendezvous,
+    find_rendezvous,
+    find_simulation,
+    first_host,
+    is_first_on_host,
+    tasks_per_node,
+)
 
 HAND = {"hostip": "10.0.0.7", "port": "23456", "rank": "1"}
 TORCHRUN = {
@@ -230,3 +237,19 @@ def test_one_process_on_each_host_is_the_first(environ: dict[str, str]) -> None:
     assert is_first_on_host(environ | {name: "0"})
     assert is_first_on_host(environ | {name: "none"})
     assert is_first_on_host({})
+
+
+def test_a_simulation_in_a_step_of_one_task_is_allowed() -> None:
+    """srun --pty bash is such a step, and so is its shell's every command."""
+    single = {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_LOCALID": "0", "SLURM_JOB_ID": "7"}
+    assert find_simulation(single, 4, None).place == Place(0, 4)
+    with pytest.raises(ValueError, match="--simulate: expected one process without a launcher"):
+        find_simulation(single | {"SLURM_STEP_NUM_TASKS": "2"}, 4, None)
+
+
+@pytest.mark.parametrize("exported", [{"port": "8080"}, {"hostip": "db.example"}, {"rank": "gold"}])
+def test_exported_variables_of_something_else_are_named(exported: dict[str, str]) -> None:
+    ((name, value),) = exported.items()
+    advice = f"in the environment: {name}='{value}': unset what is not meant for this program"
+    with pytest.raises(ValueError, match=advice):
+        find_rendezvous(exported)

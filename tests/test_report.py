@@ -597,3 +597,13 @@ def test_a_picture_that_cannot_be_written_is_an_error_of_one_line(folder: Path, 
     assert report.main([str(folder), "--output", str(file / "x.png")]) == 2
     (message,) = capsys.readouterr().err.splitlines()
     assert str(file) in message
+
+
+def test_a_text_where_a_number_belongs_is_an_error_of_one_line(folder: Path, capsys: Capture) -> None:
+    path = next(folder.rglob("metrics.jsonl"))
+    lines = path.read_text().splitlines()
+    path.write_text(
+        "\n".join([json.dumps({**json.loads(lines[0]), "density": {"mean": "x"}}), *lines[1:], ""])
+    )
+    assert report.main([str(folder)]) == 2
+    assert capsys.readouterr().err == f"report: {path}: line 1: density.mean: expected a number, got 'x'\n"

@@ -148,12 +148,12 @@ def _parse(text: bytes, origin: Path | str, kind: str = "") -> Flat:
         flat = flatten(json.loads(text))
     except ValueError:  # not JSON, or not UTF-8
         flat = {}
-    if not kind:
-        _check_numbers(flat, origin)
     needed = NEEDED.get(kind or str(flat.get("kind")), ["kind"])
     missing = [key for key in needed if not isinstance(flat.get(key), int | float)]
     if missing:
         raise ReportError(f"{origin}: expected a JSON object with {missing[0]}, got {text[:60]!r}")
+    if not kind:
+        _check_numbers(flat, origin)
     return flat
 
 

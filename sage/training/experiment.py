@@ -135,24 +135,29 @@ def run_worker(
         _on_all_workers("restored", lambda: trainer.restore(resumed), store)
 
     # 4. training
+    _train_in(folder, trainer, plan, worker, store)
+
+
+def _train_in(folder: Path, trainer: Trainer, plan: RunPlan, worker: Worker, store: RendezvousStore) -> None:
+    """Train in a run's folder, which rank 0 locks, begins or cuts back to a checkpoint, and finishes."""
+    speaks = worker.place.rank == 0
     workers = store.collect("where", worker.where())
     with ExitStack() as held:
-        if speaks:
-            say(f"{folder}: {worker.describe(workers)}")
-            for note in (*notes(settings), *parts.reducer.notes()):
-                say(note)
 
         def open_folder() -> None:
             if not speaks:
                 return
+            say(f"{folder}: {worker.describe(workers)}")
+            for note in (*notes(plan.settings), *trainer.exchange.reducer.notes()):
+                say(note)
             held.enter_context(lock(folder))
             environment = provenance.environment(**worker.facts(), workers=workers)
-            begin(folder, config.to_yaml(settings), environment, resumed)
+            begin(folder, config.to_yaml(plan.settings), environment, plan.checkpoint)
             if plan.job_link:
                 link(plan.job_link, folder)
 
         _on_all_workers("opened", open_folder, store)
-        with recorder:
+        with trainer.recorder:
             _train(trainer, folder, speaks)
 
 
