@@ -237,7 +237,7 @@ class Answer(io.BytesIO):
 
 def test_a_download_that_ends_early_is_no_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: Answer(b"half"))
-    with pytest.raises(ValueError, match=r"it ended after 4 of 1000 bytes"):
+    with pytest.raises(ValueError, match=r"the download ended after 4 of 1000 bytes"):
         prepare(tmp_path / "data", None, replace(WIKITEXT, places=(("http://somewhere/a.zip",),)))
 
 
