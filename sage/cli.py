@@ -51,9 +51,9 @@ NEED_INDEX = {"print_config": "--print-config", "dry_run": "--dry-run"}
 
 
 MAX_WORKERS = 4096
-"""Of one machine. Processes are further limited by its memory, simulated workers by their threads."""
+"""The most workers of one machine. Its memory limits processes further."""
 MAX_THREADS = 1024
-"""Of a worker; more than any machine has cores."""
+"""The most threads of a worker; no machine has more cores."""
 
 
 @dataclass(frozen=True)

@@ -189,7 +189,7 @@ class Communicator(ABC):
 
     @abstractmethod
     def another(self) -> "Communicator":
-        """Another communicator of the same worker, which counts for itself."""
+        """A second communicator of the same worker, with a ledger of its own."""
 
 
 class Reducer(Stateful, ABC):
@@ -197,7 +197,7 @@ class Reducer(Stateful, ABC):
 
     Built from (config, layout, *, seeds, device): layout is a list of Slot in flat order. It stores no timer,
     rank, world size or process group, waits for the device at most to learn how much to send, and may run on
-    any thread and stream: the same object works under processes, under threads, and one a bucket in a hook.
+    any thread and stream, so that the same class works in processes, in threads, and in backward hooks.
     """
 
     Settings: ClassVar[type[Any]]

@@ -21,9 +21,9 @@ class ExchangeNorms:
     """Norms of one step: scalars on the device."""
 
     send: Tensor
-    """Of what this worker wanted to send."""
+    """The norm of what this worker wanted to send."""
     left: Tensor
-    """Of what it has not sent."""
+    """The norm of what it has not sent."""
     left_is_error: bool
     """Whether what was left is send - sent (not so where a method sends signs)."""
 
@@ -64,9 +64,9 @@ def agree_on_step(
 class Exchange:
     """Replaces this worker's gradient by the estimate of all workers' mean.
 
-    The only place that knows the order of a step. Everybody who uses a reducer goes through it: the training
-    loop, the examples, the benchmarks. A loop of your own calls step(), once between backward and the
-    optimizer.
+    The only place that knows in which order feedback, reducer and communicator are called. A loop of your own
+    calls step() once between backward and the optimizer. The trainer calls average(), since it agrees with
+    the other workers on signals and checkpoints in the same message as on finite gradients.
     """
 
     def __init__(
@@ -220,9 +220,8 @@ def _scale_of(scaler: torch.amp.GradScaler | None) -> float:
     them."""
     if scaler is None or not scaler.is_enabled():
         return 1.0
-    # The scaler has no public way to ask for it. After unscale_ its verdict is cached: an infinity that the
-    # exchange
-    # brings from another worker would reach the weights.
+    # The scaler has no public way to ask for it. After unscale_ it has already recorded whether it found an
+    # infinity, and would miss one that the exchange brings from another worker.
     stages = [state["stage"].name for state in scaler._per_optimizer_states.values()]
     if "UNSCALED" in stages:
         raise RuntimeError(

@@ -32,7 +32,8 @@ class _Part:
     """Of the flat gradient, in the shape and, where possible, the strides of the parameter."""
     kind: Kind
     address: int
-    """Of the view. Where a model is converted, torch converts gradients in place, our view too."""
+    """Address of the view's memory. Where a model is converted, torch converts its gradients, this view
+    too."""
 
 
 class GradientBuffer:

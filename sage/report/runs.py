@@ -133,7 +133,7 @@ def _read_lines(path: Path) -> tuple[list[Flat], bool]:
 
 
 TEXTS = ("kind", "score.name")
-"""The values of a line of metrics.jsonl that are no numbers."""
+"""The values of a line of metrics.jsonl that are not numbers."""
 
 
 def _check_numbers(line: Flat, origin: Path | str) -> None:

@@ -14,7 +14,7 @@ from sage.workers.signals import WATCH
 
 
 class Request(IntEnum):
-    """What a worker asks for. All do the largest that any asks for; it lasts until it is done."""
+    """What a worker asks for. All do the largest request; one that is not carried out is repeated."""
 
     NOTHING = 0
     SAVE = 1
@@ -22,7 +22,7 @@ class Request(IntEnum):
     STOP = 2
     """A checkpoint and the end; the run is to be resumed."""
     QUIT = 3
-    """The same, by Ctrl-C."""
+    """A checkpoint and the end, after Ctrl-C."""
     SKIP = 4
     """Not to use this step's gradient."""
 
@@ -55,12 +55,12 @@ class Agreement:
         return Request(agreed)
 
     def _request(self) -> Request:
-        """This worker's."""
+        """What this worker requests."""
         return self.requested() or (Request.SAVE if self._is_due() else Request.NOTHING)
 
 
 def wait_for_all(side: Communicator, device: torch.device) -> None:
-    """Return when all workers have come here."""
+    """Wait until every worker has called this."""
     side.all_reduce(torch.zeros(1, device=device))
 
 

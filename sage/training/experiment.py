@@ -107,7 +107,7 @@ def run_worker(
     clock = Clock(worker.device)
     comm, side = context.connect(world_size, clock), context.connect(world_size)
     if _is_done(plan, worker, store):
-        wait_for_all(side, worker.device)  # rank 0 may hold the store: nobody leaves alone
+        wait_for_all(side, worker.device)  # rank 0 may host the store: no worker exits before it is done
         return
 
     # 1. what is trained

@@ -126,7 +126,8 @@ class Meter(Stateful):
             setattr(self, f"_{name}", state[name])
 
     def _mean_losses(self) -> list[float]:
-        """Of each step since the last step line, the mean over workers; the epoch's too from now on."""
+        """Average the losses since the last step line over the workers, add them to the epoch's, and forget
+        them."""
         losses = torch.stack(self._losses)
         self._side.all_reduce(losses)
         means: list[float] = (losses / self._side.world_size).tolist()
@@ -135,7 +136,7 @@ class Meter(Stateful):
         return means
 
     def _drain(self) -> None:
-        """Seconds since the last call, for the next step line and the epoch's totals."""
+        """Move the clock's seconds into the sums of the line and of the epoch."""
         self._add({f"seconds.{name}": seconds for name, seconds in self._clock.take().items()})
 
     def _add(self, values: Mapping[str, float]) -> None:

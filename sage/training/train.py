@@ -255,7 +255,9 @@ class Trainer:
             with self.clock.phase("checkpoint"):
                 self.writer.save(position.step, position.epoch, shared, self.state.own(), self.recorder.sync)
         if ends:
-            wait_for_all(self.side, self.device)  # rank 0 may hold the store: nobody leaves alone
+            wait_for_all(
+                self.side, self.device
+            )  # rank 0 may host the store: no worker exits before it is done
             raise Stopped(by_hand=request is Request.QUIT)
 
     # --- what is logged -------------------------------------------------------------------------------

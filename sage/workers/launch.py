@@ -1,5 +1,4 @@
-"""From an environment to a running worker: which rank, which device, which process group. The only reader of
-os.environ.
+"""From an environment to a running worker: which rank, which device, which process group.
 
 A run is one process, for one worker or for all of a simulation; or a worker that a launcher started
 (sage/workers/rendezvous.py knows which launchers); or, with --workers N, the parent of N processes, which it
@@ -223,9 +222,8 @@ def _meet(worker: Worker, timeout_seconds: float) -> RendezvousStore:
     """Meet the other workers, and form the process group with them. Raises RuntimeError; TrainingError where
     the workers cannot form one."""
     tcp_store: Store = _open_store(worker.rendezvous, timeout_seconds)
-    # The store has no password: who does not know the secret does not know the keys. Launchers other than
-    # --workers
-    # hand none over, and need a network that is trusted.
+    # The store has no password, so its keys start with the run's secret. Only --workers can hand one to its
+    # workers; other launches need a network that is trusted.
     tcp_store = dist.PrefixStore(os.environ.get(SECRET, "no secret"), tcp_store)
     run_store = dist.PrefixStore("run", tcp_store)
     store = RendezvousStore(worker.place, run_store, min(timeout_seconds, PATIENCE_SECONDS))
