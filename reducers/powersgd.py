@@ -42,6 +42,7 @@ class PowerSGD(Leveled):
 
     Settings: ClassVar[type[Named]] = PowerSGDSettings
     state_names = ("p", "q", "generator", "step")
+    held_names = ("p", "q")
 
     def __init__(
         self, config: PowerSGDSettings, layout: list[Slot], *, seeds: Seeds, device: torch.device

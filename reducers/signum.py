@@ -27,7 +27,7 @@ class Signum(Reducer):
     takes_feedback: ClassVar[bool] = False
     Settings: ClassVar[type[Named]] = SignumSettings
     state_names = ("momentum",)
-    element_names = state_names
+    element_names = held_names = state_names
 
     def __init__(
         self, config: SignumSettings, layout: list[Slot], *, seeds: Seeds, device: torch.device

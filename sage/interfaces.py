@@ -91,6 +91,9 @@ class Stateful:
     element_names: tuple[str, ...] = ()
     """Those of them that hold a number for each element of the flat gradient: (n,)."""
 
+    held_names: tuple[str, ...] = ()
+    """Those of them that stay as they are, for a parameter, in a step in which no worker uses it."""
+
     def slot_slices(self, name: str, layout: list[Slot]) -> list[slice] | None:
         """Where in the tensor `name` of state_names each parameter's part lies, so that a checkpoint holds it
         by the parameter's name; None for what belongs to no single parameter."""

@@ -98,7 +98,7 @@ def parse(text: str, origin: str) -> Any:
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
     except RecursionError:
         where, problem = "", "brackets are nested too deep"
-    except (ValueError, AttributeError) as error:  # a date that is none
+    except (ValueError, AttributeError, KeyError, TypeError) as error:  # a tag that does not fit, say
         where, problem = "", str(error)
     raise ConfigError(f"{origin}: not valid YAML{where}: {problem[:MAX_PROBLEM]}")
 

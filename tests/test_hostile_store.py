@@ -104,7 +104,7 @@ def writing_everywhere(port: int, value: str) -> Iterator[None]:
             try:
                 socket.create_connection(("127.0.0.1", port), 0.2).close()
                 store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
-                keys = dist.PrefixStore("run", dist.PrefixStore("no secret", store))
+                keys = dist.PrefixStore("run", dist.PrefixStore("no secret/0", store))
                 while not stop.is_set():
                     for key in KEYS:
                         keys.set(key, value)

@@ -116,7 +116,7 @@ def test_what_is_left_divides_the_machine(tmp_path: Path, four_gpus: None) -> No
     """Two jobs, but one point: it has all cores and GPUs."""
     path, log = write(tmp_path, grid={"epochs": [1, 2]}), tmp_path / "log"
     done = sweep.read(path)[1]
-    finish(tmp_path / done.folder / "run", run.SETTLE(done.config, done.overrides))
+    finish(tmp_path / done.folder / "run", run.LOAD_SETTINGS(done.config, done.overrides))
     Path(f"{log}1").touch()
     assert run_points(path, tmp_path, ["-c", TELL.format(log=log)], "--jobs", "2") == 0
     assert Path(f"{log}0").read_text().split() == [*map(str, shares.own_cpus()), "None"]

@@ -45,7 +45,7 @@ def told(folder: Path, **content: Any) -> str:
     """What is said of a sweep that must be refused."""
     path = write(folder, **content)
     with pytest.raises(ConfigError) as caught:
-        sweep.resolve(path, sweep.read(path), run.SETTLE)
+        sweep.resolve(path, sweep.read(path), run.LOAD_SETTINGS)
     (line,) = str(caught.value).splitlines()
     return line
 
@@ -127,12 +127,12 @@ def test_a_point_is_what_run_takes_on_its_command_line(tmp_path: Path) -> None:
     point = sweep.read(write(tmp_path, grid={"schedule.decay_epochs": [[1, 2]]}))[0]
     path, *overrides = shlex.split(str(point))
     assert (Path(path), overrides) == (point.config, point.overrides)
-    assert run.SETTLE(Path(path), overrides).schedule.decay_epochs == (1, 2)
+    assert run.LOAD_SETTINGS(Path(path), overrides).schedule.decay_epochs == (1, 2)
 
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
 def test_every_point_of_every_file_in_configs_is_valid(path: Path) -> None:
-    assert len(sweep.resolve(path, sweep.read(path), run.SETTLE)) >= 9
+    assert len(sweep.resolve(path, sweep.read(path), run.LOAD_SETTINGS)) >= 9
 
 
 def test_each_table_of_the_paper_and_each_small_configuration_has_a_sweep() -> None:
@@ -163,7 +163,7 @@ def test_a_sweep_with_a_bad_value_is_refused(tmp_path: Path, content: dict[str, 
 
 def test_a_sweep_without_a_base_is_refused(tmp_path: Path) -> None:
     assert told(tmp_path, base=None).endswith("base: expected the path of a configuration, got null")
-    assert "cannot read the configuration" in told(tmp_path, base="missing.yaml")
+    assert "cannot be read" in told(tmp_path, base="missing.yaml")
 
 
 def test_a_points_bad_value_is_refused_with_its_index(tmp_path: Path) -> None:
@@ -204,7 +204,7 @@ def test_two_points_that_are_one_run_are_refused(tmp_path: Path, content: dict[s
         (["--sweep", "FILE", "x.yaml"], "x.yaml: expected key.path=value; a sweep's file names its own"),
         (["--sweep", "FILE", "epochs=0"], "FILE: point 0: epochs: expected an integer in [1, inf), got 0"),
         (["--sweep", "FILE", "task.batch_per_worker=2000"], "task.batch_per_worker: expected at most "),
-        (["--sweep", "missing.yaml"], "missing.yaml: cannot read the configuration"),
+        (["--sweep", "missing.yaml"], "missing.yaml: cannot be read"),
     ],
 )
 def test_bad_arguments_of_a_sweep_are_refused_before_anything_starts(
@@ -232,21 +232,21 @@ def test_all_points_in_turn_are_refused_under_a_launcher(
 
 
 def test_a_run_is_a_finished_point_if_its_settings_are_equal_and_it_has_a_summary(tmp_path: Path) -> None:
-    settings = run.SETTLE(BASE, ["epochs=2"])
-    assert sweep.finished_run(tmp_path, settings, run.SETTLE) is None
-    finish(tmp_path / "other", run.SETTLE(BASE, ["epochs=3"]))
+    settings = run.LOAD_SETTINGS(BASE, ["epochs=2"])
+    assert sweep.finished_run(tmp_path, settings, run.LOAD_SETTINGS) is None
+    finish(tmp_path / "other", run.LOAD_SETTINGS(BASE, ["epochs=3"]))
     (finish(tmp_path / "cut", settings) / "summary.json").unlink()
     (finish(tmp_path / "broken", settings) / "config.yaml").write_text("{a: ")
-    assert sweep.finished_run(tmp_path, settings, run.SETTLE) is None
+    assert sweep.finished_run(tmp_path, settings, run.LOAD_SETTINGS) is None
     for i, name in enumerate(("old", "new")):
         os.utime(finish(tmp_path / name, settings) / "summary.json", (i, i))
-    assert sweep.finished_run(tmp_path, settings, run.SETTLE) == tmp_path / "new"
+    assert sweep.finished_run(tmp_path, settings, run.LOAD_SETTINGS) == tmp_path / "new"
 
 
 def test_the_list_tells_index_state_and_what_the_point_is(tmp_path: Path, capsys: Capture) -> None:
     path = write(tmp_path, grid={"epochs": [1, 2, 3]})
     _, done, running = sweep.read(path)
-    finish(tmp_path / done.folder / "run", run.SETTLE(done.config, done.overrides))
+    finish(tmp_path / done.folder / "run", run.LOAD_SETTINGS(done.config, done.overrides))
     with locked(tmp_path / running.folder):
         assert exit_code("--sweep", str(path), "--list", "--runs", str(tmp_path)) == 0
     header, *lines = capsys.readouterr().out.splitlines()
@@ -278,7 +278,7 @@ def test_one_point_is_the_run_of_its_configuration_and_is_skipped_when_done(tmp_
 def run_points(path: Path, runs: Path, command: list[str], *more: str) -> int:
     """All points, each by `python COMMAND ... --index I` in place of run.py; more: options of the sweep."""
     options = cli.parse(["--sweep", str(path), "--runs", str(runs), *more])
-    return cli.run_sweep(options, run.SETTLE, lambda settings: None, command)
+    return cli.run_sweep(options, run.LOAD_SETTINGS, lambda settings: None, command)
 
 
 NOTE = "import sys; print(*sys.argv[1:], file=open('{log}', 'a')); sys.exit(sys.argv[-1] == '1')"
@@ -289,7 +289,7 @@ def test_all_points_run_in_turn_but_the_finished_and_a_failed_one_stops_none(
 ) -> None:
     path, log = write(tmp_path, grid={"epochs": [1, 2, 3, 4]}), tmp_path / "log"
     done = sweep.read(path)[2]
-    finish(tmp_path / done.folder / "run", run.SETTLE(done.config, done.overrides))
+    finish(tmp_path / done.folder / "run", run.LOAD_SETTINGS(done.config, done.overrides))
     assert run_points(path, tmp_path, ["-c", NOTE.format(log=log), "--sweep"]) == 1
     assert log.read_text().splitlines() == [f"--sweep --index {i}" for i in (0, 1, 3)]
     said = capsys.readouterr()
@@ -322,7 +322,7 @@ def test_what_a_point_needs_is_checked_before_the_first_starts_but_not_of_a_fini
         f"run.py: {tmp_path}/cifar10/cifar10.npz: there is no such file"
     )
     for point in sweep.read(path):
-        finish(tmp_path / point.folder / "run", run.SETTLE(point.config, point.overrides))
+        finish(tmp_path / point.folder / "run", run.LOAD_SETTINGS(point.config, point.overrides))
     assert exit_code(*words) == 0
     (tmp_path / "file").write_text("")
     assert exit_code(*words[:2], "--runs", str(tmp_path / "file")) == 2
@@ -444,7 +444,7 @@ def test_a_skipped_point_that_nobody_finished_is_run_in_the_end(tmp_path: Path, 
     def end_the_others() -> None:
         while not log.exists():
             time.sleep(0.01)
-        finish(tmp_path / finished.folder / "run", run.SETTLE(finished.config, finished.overrides))
+        finish(tmp_path / finished.folder / "run", run.LOAD_SETTINGS(finished.config, finished.overrides))
         for opened in locks:
             os.close(opened)
 

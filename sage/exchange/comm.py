@@ -159,9 +159,9 @@ class LocalComm(CountingComm):
         """The communicator of a single worker."""
         return cls(0, ThreadRoom(1, timeout_seconds=0), clock)
 
-    def another(self, clock: Clock | None = None, while_waiting: WhileWaiting = nullcontext) -> "LocalComm":
+    def another(self, clock: Clock | None = None, while_waiting: WhileWaiting | None = None) -> "LocalComm":
         """Another communicator of the same worker, with its own ledger."""
-        return LocalComm(self.rank, self._room, clock, while_waiting)
+        return LocalComm(self.rank, self._room, clock, while_waiting or self._while_waiting)
 
     def collect(self, name: str, value: Result) -> list[Result]:
         """Every worker's value, of any type, in rank order; not counted."""

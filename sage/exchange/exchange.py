@@ -153,21 +153,37 @@ class Exchange:
 
     @contextmanager
     def _kept_for_later(self, used: list[bool]) -> Iterator[None]:
-        """Take what belongs to unused slots out of memory, velocity and momenta, and put it back at the
-        end."""
-        unused = [slot for slot, is_used in zip(self.layout, used, strict=False) if not is_used]
-        parts = [
-            getattr(owner, name)[slot.start : slot.stop]
-            for owner in self._owners().values()
-            for name in owner.element_names
-            for slot in unused
+        """Keep what is held of unused slots (memory, velocity, momenta, factors) as it is during a step.
+
+        What is sent and would be added up is zero meanwhile.
+        """
+        unused = [index for index, is_used in enumerate(used) if not is_used]
+        kept = [
+            (owner, name, where, getattr(owner, name)[where].clone())
+            for owner, name, where in (self._held_parts(unused) if unused else ())
         ]
-        kept = [part.clone() for part in parts]
-        for part in parts:
-            part.zero_()
+        for owner, name, where, _ in kept:
+            if name in owner.element_names:
+                getattr(owner, name)[where] = 0
         yield
-        for part, values in zip(parts, kept, strict=True):
-            part.copy_(values)
+        for owner, name, where, values in kept:
+            part = getattr(owner, name)[where]
+            if part.shape == values.shape:  # else the method has laid it out anew
+                part.copy_(values)
+
+    def _held_parts(self, slots: list[int]) -> Iterator[tuple[Stateful, str, slice]]:
+        """What must stay as it is of these slots: whose attribute, and where in it."""
+        waiting = list(self._owners().values())
+        while waiting:
+            owner = waiting.pop()
+            for name in owner.state_names:
+                part = getattr(owner, name)
+                if isinstance(part, Stateful):
+                    waiting.append(part)
+                elif name in owner.held_names:
+                    slices = owner.slot_slices(name, self.layout)
+                    assert slices is not None
+                    yield from ((owner, name, slices[slot]) for slot in slots)
 
     # --- state ----------------------------------------------------------------------------------------
 

@@ -91,7 +91,7 @@ class Residual(Feedback):
 
     Settings = ResidualSettings
     state_names = ("memory", "previous_lr")
-    element_names = ("memory",)
+    element_names = held_names = ("memory",)
 
     def __init__(self, config: ResidualSettings, like: Tensor) -> None:
         super().__init__(config, like)
@@ -122,7 +122,7 @@ class Momentum(Feedback):
 
     Settings = MomentumSettings
     state_names = ("memory", "velocity")
-    element_names = state_names
+    element_names = held_names = state_names
 
     def __init__(self, config: MomentumSettings, like: Tensor) -> None:
         super().__init__(config, like)

@@ -74,6 +74,7 @@ class GradientBuffer:
     def zero(self) -> None:
         """Set all gradients to zero and let the next backward write into flat."""
         self._grads.zero_()
+        self._was_written = [False] * len(self._parts)
         for part in self._parts:
             part.parameter.grad = part.view if part.parameter.requires_grad else None
 

@@ -75,6 +75,8 @@ def find_nonfinite(named: Iterable[tuple[str, Tensor]]) -> str:
 
 def find_difference(named: Sequence[tuple[str, Tensor]], side: Communicator) -> str:
     """Name the first tensor whose bits are not the same on all workers, and two of these; or ""."""
+    if not named:
+        return ""
     checksums = side.all_gather(torch.stack([_checksum(tensor) for _, tensor in named]))  # (W, tensors)
     differs = (checksums != checksums[0]).nonzero()
     if not len(differs):
@@ -88,5 +90,6 @@ def _checksum(values: Tensor) -> Tensor:
 
     An odd weight is invertible, so any single change shows; opposite changes at two places do not cancel.
     """
-    bits = values.reshape(-1).view(torch.int32).long()
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
+    bits = values.reshape(-1).view(integers).long()
     return (bits * (2 * torch.arange(bits.numel(), device=bits.device) + 1)).sum()

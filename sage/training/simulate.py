@@ -56,8 +56,10 @@ class TurnLock:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._states = [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if self._on_gpu else [])]
-        self._lock.release()
+        try:
+            self._states = [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if self._on_gpu else [])]
+        finally:
+            self._lock.release()
 
     @contextmanager
     def released(self) -> Iterator[None]:

@@ -222,6 +222,7 @@ class Trainer:
             raise TrainingError(message)
 
         self._snapshot.put_back()
+        self.gradient.distribute([False] * len(self.gradient.layout))  # nobody takes it for the mean
         position.log_due = logging
         position.skipped, position.skipped_in_a_row = position.skipped + 1, position.skipped_in_a_row + 1
         message += f": step skipped, {position.skipped_in_a_row} in a row"
@@ -270,6 +271,10 @@ class Trainer:
             raise TrainingError(
                 f"{self._find_nonfinite_memory()} at epoch {position.epoch}, step {position.step}"
             )
+        for name in values:
+            if not math.isfinite(line[name]):  # of a reducer; a mean, so all workers find it
+                where = f"at epoch {position.epoch}, step {position.step}"
+                raise TrainingError(f"the metric {name} became {line[name]} {where}")
         line = {"kind": "step", "epoch": position.epoch, "step": position.step, **line}
         self.recorder.write(line)
         self.recorder.show_step(line)

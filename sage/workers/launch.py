@@ -224,7 +224,8 @@ def _meet(worker: Worker, timeout_seconds: float) -> RendezvousStore:
     tcp_store: Store = _open_store(worker.rendezvous, timeout_seconds)
     # The store has no password, so its keys start with the run's secret. Only --workers can hand one to its
     # workers; other launches need a network that is trusted.
-    tcp_store = dist.PrefixStore(os.environ.get(SECRET, "no secret"), tcp_store)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's store outlives the workers
+    tcp_store = dist.PrefixStore(f"{os.environ.get(SECRET, 'no secret')}/{attempt}", tcp_store)
     run_store = dist.PrefixStore("run", tcp_store)
     store = RendezvousStore(worker.place, run_store, min(timeout_seconds, PATIENCE_SECONDS))
     check_identities(store.collect_messages("identity", worker.identity()))

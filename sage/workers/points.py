@@ -177,7 +177,7 @@ class PointRunner:
         return bool(ended)
 
     def _note_failure(self, job: Job) -> None:
-        """A process failed: its point has, too, unless another process has run it meanwhile, or does so."""
+        """Count a point as failed, unless it is done, or another process runs it."""
         if self._is_done(job.point):
             return
         if sweep.holder(self._runs / job.point.folder, [RUN_LOCK]):
