@@ -214,6 +214,22 @@ def test_what_waits_for_a_parameter_goes_on_waiting_while_it_is_unused(feedback:
     assert before[0][slots[0].start : slots[-1].stop].any()
 
 
+@pytest.mark.parametrize("name", ["powersgd", "accordion", "signum"])
+def test_factors_and_momenta_of_an_unused_parameter_stay_as_they_are(name: str) -> None:
+    comm, model = LocalComm.alone(), Branches()
+    gradient, exchange = exchange_of(model, comm, name)
+    for step in range(3):
+        gradient.zero()
+        branch = "first" if step < 2 else None
+        model(torch.ones(2, 4), branch).square().sum().backward()
+        before = exchange.state_dict()["parameters"]["first.weight"]
+        exchange.step(gradient, Progress(0.0, step, 0.1, 10))
+    after = exchange.state_dict()["parameters"]["first.weight"]
+    held = {key for key in before if key.split(".")[-1] in ("memory", "momentum", "p", "q")}
+    assert any(before[key].any() for key in held)
+    assert bits_of({key: after[key] for key in held}) == bits_of({key: before[key] for key in held})
+
+
 def test_accumulation_is_a_step_every_few_backwards() -> None:
     comm, model = LocalComm.alone(), model_of()
     gradient, exchange = exchange_of(model, comm, "exact")

@@ -1,5 +1,6 @@
 """A step whose numbers are not finite is dropped on all workers as if it had never begun, or ends the run."""
 
+import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -265,6 +266,24 @@ def test_run_py_ends_with_one_line_that_names_epoch_step_tensor_and_rank(
     torch.set_rng_state(state)
     said = capsys.readouterr().err.splitlines()
     assert said == ([f"run.py: {told.format(named[0])}"] if told else [])
+
+
+def test_a_skipped_last_step_of_an_epoch_is_no_difference_between_simulated_workers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There, the mean gradients are compared, and a skipped step has none."""
+    loss, count = Digits.loss, iter(range(100))
+
+    def spoiled(self: Digits, batch: Any) -> Tensor:
+        value = loss(self, batch)
+        is_last = self.place.rank == 1 and next(count) == 4
+        return value * math.nan if is_last else value
+
+    monkeypatch.setattr(Digits, "loss", spoiled)
+    words = ["epochs=1", "task.batch_per_worker=128", "on_nonfinite=skip", "log.tensorboard=false"]  # 5 steps
+    assert run.main([DIGITS, *words, "--simulate", "2", "--runs", str(tmp_path)]) == 0
+    (path,) = tmp_path.rglob("summary.json")
+    assert json.loads(path.read_text())["skipped"] == 1
 
 
 # --- finite all the same --------------------------------------------------------------------------
