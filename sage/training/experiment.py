@@ -95,7 +95,7 @@ def run_point(
 ) -> None:
     """Run a sweep's point, on one worker, while no other process runs it."""
     with sweep.being_run(plan.parent if worker.place.rank == 0 else None) as error:
-        raise_on_all_workers("point", error, store)
+        _raise_on_all_workers("point", error, store)
         run_worker(plan, build, worker, store, context)
 
 
@@ -238,10 +238,10 @@ def _on_all_workers(name: str, call: Callable[[], object], store: RendezvousStor
         call()
     except (ValueError, OSError) as failure:
         error = str(failure)
-    raise_on_all_workers(name, error, store)
+    _raise_on_all_workers(name, error, store)
 
 
-def raise_on_all_workers(name: str, error: str, store: RendezvousStore) -> None:
+def _raise_on_all_workers(name: str, error: str, store: RendezvousStore) -> None:
     """Raise TrainingError on all workers where one of them has an error."""
     for rank, message in enumerate(store.collect(name, error)):
         if message:

@@ -256,9 +256,8 @@ class Trainer:
             with self.clock.phase("checkpoint"):
                 self.writer.save(position.step, position.epoch, shared, self.state.own(), self.recorder.sync)
         if ends:
-            wait_for_all(
-                self.side, self.device
-            )  # rank 0 may host the store: no worker exits before it is done
+            # Rank 0 may host the store, so no worker exits before it is done.
+            wait_for_all(self.side, self.device)
             raise Stopped(by_hand=request is Request.QUIT)
 
     # --- what is logged -------------------------------------------------------------------------------
