@@ -190,6 +190,14 @@ class Communicator(ABC):
     def broadcast(self, x: Tensor, source: int = 0) -> None:
         """Replace x by the source worker's x, in place."""
 
+    def read(self, x: Tensor) -> Tensor:
+        """A copy of x on the host, once the device has computed it.
+
+        Every number that the host needs from a collective is read here: where a lost peer lets a device wait
+        for ever, this raises CommunicationError after the communicator's timeout.
+        """
+        return x.cpu()
+
     @abstractmethod
     def another(self) -> "Communicator":
         """A second communicator of the same worker, with a ledger of its own."""
