@@ -5,23 +5,20 @@ A point's runs are in <sweep>/<point>/ under the folder of runs. Both names foll
 that any process, and the report, finds them without a registry.
 """
 
-import fcntl
 import hashlib
 import itertools
 import os
 import re
 import shlex
-import socket
-import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, Strict
 
-from sage import yamlfile
+from sage import locks, yamlfile
 from sage.config import ConfigError, Settings, load, one_line
 
 Block = dict[str, list[Any]]
@@ -176,60 +173,23 @@ def listing(points: list[Point], done: list[bool], runs: Path) -> str:
 # --- points that are being run --------------------------------------------------------------------
 
 RUN_LOCK = ".run.lock"
-"""A file in a point's folder that worker 0 of a run keeps locked while it runs the point. The system gives
-the lock back when the process ends, however it ends."""
+"""A file in a point's folder that worker 0 of a run keeps locked while it runs the point."""
 SWEEP_LOCK = ".sweep.lock"
 """A file there that a sweep keeps locked from before it starts a point's process until that has ended. So two
 sweeps do not start the same point; without it they would find out when each process has done its imports."""
-LOCK_SECONDS = 1.0
-"""How long a process tries to lock a file. One that asks who holds a lock holds it itself for a moment."""
 
 
 def lock(folder: Path, name: str) -> int | None:
-    """Lock a file in a point's folder, which is made; None: another process has locked it.
-
-    Returns a file descriptor, and closing it gives the lock back. Where the file system has no locks, nothing
-    is locked and nobody is kept out. Raises OSError where the file cannot be made.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    opened = os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o666)
-    deadline = time.monotonic() + LOCK_SECONDS
-    while not _try_lock(opened, fcntl.LOCK_EX):
-        if time.monotonic() > deadline:
-            os.close(opened)
-            return None
-        time.sleep(LOCK_SECONDS / 20)
-    with suppress(OSError):  # on a full disk nobody learns who it is
-        os.ftruncate(opened, 0)
-        os.write(opened, f"process {os.getpid()} on {socket.gethostname()}".encode())
-    return opened
+    """locks.lock of a file in a point's folder."""
+    return locks.lock(folder / name)
 
 
 def holder(folder: Path, names: Sequence[str] = (RUN_LOCK, SWEEP_LOCK)) -> str:
     """Which process runs a point, in words; empty where none does, as far as the file system has locks."""
     for path in (folder / name for name in names):
-        try:
-            opened = os.open(path, os.O_RDWR)
-        except OSError:  # there is no such file, or it is another user's
-            continue
-        try:
-            if not _try_lock(opened, fcntl.LOCK_SH):
-                who = os.read(opened, 200).decode(errors="replace") or "another process"
-                return f"{who} ({path})"
-        finally:
-            os.close(opened)
+        if who := locks.holder(path):
+            return f"{who} ({path})"
     return ""
-
-
-def _try_lock(opened: int, kind: int) -> bool:
-    """Whether no other process keeps this one from locking the file."""
-    try:
-        fcntl.flock(opened, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # this file system has no locks
-        return True
-    return True
 
 
 @contextmanager

@@ -26,7 +26,7 @@ SHARED = {
 """What a family shares; also everything under reducers.kernels, tasks.models and tasks.data."""
 
 LEVELS = [
-    {"interfaces", "yamlfile", "config", "components", "files", "console", "sweep"},
+    {"interfaces", "yamlfile", "config", "components", "files", "console", "locks", "sweep"},
     {"exchange", "workers"},
     {"runfolder"},
     {"training"},
@@ -41,6 +41,7 @@ TORCHLESS = [
     "sage/components.py",
     "sage/console.py",
     "sage/files.py",
+    "sage/locks.py",
     "sage/sweep.py",
     "sage/cli.py",
     "sage/workers/points.py",

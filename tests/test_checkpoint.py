@@ -6,6 +6,7 @@ import os
 import re
 import resource
 import shutil
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -131,11 +132,12 @@ def test_settings_that_change_no_step_may_differ_when_a_run_is_resumed(runs: Pat
 
 def test_a_run_that_a_process_trains_cannot_be_resumed_by_another(runs: Path, capsys: Capture) -> None:
     folder = only_run(runs)
-    before = contents(runs)
     with lock(folder):
+        before = contents(runs)
         assert resume(runs) == 2
-    assert error_line(capsys) == f"run.py: {folder}: another process is training this run"
-    assert contents(runs) == before
+        assert contents(runs) == before
+    who = f"process {os.getpid()} on {socket.gethostname()}"
+    assert error_line(capsys) == f"run.py: {folder}: {who} is training this run"
     assert resume(runs) == 0
 
 

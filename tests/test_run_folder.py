@@ -152,7 +152,7 @@ def test_a_run_that_is_being_trained_is_refused_before_workers_start(
     with run_folder.lock(only_run(runs)):
         for words in ([], ["--workers", "1"]):
             assert resume(runs, *words) == 2
-            assert error_line(capsys).endswith(": another process is training this run")
+            assert error_line(capsys).endswith(" is training this run")
     assert started == []
 
 

@@ -334,7 +334,7 @@ def test_what_a_point_needs_is_checked_before_the_first_starts_but_not_of_a_fini
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep, "LOCK_SECONDS", 0.1)
+    monkeypatch.setattr("sage.locks.SECONDS", 0.1)
 
 
 def test_a_point_has_one_holder_who_is_named(tmp_path: Path, impatient: None) -> None:

@@ -4,7 +4,6 @@ runs/<config name>/<run id>/: config.yaml, environment.json, metrics.jsonl, chec
 summary.json, written last: a run without it is not done.
 """
 
-import fcntl
 import json
 import os
 import shlex
@@ -15,7 +14,7 @@ from typing import Any
 
 import torch
 
-from sage import files
+from sage import files, locks
 from sage.console import say
 from sage.interfaces import Stopped
 from sage.runfolder import checkpoint
@@ -26,17 +25,21 @@ REQUEUE = "requeue"
 """A file in the folder of a run that was stopped by a signal other than Ctrl-C: pararun resumes it then."""
 
 
+LOCK = ".lock"
+"""A file in a run's folder that worker 0 keeps locked while it trains."""
+
+
 @contextmanager
 def lock(folder: Path) -> Iterator[None]:
     """Make a run's folder where it is missing, and keep every other process from training in it.
 
-    Raises ValueError where another process trains in it, and OSError where it cannot be made or opened. A
-    file system without locks is not an error: nothing is locked then.
+    Raises ValueError where another process trains in it, and OSError where it cannot be made.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    opened = os.open(folder, os.O_RDONLY)
+    opened = locks.lock(folder / LOCK)
+    if opened is None:
+        check_unlocked(folder)
+        raise ValueError(f"{folder}: another process is training this run")
     try:
-        _lock_or_raise(opened, folder)
         yield
     finally:
         os.close(opened)
@@ -44,17 +47,8 @@ def lock(folder: Path) -> Iterator[None]:
 
 def check_unlocked(folder: Path) -> None:
     """Raise ValueError where another process trains in a run's folder now."""
-    with lock(folder):
-        pass
-
-
-def _lock_or_raise(opened: int, folder: Path) -> None:
-    try:
-        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f"{folder}: another process is training this run") from None
-    except OSError:  # the file system has no locks
-        pass
+    if who := locks.holder(folder / LOCK):
+        raise ValueError(f"{folder}: {who} is training this run")
 
 
 def begin(folder: Path, text: str, environment: dict[str, Any], resumed: Checkpoint | None = None) -> None:
