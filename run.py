@@ -25,6 +25,7 @@ from sage.console import complain, show
 from sage.exchange.feedback import FEEDBACKS
 from sage.exchange.gradient import GradientBuffer
 from sage.interfaces import Seeds
+from sage.runfolder.folder import check_link
 from sage.training.dry_run import describe_run
 from sage.training.experiment import RunPlan, find_resume_point, start
 from sage.training.optim import OPTIMIZERS, build_optimizer
@@ -57,6 +58,8 @@ def main(arguments: list[str]) -> int:
         if options.dry_run:
             return show(describe_run(settings, build(settings, worker), worker), launch.is_first_on_host())
         files.check_writable(options.runs)
+        if options.job:
+            check_link(options.job)
         plan = plan_run(options, settings, options.runs / point.folder, worker)
     except ValueError as error:
         return complain(str(error)) if launch.is_first_on_host() else launch.wait_before_exit()

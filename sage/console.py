@@ -19,13 +19,21 @@ def console() -> "Console":
     """The terminal that lines and the progress bar share."""
     from rich.console import Console
 
-    return Console(stderr=False, highlight=False, soft_wrap=True)
+    class LastingConsole(Console):
+        def on_broken_pipe(self) -> None:  # rich would end the process
+            _forget(sys.stdout)
+
+    return LastingConsole(stderr=False, highlight=False, soft_wrap=True)
 
 
 def say(text: str) -> None:
-    """Print a line of its own, which a running progress bar does not tear."""
+    """Print a line of its own, which a running progress bar does not tear. A run goes on where nobody reads
+    what it says any more: `| head` has ended, the terminal is closed, the disk of a log is full."""
     _lenient(sys.stdout)
-    console().print(printable(text), markup=False)
+    try:
+        console().print(printable(text), markup=False)
+    except OSError:
+        _forget(sys.stdout)
 
 
 def show(text: str, speaks: bool = True) -> int:
@@ -35,7 +43,7 @@ def show(text: str, speaks: bool = True) -> int:
         if speaks:
             print(printable(text.rstrip("\n")), file=_lenient(sys.stdout), flush=True)
     except OSError as error:  # what is still buffered must not fail once more at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _forget(sys.stdout)
         if not isinstance(error, BrokenPipeError):  # `| head` has read enough
             complain(f"the answer cannot be written: {error.strerror}")
             return 1
@@ -45,7 +53,10 @@ def show(text: str, speaks: bool = True) -> int:
 def complain(message: str, program: str = "run.py") -> int:
     """Print the lines of an error on stderr; returns the exit code for bad input, 2."""
     for line in message.splitlines():
-        print(printable(f"{program}: {line}"), file=_lenient(sys.stderr))
+        try:
+            print(printable(f"{program}: {line}"), file=_lenient(sys.stderr), flush=True)
+        except OSError:
+            _forget(sys.stderr)
     return 2
 
 
@@ -65,6 +76,13 @@ def _lenient(stream: TextIO) -> TextIO:
     if getattr(stream, "errors", None) == "strict" and hasattr(stream, "reconfigure"):
         stream.reconfigure(errors="backslashreplace")
     return stream
+
+
+def _forget(stream: TextIO) -> None:
+    """Let a stream that can no longer be written to go nowhere, also what it still holds."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 def first_line(error: BaseException) -> str:

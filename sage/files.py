@@ -1,7 +1,9 @@
 """Files that are complete or absent: written under a temporary name, then renamed. Imports no torch."""
 
+import errno
 import json
 import os
+import stat
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -51,6 +53,33 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write an object as indented JSON, whole."""
     write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file for reading. Raises OSError, also for a pipe or a device, which may never come to an
+    end."""
+    opened = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # of a pipe nobody writes to it waits for no writer
+    mode = os.fstat(opened).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(opened)
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+    return os.fdopen(opened, "rb")
+
+
+def read_bytes(path: Path) -> bytes:
+    """The content of a regular file. Raises OSError."""
+    with open_regular(path) as file:
+        return file.read()
+
+
+def parse_json(content: bytes) -> Any:
+    """Parse JSON. Raises ValueError, also where it is not UTF-8 or brackets are nested too deep."""
+    try:
+        return json.loads(content)
+    except RecursionError:
+        raise ValueError("brackets are nested too deep") from None
 
 
 def check_writable(runs: Path) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 
 import yaml
 
+from sage import files
+
 MAX_BYTES = 1_000_000
 """Of a file; the longest configuration of a run has some thousands."""
 MAX_PROBLEM = 200
@@ -107,7 +109,7 @@ def read(path: Path) -> Any:
     """The value in a file. Raises ConfigError, which names the path, where it cannot be read, is too large or
     is not YAML."""
     try:
-        with path.open("rb") as file:
+        with files.open_regular(path) as file:
             content = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None

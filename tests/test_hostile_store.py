@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from sage.interfaces import Place
+from sage.interfaces import CommunicationError, Place
 from sage.workers import launch
 from sage.workers.store import RendezvousStore
 from tests.test_launch import PATIENCE_SECONDS, free_port
@@ -152,3 +152,20 @@ def test_somebody_who_writes_to_every_key_of_a_launch_without_a_secret_gets_noth
     assert not Path("/tmp/elsewhere-of-somebody").exists()
     made = [path.parent.name for path in tmp_path.rglob("config.yaml")]
     assert all(re.match(r"sage-s1-\d{8}-\d{6}-\d{3}$", name) for name in made)
+
+
+def test_no_message_shows_the_secret_that_the_stores_keys_begin_with() -> None:
+    class SlowStore:
+        def set(self, key: str, value: str, /) -> None: ...
+
+        def get(self, key: str, /) -> bytes:
+            raise RuntimeError(f"wait timeout after 10000ms, keys: /the-secret/0/run/{key}")
+
+        def check(self, keys: list[str], /) -> bool:
+            raise RuntimeError(f"Failed to look up key: /the-secret/0/run/{keys[0]}")
+
+    store = RendezvousStore(Place(1, 2), SlowStore())
+    with pytest.raises(CommunicationError) as failure:
+        store.agree("run", "")
+    assert str(failure.value) == "the rendezvous store failed: wait timeout after 10000ms"
+    assert "the-secret" not in store.blame()

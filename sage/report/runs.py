@@ -1,13 +1,12 @@
 """Finds runs, reads the files in their folders, and works out the numbers of one run."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from sage import yamlfile
+from sage import files, yamlfile
 from sage.config import flatten
 from sage.console import describe_gap
 
@@ -123,12 +122,12 @@ def _read_config(path: Path) -> Flat:
 
 
 def _read_json(path: Path) -> Flat:
-    return _parse(path.read_bytes(), path, path.name)
+    return _parse(files.read_bytes(path), path, path.name)
 
 
 def _read_lines(path: Path) -> tuple[list[Flat], bool]:
     """Read the whole lines; the second value says whether one more line was cut off at the end."""
-    *texts, rest = path.read_bytes().split(b"\n")  # rest: what follows the last newline
+    *texts, rest = files.read_bytes(path).split(b"\n")  # rest: what follows the last newline
     return [_parse(text, f"{path}: line {number}") for number, text in enumerate(texts, 1)], bool(rest)
 
 
@@ -145,8 +144,8 @@ def _check_numbers(line: Flat, origin: Path | str) -> None:
 def _parse(text: bytes, origin: Path | str, kind: str = "") -> Flat:
     """Parse a JSON object that has the numbers its kind needs. A line of metrics.jsonl names its own kind."""
     try:
-        flat = flatten(json.loads(text))
-    except ValueError:  # not JSON, or not UTF-8
+        flat = flatten(files.parse_json(text))
+    except (ValueError, RecursionError):  # not JSON, not UTF-8, or nested too deep
         flat = {}
     needed = NEEDED.get(kind or str(flat.get("kind")), ["kind"])
     missing = [key for key in needed if not isinstance(flat.get(key), int | float)]

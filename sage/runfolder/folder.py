@@ -4,7 +4,6 @@ runs/<config name>/<run id>/: config.yaml, environment.json, metrics.jsonl, chec
 summary.json, written last: a run without it is not done.
 """
 
-import json
 import os
 import shlex
 from collections.abc import Iterator
@@ -83,7 +82,7 @@ def _cut_back_to(resumed: Checkpoint, folder: Path, environment: dict[str, Any])
 def _read_environment(folder: Path) -> dict[str, Any]:
     path = folder / "environment.json"
     try:
-        old = json.loads(path.read_bytes())
+        old = files.parse_json(files.read_bytes(path))
     except ValueError:
         old = None
     if not isinstance(old, dict) or "started" not in old:
@@ -127,8 +126,19 @@ def leave(folder: Path, step: int, stopped: Stopped, saved: Path | None) -> None
     say(f"stopped by a signal after step {step}; {how}")
 
 
+def check_link(job: Path) -> None:
+    """Raise ValueError where something other than a link is in the place of a link to a run's folder."""
+    if os.path.lexists(job) and not job.is_symlink():
+        kind = "folder" if job.is_dir() else "file"
+        raise ValueError(f"--job {job}: expected the name of a link, got a {kind}, which would be lost")
+
+
 def link(job: Path, folder: Path) -> None:
-    """Make job a symbolic link to a run's folder; replaces what was there."""
+    """Make job a symbolic link to a run's folder; replaces the link that was there.
+
+    Raises ValueError where something else is there, and OSError.
+    """
+    check_link(job)
     job.parent.mkdir(parents=True, exist_ok=True)
     temporary = job.with_name(f".{job.name}.tmp")
     temporary.unlink(missing_ok=True)

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from pydantic import Field, ValidationError
 
+from sage import files
 from sage.config import Settings, one_line
 
 FORMAT = 2
@@ -131,7 +132,7 @@ class Checkpoint:
         """
         path = self.folder / name
         try:
-            file = path.open("rb")
+            file = files.open_regular(path)
         except OSError as error:
             raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
 
@@ -193,7 +194,7 @@ def _check_step(manifest: Manifest, folder: Path) -> None:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_bytes())
+        return files.parse_json(files.read_bytes(path))
     except OSError as error:
         raise ValueError(f"{path}: expected a checkpoint's manifest: {error.strerror}") from None
     except ValueError:  # neither JSON nor UTF-8

@@ -1,5 +1,6 @@
 """Where a result comes from: the commit, the versions, the machine."""
 
+import os
 import platform
 import re
 import subprocess
@@ -49,9 +50,17 @@ def environment(**facts: Any) -> dict[str, Any]:
 
 
 def _git(*arguments: str) -> str | None:
-    """The output of a git command, or None where this is not a checkout or git is not installed."""
+    """The output of a git command, or None where this is not a checkout or git is not installed.
+
+    Neither another repository that git's variables name, nor one that this program only lies in, counts.
+    """
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    if not (ROOT / ".git").exists():
+        return None
     try:
-        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            ["git", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip()

@@ -13,9 +13,10 @@ from typing import Any, Self
 from pydantic import Field, model_validator
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from sage import files
 from sage.config import Settings
 from sage.console import console, describe_gap, readable_bytes, say
-from sage.files import LineFile, write_whole
+from sage.files import LineFile
 
 PLAIN_SECONDS = 10.0
 """In a log file, a line about a step at most this often."""
@@ -224,18 +225,19 @@ def cut_back(path: Path, epochs: int, steps: int) -> str:
 
     Raises ValueError, and changes nothing, where another line was not written by this program.
     """
-    *lines, _ = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    *lines, _ = files.read_bytes(path).split(b"\n") if path.exists() else [b""]
     kept = [
         text + b"\n" for number, text in enumerate(lines, 1) if _is_within(text, number, path, epochs, steps)
     ]
-    write_whole(path, lambda file: file.writelines(kept))
-    return describe_gap({line["epoch"] for line in map(json.loads, kept) if line["kind"] == "epoch"}, epochs)
+    files.write_whole(path, lambda file: file.writelines(kept))
+    epochs_kept = {line["epoch"] for line in map(files.parse_json, kept) if line["kind"] == "epoch"}
+    return describe_gap(epochs_kept, epochs)
 
 
 def _is_within(text: bytes, number: int, path: Path, epochs: int, steps: int) -> bool:
     """Whether a line of metrics.jsonl belongs to so many epochs and steps."""
     try:
-        line = json.loads(text)
+        line = files.parse_json(text)
         within: bool = line["step"] < steps if line["kind"] == "step" else line["epoch"] < epochs
     except (ValueError, KeyError, TypeError):
         problem = f"expected a JSON object with kind, epoch and step, got {text[:60]!r}"

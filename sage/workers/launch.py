@@ -22,12 +22,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed import Store
 
-from sage.console import complain, first_line, readable_bytes, say
+from sage.console import complain, readable_bytes, say
 from sage.interfaces import CommunicationError, Stopped, TrainingError
 from sage.workers import rendezvous
 from sage.workers.rendezvous import Rendezvous
 from sage.workers.signals import WATCH
-from sage.workers.store import PATIENCE_SECONDS, STORE_SECONDS, RendezvousStore
+from sage.workers.store import PATIENCE_SECONDS, STORE_SECONDS, RendezvousStore, reason_of
 from sage.workers.worker import Worker, check_identities
 
 BYTES_PER_WORKER = 400_000_000
@@ -201,7 +201,7 @@ def connect(worker: Worker, timeout_seconds: float, *, deterministic: bool) -> I
     except RuntimeError as error:  # DistError and its kind
         where = f"{worker.rendezvous.address}:{worker.rendezvous.port}"
         raise CommunicationError(
-            f"could not meet the other workers at {where}: {first_line(error)}"
+            f"could not meet the other workers at {where}: {reason_of(error)}"
         ) from error
     yield store
     dist.destroy_process_group()

@@ -1,5 +1,6 @@
 """Messages between the workers of a run, beside the collectives: through the rendezvous store."""
 
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -101,7 +102,7 @@ class RendezvousStore:
             silent = self._wait_for_survivors(store)
             steps = [_step_of(rank, store) for rank in range(self.place.world_size)]
         except RuntimeError as error:  # the store's own error, when its host is gone
-            return f"the rendezvous store is gone, so no worker's step is known ({first_line(error)})"
+            return f"the rendezvous store is gone, so no worker's step is known ({reason_of(error)})"
 
         listed = ", ".join(f"rank {rank} at step {step}" for rank, step in enumerate(steps))
         if not silent:
@@ -130,10 +131,15 @@ def _text(content: bytes) -> str:
     return content.decode(errors="replace")
 
 
+def reason_of(error: BaseException) -> str:
+    """Why the store failed, in one line, without the keys: they begin with the run's secret."""
+    return re.sub(r",? ?keys?:? .*", "", first_line(error), flags=re.IGNORECASE)
+
+
 @contextmanager
 def _communication_errors() -> Iterator[None]:
     """Raise the store's errors as CommunicationErrors."""
     try:
         yield
     except RuntimeError as error:
-        raise CommunicationError(f"the rendezvous store failed: {first_line(error)}") from error
+        raise CommunicationError(f"the rendezvous store failed: {reason_of(error)}") from error
