@@ -16,7 +16,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -37,6 +39,9 @@ SECRET = "SAGE_SECRET"
 """The variable by which --workers hands its workers a secret of the run."""
 POLL_SECONDS = 0.2
 """How often the parent looks whether its workers have ended."""
+ABORT_SECONDS = 5.0
+"""How long NCCL may take to abort what it does."""
+Result = TypeVar("Result")
 
 
 def is_first_on_host() -> bool:
@@ -195,6 +200,8 @@ def connect(worker: Worker, timeout_seconds: float, *, deterministic: bool) -> I
         yield RendezvousStore(worker.place, None)
         return
     try:
+        if worker.backend == "nccl":
+            _set_up_nccl(speaks=worker.place.rank == 0)
         store = _meet(worker, timeout_seconds)
     except TrainingError:
         raise
@@ -204,7 +211,7 @@ def connect(worker: Worker, timeout_seconds: float, *, deterministic: bool) -> I
             f"could not meet the other workers at {where}: {reason_of(error)}"
         ) from error
     yield store
-    dist.destroy_process_group()
+    _leave_group(worker, timeout_seconds)
 
 
 def _set_up_torch(worker: Worker, deterministic: bool) -> None:
@@ -218,6 +225,18 @@ def _set_up_torch(worker: Worker, deterministic: bool) -> None:
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
+def _set_up_nccl(speaks: bool) -> None:
+    """Set the variables that NCCL's process group reads when it is made."""
+    # With it torch starts no watchdog, and newer torch's collectives wait for nothing all the same: those who
+    # survive a lost worker would hang for ever.
+    for name in ("TORCH_NCCL_BLOCKING_WAIT", "NCCL_BLOCKING_WAIT"):
+        if os.environ.pop(name, None) is not None and speaks:
+            say(f"{name} is ignored: with it the others would wait for ever for a worker that is lost")
+    # Ours is the deadline (sage/exchange/deadline.py), after which the survivors say who fell behind: torch's
+    # watchdog would kill them.
+    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+
+
 def _meet(worker: Worker, timeout_seconds: float) -> RendezvousStore:
     """Meet the other workers, and form the process group with them. Raises RuntimeError; TrainingError where
     the workers cannot form one."""
@@ -229,54 +248,84 @@ def _meet(worker: Worker, timeout_seconds: float) -> RendezvousStore:
     run_store = dist.PrefixStore("run", tcp_store)
     store = RendezvousStore(worker.place, run_store, min(timeout_seconds, PATIENCE_SECONDS))
     check_identities(store.collect_messages("identity", worker.identity()))
-    _join_group(worker, tcp_store, timedelta(seconds=timeout_seconds))
+    _join_group(worker, tcp_store, timeout_seconds)
     return store
 
 
 def _open_store(found: Rendezvous, timeout_seconds: float) -> Store:
     """Connect to the rendezvous store; rank 0 holds it, unless torchrun does. Raises RuntimeError.
 
-    In a thread: the store's own timeout has no effect where another program listens at the port and sends
-    nothing.
+    The store's own timeout has no effect where another program listens at the port and sends nothing.
     """
-    opened: list[Store | RuntimeError] = []
 
-    def open_store() -> None:
-        try:
-            opened.append(
-                dist.TCPStore(
-                    found.address,
-                    found.port,
-                    found.place.world_size,
-                    is_master=found.place.rank == 0
-                    and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
-                    timeout=timedelta(seconds=timeout_seconds),
-                )
-            )
-        except RuntimeError as error:
-            opened.append(error)
+    def open_store() -> Store:
+        return dist.TCPStore(
+            found.address,
+            found.port,
+            found.place.world_size,
+            is_master=found.place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
+            timeout=timedelta(seconds=timeout_seconds),
+        )
 
-    thread = threading.Thread(target=open_store, daemon=True)
-    thread.start()
-    thread.join(timeout_seconds + STORE_SECONDS)
-    if not opened:
-        raise CommunicationError(f"what listens there did not answer within {timeout_seconds:g} s")
-    if isinstance(opened[0], RuntimeError):
-        raise opened[0]
-    return opened[0]
+    problem = f"what listens there did not answer within {timeout_seconds:g} s"
+    return _call_in_time(open_store, timeout_seconds + STORE_SECONDS, problem)
 
 
-def _join_group(worker: Worker, tcp_store: Store, timeout: timedelta) -> None:
-    """Set up the default process group."""
-    if worker.backend == "nccl":  # a collective that times out is an error here, not the end of the process
-        os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
-    dist.init_process_group(
+def _join_group(worker: Worker, tcp_store: Store, timeout_seconds: float) -> None:
+    """Set up the default process group. Raises RuntimeError."""
+    join = partial(
+        dist.init_process_group,
         worker.backend,
         store=dist.PrefixStore("group", tcp_store),
         rank=worker.place.rank,
         world_size=worker.place.world_size,
-        timeout=timeout,
     )
+    if worker.backend != "nccl":
+        join(timeout=timedelta(seconds=timeout_seconds))
+        return
+    # With device_id the workers connect here and not in the first collective, and without a timeout.
+    # What torch's watchdog prints is to come later than what the survivors say.
+    later = timedelta(seconds=timeout_seconds + PATIENCE_SECONDS + STORE_SECONDS)
+    join = partial(join, timeout=later, device_id=worker.device)
+    _call_in_time(join, timeout_seconds, f"NCCL did not connect the workers within {timeout_seconds:g} s")
+
+
+def _leave_group(worker: Worker, timeout_seconds: float) -> None:
+    """Take the default process group down, once all is done. Raises CommunicationError."""
+    if worker.backend != "nccl":
+        dist.destroy_process_group()
+        return
+    problem = f"NCCL did not let go of the other workers within {timeout_seconds:g} s"
+    _call_in_time(dist.destroy_process_group, timeout_seconds, problem)
+
+
+def _abort_group() -> None:
+    """End all that NCCL still does for the default process group, in a time that is short."""
+    abort = getattr(dist.distributed_c10d, "_abort_process_group", dist.destroy_process_group)
+    with suppress(RuntimeError):
+        _call_in_time(partial(abort, dist.group.WORLD), ABORT_SECONDS, "NCCL does not let itself be aborted")
+
+
+def _call_in_time(call: Callable[[], Result], seconds: float, problem: str) -> Result:
+    """What a call returns or raises. It is made in a thread, since it may hang where a worker is lost; raises
+    CommunicationError then."""
+    results: list[Result] = []
+    errors: list[Exception] = []
+
+    def make_call() -> None:
+        try:
+            results.append(call())
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=make_call, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if errors:
+        raise errors[0]
+    if not results:
+        raise CommunicationError(problem)
+    return results[0]
 
 
 def supervise(
@@ -297,14 +346,36 @@ def supervise(
     except CommunicationError as error:
         # The launcher ends the survivors when it sees a worker dead; they print what they know before.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        who = f"; {store.blame()}" if store else ""
-        complain(f"rank {worker.place.rank}: {error}{who}")
+        _complain_of_others(worker, store, error)
     except TrainingError as error:
         if worker.place.rank == 0:
             complain(str(error))
     except OSError as error:  # a full disk, say
         complain(f"rank {worker.place.rank}: {error}")
+    if worker.backend == "nccl" and worker.place.world_size > 1:
+        _end_process()
     return 1
+
+
+def end_process(worker: Worker, store: RendezvousStore | None, error: CommunicationError) -> NoReturn:
+    """Print an error and which worker fell behind, and end the process, whatever its other threads wait
+    for."""
+    _complain_of_others(worker, store, error)
+    _end_process()
+
+
+def _end_process() -> NoReturn:
+    """End this process at once: at Python's own end it would wait for its GPU, which may wait for a lost
+    worker."""
+    if dist.is_initialized():
+        _abort_group()
+    sys.stdout.flush()
+    os._exit(1)
+
+
+def _complain_of_others(worker: Worker, store: RendezvousStore | None, error: CommunicationError) -> None:
+    who = f"; {store.blame()}" if store else ""
+    complain(f"rank {worker.place.rank}: {error}{who}")
 
 
 def _train(train: Callable[[RendezvousStore], None], store: RendezvousStore) -> int:
