@@ -185,3 +185,14 @@ def test_pip_and_conda_install_the_same_pins() -> None:
     requirements = pins((ROOT / "requirements.txt").read_text())
     assert requirements == pins((ROOT / "environment.yml").read_text())
     assert len(requirements) >= 8
+
+
+def test_the_oldest_environment_differs_in_torch_and_what_follows_from_it() -> None:
+    """And it lacks what only checks the code, under the newest torch."""
+    newest, oldest = (
+        dict(pin.split("==") for pin in pins((ROOT / name).read_text()))
+        for name in ("requirements.txt", "requirements-oldest.txt")
+    )
+    assert {name for name in oldest if oldest[name] != newest.get(name)} == {"torch", "torchvision", "numpy"}
+    assert newest.keys() - oldest.keys() == {"ruff", "mypy", "types-PyYAML"}
+    assert oldest["torch"] == "2.6.0"

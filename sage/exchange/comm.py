@@ -123,9 +123,7 @@ class DistComm(CountingComm):
         return DistComm(clock, self._deadline)
 
     def read(self, x: Tensor) -> Tensor:
-        if self._deadline is None or x.device.type == "cpu":
-            return x.cpu()
-        return self._deadline.read(x)
+        return self._deadline.read(x) if self._deadline else x.cpu()
 
     def around_collective(self) -> AbstractContextManager[None]:
         """Entered around each collective: for a subclass that measures or orders them."""
@@ -150,7 +148,7 @@ class DistComm(CountingComm):
             # Without the source line before it and the advice after it.
             reason = re.sub(r"^\[\S+\] ", "", str(error).strip().splitlines()[0]).split(". ")[0]
             raise CommunicationError(f"{name} failed: {reason}") from error
-        if self._deadline is not None and x.device.type != "cpu":
+        if self._deadline is not None and self._deadline.applies_to(x):
             self._deadline.enqueued(name)
 
 

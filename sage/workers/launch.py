@@ -155,11 +155,16 @@ def _quiet_torch_launcher() -> None:
 
 def _open_local_store() -> dist.TCPStore:
     """A rendezvous store that only this machine can reach: given an address, TCPStore listens on all of
-    them."""
+    them. Without libuv, which takes no listener before torch 2.7."""
     listener = socket.create_server((LOOPBACK, 0))
     port = listener.getsockname()[1]
     return dist.TCPStore(
-        LOOPBACK, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
+        LOOPBACK,
+        port,
+        is_master=True,
+        wait_for_workers=False,
+        master_listen_fd=listener.detach(),
+        use_libuv=False,
     )
 
 
