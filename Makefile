@@ -30,7 +30,7 @@ test: setup
 	$(RUN) -m pytest $(PYTEST)
 
 oldest: $(VENV)-oldest/.complete
-	$(VENV)-oldest/bin/python -m pytest $(PYTEST)
+	SAGE_ENV=$(CURDIR)/$(VENV)-oldest $(VENV)-oldest/bin/python -m pytest $(PYTEST)
 
 cluster: setup
 	$(RUN) -m pytest -m cluster tests/cluster $(PYTEST)

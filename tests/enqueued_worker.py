@@ -19,12 +19,15 @@ import torch.distributed as dist
 from sage.exchange.comm import DistComm
 from sage.exchange.deadline import Deadline, Event
 from sage.interfaces import Place
-from sage.workers import launch
+from sage.workers import group, launch
 from sage.workers.rendezvous import Rendezvous
 from sage.workers.store import RendezvousStore
 from sage.workers.worker import Worker
 
 TIMEOUT_SECONDS = 2.0
+"""Of a collective."""
+MEETING_SECONDS = 120.0
+"""How long one worker waits for the other to start, which takes a while on a busy machine."""
 STOP_AT = 3
 works: list[dist.Work] = []
 all_reduce, init_process_group = dist.all_reduce, dist.init_process_group
@@ -50,8 +53,8 @@ def join_over_gloo(backend: str, *, device_id: torch.device, timeout: Any, **giv
     init_process_group("gloo", **given)
 
 
-def abort(hangs: bool, group: dist.ProcessGroup) -> None:
-    assert group is dist.group.WORLD
+def abort(hangs: bool, aborted: dist.ProcessGroup) -> None:
+    assert aborted is dist.group.WORLD
     print("aborted", flush=True)
     time.sleep(600 if hangs else 0)
 
@@ -82,9 +85,9 @@ def main(rank: int, port: int, where: str) -> int:
     dist.distributed_c10d._abort_process_group = partial(abort, where == "no abort")
     place = Place(rank, 2)
     rendezvous = Rendezvous(place, rank, 2, launched=True, address="127.0.0.1", port=port)
-    launch.check_identities = lambda _: None  # NCCL takes no two workers on one device
+    group.check_identities = lambda _: None  # NCCL takes no two workers on one device
     worker = Worker(rendezvous, torch.device("cpu"), "nccl", num_threads=1, data=Path())
-    return launch.supervise(worker, TIMEOUT_SECONDS, False, partial(train, worker, where))
+    return launch.supervise(worker, MEETING_SECONDS, False, partial(train, worker, where))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from sage.exchange.clock import Clock
 from sage.exchange.deadline import Deadline
 from sage.interfaces import CommunicationError, Place
-from sage.workers import launch
+from sage.workers import group
 from sage.workers.rendezvous import Rendezvous
 from sage.workers.worker import Worker
 from tests.enqueued_worker import STOP_AT, TIMEOUT_SECONDS
@@ -199,19 +199,19 @@ def hang(*_: object, **__: object) -> None:
 def test_workers_that_nccl_does_not_connect_are_an_error_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dist, "init_process_group", hang)
     with pytest.raises(CommunicationError, match=r"NCCL did not connect the workers within 0\.1 s"):
-        launch._join_group(worker_of("nccl"), dist.HashStore(), SHORT)
+        group._join_group(worker_of("nccl"), dist.HashStore(), SHORT)
 
 
 def test_a_group_that_is_not_taken_down_is_an_error_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dist, "destroy_process_group", hang)
     with pytest.raises(CommunicationError, match=r"NCCL did not let go of the other workers within 0\.1 s"):
-        launch._leave_group(worker_of("nccl"), SHORT)
+        group._leave_group(worker_of("nccl"), SHORT)
 
 
 def test_torchs_watchdog_comes_later_than_what_the_survivors_say(monkeypatch: pytest.MonkeyPatch) -> None:
     given: dict[str, Any] = {}
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **named: given.update(named))
-    launch._join_group(worker_of("nccl"), dist.HashStore(), 60)
+    group._join_group(worker_of("nccl"), dist.HashStore(), 60)
     assert given["timeout"].total_seconds() >= 60 + 15  # PATIENCE_SECONDS + STORE_SECONDS
     assert given["device_id"] == torch.device("cpu")
 
@@ -222,13 +222,13 @@ def test_blocking_waits_are_turned_off_and_rank_0_says_so(
 ) -> None:
     monkeypatch.setenv("TORCH_NCCL_BLOCKING_WAIT", "1")
     monkeypatch.setenv("TORCH_NCCL_ASYNC_ERROR_HANDLING", "3")  # the user's choice stands
-    launch._set_up_nccl(speaks)
+    group._set_up_nccl(speaks)
     assert "TORCH_NCCL_BLOCKING_WAIT" not in os.environ
     assert os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "3"
     said = capsys.readouterr().out
     assert bool(re.match("TORCH_NCCL_BLOCKING_WAIT is ignored: ", said)) == speaks
 
     monkeypatch.delenv("TORCH_NCCL_ASYNC_ERROR_HANDLING")
-    launch._set_up_nccl(speaks)
+    group._set_up_nccl(speaks)
     assert os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "0"
     assert capsys.readouterr().out == ""

@@ -12,7 +12,7 @@ from abc import abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -113,6 +113,10 @@ class DistComm(CountingComm):
     fails; on a GPU, where it is only enqueued, when what it has computed is read."""
 
     _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
+    _last_given: ClassVar[Tensor | None] = None
+    """What the process's last collective was given. gloo's threads let go of it a little later than the
+    caller: if they were the last, torch 2.6 would need Python's lock (GIL) for that, which
+    destroy_process_group holds while it waits for these threads."""
 
     def __init__(self, clock: Clock | None = None, deadline: Deadline | None = None) -> None:
         """deadline: for reading from a GPU; None: such a read waits until torch itself ends the process."""
@@ -141,6 +145,7 @@ class DistComm(CountingComm):
         self._call("broadcast", x, lambda: dist.broadcast(x, source))
 
     def _call(self, name: str, x: Tensor, collective: Callable[[], Any]) -> None:
+        DistComm._last_given = x
         try:
             with self.around_collective():
                 collective()

@@ -129,9 +129,11 @@ class Deadline:
         Asks an event only when it is old: CUDA forbids that while another thread captures a graph.
         """
         with self._lock:
-            if not self._is_waiting and self._is_overdue():
-                self._drop_finished()
-                self._is_lost = self._is_overdue()
+            while not self._is_waiting and self._is_overdue():
+                if not self._unfinished[0].end.query():
+                    self._is_lost = True
+                    break
+                self._unfinished.popleft()
             return self._is_lost
 
     def _is_overdue(self) -> bool:

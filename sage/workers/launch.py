@@ -1,4 +1,4 @@
-"""From an environment to a running worker: which rank, which device, which process group.
+"""From an environment to a running worker: which rank, which device.
 
 A run is one process, for one worker or for all of a simulation; or a worker that a launcher started
 (sage/workers/rendezvous.py knows which launchers); or, with --workers N, the parent of N processes, which it
@@ -9,39 +9,27 @@ import logging
 import os
 import secrets
 import signal
-import socket
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from datetime import timedelta
-from functools import partial
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import NoReturn
 
 import torch
-import torch.distributed as dist
-from torch.distributed import Store
 
 from sage.console import complain, readable_bytes, say
 from sage.interfaces import CommunicationError, Stopped, TrainingError
-from sage.workers import rendezvous
-from sage.workers.rendezvous import Rendezvous
+from sage.workers import group, rendezvous
+from sage.workers.group import LOOPBACK, SECRET
 from sage.workers.signals import WATCH
-from sage.workers.store import PATIENCE_SECONDS, STORE_SECONDS, RendezvousStore, reason_of
-from sage.workers.worker import Worker, check_identities
+from sage.workers.store import PATIENCE_SECONDS, RendezvousStore
+from sage.workers.worker import Worker
 
 BYTES_PER_WORKER = 400_000_000
 """What torch and this program take in each process (measured: 450 MB on a CPU)."""
-LOOPBACK = "127.0.0.1"
-SECRET = "SAGE_SECRET"
-"""The variable by which --workers hands its workers a secret of the run."""
 POLL_SECONDS = 0.2
 """How often the parent looks whether its workers have ended."""
-ABORT_SECONDS = 5.0
-"""How long NCCL may take to abort what it does."""
-Result = TypeVar("Result")
 
 
 def is_first_on_host() -> bool:
@@ -117,7 +105,7 @@ def spawn(command: Sequence[str], num_workers: int) -> int:
 
     _quiet_torch_launcher()
     # The store belongs to this process, so it outlives every worker: survivors can tell who fell behind.
-    store = _open_local_store()
+    store = group.open_local_store()
     secret = secrets.token_hex(16)
     ranks, pids = range(num_workers), list[int]()
 
@@ -153,21 +141,6 @@ def _quiet_torch_launcher() -> None:
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ""
 
 
-def _open_local_store() -> dist.TCPStore:
-    """A rendezvous store that only this machine can reach: given an address, TCPStore listens on all of
-    them. Without libuv, which takes no listener before torch 2.7."""
-    listener = socket.create_server((LOOPBACK, 0))
-    port = listener.getsockname()[1]
-    return dist.TCPStore(
-        LOOPBACK,
-        port,
-        is_master=True,
-        wait_for_workers=False,
-        master_listen_fd=listener.detach(),
-        use_libuv=False,
-    )
-
-
 def _worker_environment(rank: int, num_workers: int, port: int, secret: str) -> dict[str, str]:
     """The variables that torchrun sets for a worker, the secret of this run, and that all talk through the
     loopback interface (unless the user has named another)."""
@@ -194,143 +167,7 @@ def _report_failure(rank: int, code: int) -> int:
     return code if code > 0 else 1
 
 
-# --- the process group ----------------------------------------------------------------------------
-
-
-@contextmanager
-def connect(worker: Worker, timeout_seconds: float, *, deterministic: bool) -> Iterator[RendezvousStore]:
-    """Set up this process (threads, device, determinism) and, with several workers, the process group."""
-    _set_up_torch(worker, deterministic)
-    if worker.place.world_size == 1 or worker.simulated:
-        yield RendezvousStore(worker.place, None)
-        return
-    try:
-        if worker.backend == "nccl":
-            _set_up_nccl(speaks=worker.place.rank == 0)
-        store = _meet(worker, timeout_seconds)
-    except TrainingError:
-        raise
-    except RuntimeError as error:  # DistError and its kind
-        where = f"{worker.rendezvous.address}:{worker.rendezvous.port}"
-        raise CommunicationError(
-            f"could not meet the other workers at {where}: {reason_of(error)}"
-        ) from error
-    yield store
-    _leave_group(worker, timeout_seconds)
-
-
-def _set_up_torch(worker: Worker, deterministic: bool) -> None:
-    torch.set_num_threads(worker.num_threads)
-    if worker.device.type == "cuda":
-        torch.cuda.set_device(worker.device)
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs to be deterministic
-        torch.use_deterministic_algorithms(True)
-        # Filling new tensors with NaN costs a pass over each.
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-
-
-def _set_up_nccl(speaks: bool) -> None:
-    """Set the variables that NCCL's process group reads when it is made."""
-    # With it torch starts no watchdog, and newer torch's collectives wait for nothing all the same: those who
-    # survive a lost worker would hang for ever.
-    for name in ("TORCH_NCCL_BLOCKING_WAIT", "NCCL_BLOCKING_WAIT"):
-        if os.environ.pop(name, None) is not None and speaks:
-            say(f"{name} is ignored: with it the others would wait for ever for a worker that is lost")
-    # Ours is the deadline (sage/exchange/deadline.py), after which the survivors say who fell behind: torch's
-    # watchdog would kill them.
-    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
-
-
-def _meet(worker: Worker, timeout_seconds: float) -> RendezvousStore:
-    """Meet the other workers, and form the process group with them. Raises RuntimeError; TrainingError where
-    the workers cannot form one."""
-    tcp_store: Store = _open_store(worker.rendezvous, timeout_seconds)
-    # The store has no password, so its keys start with the run's secret. Only --workers can hand one to its
-    # workers; other launches need a network that is trusted.
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's store outlives the workers
-    tcp_store = dist.PrefixStore(f"{os.environ.get(SECRET, 'no secret')}/{attempt}", tcp_store)
-    run_store = dist.PrefixStore("run", tcp_store)
-    store = RendezvousStore(worker.place, run_store, min(timeout_seconds, PATIENCE_SECONDS))
-    check_identities(store.collect_messages("identity", worker.identity()))
-    _join_group(worker, tcp_store, timeout_seconds)
-    return store
-
-
-def _open_store(found: Rendezvous, timeout_seconds: float) -> Store:
-    """Connect to the rendezvous store; rank 0 holds it, unless torchrun does. Raises RuntimeError.
-
-    The store's own timeout has no effect where another program listens at the port and sends nothing.
-    """
-
-    def open_store() -> Store:
-        return dist.TCPStore(
-            found.address,
-            found.port,
-            found.place.world_size,
-            is_master=found.place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
-            timeout=timedelta(seconds=timeout_seconds),
-        )
-
-    problem = f"what listens there did not answer within {timeout_seconds:g} s"
-    return _call_in_time(open_store, timeout_seconds + STORE_SECONDS, problem)
-
-
-def _join_group(worker: Worker, tcp_store: Store, timeout_seconds: float) -> None:
-    """Set up the default process group. Raises RuntimeError."""
-    join = partial(
-        dist.init_process_group,
-        worker.backend,
-        store=dist.PrefixStore("group", tcp_store),
-        rank=worker.place.rank,
-        world_size=worker.place.world_size,
-    )
-    if worker.backend != "nccl":
-        join(timeout=timedelta(seconds=timeout_seconds))
-        return
-    # With device_id the workers connect here and not in the first collective, and without a timeout.
-    # What torch's watchdog prints is to come later than what the survivors say.
-    later = timedelta(seconds=timeout_seconds + PATIENCE_SECONDS + STORE_SECONDS)
-    join = partial(join, timeout=later, device_id=worker.device)
-    _call_in_time(join, timeout_seconds, f"NCCL did not connect the workers within {timeout_seconds:g} s")
-
-
-def _leave_group(worker: Worker, timeout_seconds: float) -> None:
-    """Take the default process group down, once all is done. Raises CommunicationError."""
-    if worker.backend != "nccl":
-        dist.destroy_process_group()
-        return
-    problem = f"NCCL did not let go of the other workers within {timeout_seconds:g} s"
-    _call_in_time(dist.destroy_process_group, timeout_seconds, problem)
-
-
-def _abort_group() -> None:
-    """End all that NCCL still does for the default process group, in a time that is short."""
-    abort = getattr(dist.distributed_c10d, "_abort_process_group", dist.destroy_process_group)
-    with suppress(RuntimeError):
-        _call_in_time(partial(abort, dist.group.WORLD), ABORT_SECONDS, "NCCL does not let itself be aborted")
-
-
-def _call_in_time(call: Callable[[], Result], seconds: float, problem: str) -> Result:
-    """What a call returns or raises. It is made in a thread, since it may hang where a worker is lost; raises
-    CommunicationError then."""
-    results: list[Result] = []
-    errors: list[Exception] = []
-
-    def make_call() -> None:
-        try:
-            results.append(call())
-        except Exception as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=make_call, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if errors:
-        raise errors[0]
-    if not results:
-        raise CommunicationError(problem)
-    return results[0]
+# --- one worker ------------------------------------------------------------------------------------
 
 
 def supervise(
@@ -346,7 +183,7 @@ def supervise(
     """
     store = None
     try:
-        with connect(worker, timeout_seconds, deterministic=deterministic) as store:
+        with group.connect(worker, timeout_seconds, deterministic=deterministic) as store:
             return _train(train, store)
     except CommunicationError as error:
         # The launcher ends the survivors when it sees a worker dead; they print what they know before.
@@ -372,8 +209,7 @@ def end_process(worker: Worker, store: RendezvousStore | None, error: Communicat
 def _end_process() -> NoReturn:
     """End this process at once: at Python's own end it would wait for its GPU, which may wait for a lost
     worker."""
-    if dist.is_initialized():
-        _abort_group()
+    group.abort()
     sys.stdout.flush()
     os._exit(1)
 
