@@ -134,6 +134,7 @@ class Accordion(Reducer):
         calm = (self.previous - norms).abs() < self.config.change * self.previous
         low = (~calm).to(torch.uint8)
         comm.broadcast(low)
+        comm.read(low)  # host synchronisation, with a deadline: set_compression reads it too
         self.previous = norms
         self.set_compression(low)
 

@@ -158,14 +158,14 @@ def uses(path: Path, owner: str, attribute: str) -> bool:
     )
 
 
-def test_torch_distributed_appears_in_launch_and_comm_only() -> None:
+def test_torch_distributed_appears_in_launch_group_and_comm_only() -> None:
     users = {
         module_of(path)
         for path in SOURCES
         if uses(path, "torch", "distributed")
         or any(name.startswith("torch.distributed") for name in imports_of(path))
     }
-    assert users == {"sage.workers.launch", "sage.exchange.comm"}
+    assert users == {"sage.workers.launch", "sage.workers.group", "sage.exchange.comm"}
 
 
 def test_the_environment_is_touched_by_those_who_launch_only() -> None:
@@ -174,7 +174,7 @@ def test_the_environment_is_touched_by_those_who_launch_only() -> None:
         for path in SOURCES
         if uses(path, "os", "environ") or uses(path, "os", "getenv") or "os.environ" in imports_of(path)
     }
-    assert users == {"sage.workers.environment", "sage.workers.launch", "sage.workers.shares"}
+    assert users == {f"sage.workers.{name}" for name in ("environment", "launch", "group", "shares")}
 
 
 def pins(text: str) -> set[str]:
@@ -185,3 +185,14 @@ def test_pip_and_conda_install_the_same_pins() -> None:
     requirements = pins((ROOT / "requirements.txt").read_text())
     assert requirements == pins((ROOT / "environment.yml").read_text())
     assert len(requirements) >= 8
+
+
+def test_the_oldest_environment_differs_in_torch_and_what_follows_from_it() -> None:
+    """And it lacks what only checks the code, under the newest torch."""
+    newest, oldest = (
+        dict(pin.split("==") for pin in pins((ROOT / name).read_text()))
+        for name in ("requirements.txt", "requirements-oldest.txt")
+    )
+    assert {name for name in oldest if oldest[name] != newest.get(name)} == {"torch", "torchvision", "numpy"}
+    assert newest.keys() - oldest.keys() == {"ruff", "mypy", "types-PyYAML"}
+    assert oldest["torch"] == "2.6.0"

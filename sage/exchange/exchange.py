@@ -57,7 +57,7 @@ def agree_on_step(
     flags = torch.tensor([request, *used], dtype=torch.int32).to(total.device)  # (1 + slots,)
     flags[0] = torch.where(total.isfinite(), flags[0], request_to_skip)
     side.all_reduce(flags, "max")
-    agreed, *any_uses = flags.tolist()  # host synchronisation
+    agreed, *any_uses = side.read(flags).tolist()  # host synchronisation
     return agreed, [bool(flag) for flag in any_uses]
 
 

@@ -61,7 +61,9 @@ class Agreement:
 
 def wait_for_all(side: Communicator, device: torch.device) -> None:
     """Wait until every worker has called this."""
-    side.all_reduce(torch.zeros(1, device=device))
+    flag = torch.zeros(1, device=device)
+    side.all_reduce(flag)
+    side.read(flag)  # on a GPU the call above has only enqueued it
 
 
 def find_nonfinite(named: Iterable[tuple[str, Tensor]]) -> str:
@@ -77,7 +79,8 @@ def find_difference(named: Sequence[tuple[str, Tensor]], side: Communicator) -> 
     """Name the first tensor whose bits are not the same on all workers, and two of these; or ""."""
     if not named:
         return ""
-    checksums = side.all_gather(torch.stack([_checksum(tensor) for _, tensor in named]))  # (W, tensors)
+    own = torch.stack([_checksum(tensor) for _, tensor in named])
+    checksums = side.read(side.all_gather(own))  # (W, tensors); host synchronisation
     differs = (checksums != checksums[0]).nonzero()
     if not len(differs):
         return ""

@@ -104,7 +104,7 @@ def run_worker(
 ) -> None:
     """Train what build makes, on one worker, and leave a run's folder; unless such a run is done."""
     settings, world_size, speaks = plan.settings, worker.place.world_size, worker.place.rank == 0
-    clock = Clock(worker.device)
+    clock = Clock(worker.device, context.deadline)
     comm, side = context.connect(world_size, clock), context.connect(world_size)
     if _is_done(plan, worker, store):
         wait_for_all(side, worker.device)  # rank 0 may host the store: no worker exits before it is done

@@ -17,7 +17,7 @@ def mean_over_workers(
     """Each value's mean over workers, which all have the same names in the same order."""
     packed = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
     comm.all_reduce(packed)
-    return dict(zip(values, (packed / comm.world_size).tolist(), strict=True))
+    return dict(zip(values, (comm.read(packed) / comm.world_size).tolist(), strict=True))
 
 
 def density_summary(densities: list[float]) -> dict[str, float]:
@@ -130,7 +130,7 @@ class Meter(Stateful):
         them."""
         losses = torch.stack(self._losses)
         self._side.all_reduce(losses)
-        means: list[float] = (losses / self._side.world_size).tolist()
+        means: list[float] = (self._side.read(losses) / self._side.world_size).tolist()
         self._losses.clear()
         self._epoch_losses += means
         return means

@@ -312,6 +312,7 @@ class Trainer:
                 return {}
             packed = torch.tensor(list(sums.values()), dtype=torch.float64, device=self.device)
             self.side.all_reduce(packed)  # (values, 2)
+            packed = self.side.read(packed)
         values = dict(zip(sums, (packed[:, 0] / packed[:, 1]).tolist(), strict=True))
         return self.task.derive(values)
 
