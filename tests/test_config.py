@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from pydantic import ValidationError
 
@@ -230,7 +231,7 @@ MISTAKES = [  # path, value, what the line says was expected
     ("schedule.reference_batch", 0, "an integer in [1, inf) or null"),
     ("schedule.decay_epochs", 3, "a list, each a number"),
     ("schedule", 3, "a mapping with keys of warmup_epochs"),
-    ("precision", "float16", "float32, bfloat16"),
+    ("precision", "float16", "float32, tf32, bfloat16"),
     ("optimizer", "sgd", "a mapping with a name, one of sgd, adam"),
     ("reducer.name", "sagee", "did you mean sage?"),
     ("reducer.name", 1, "one of exact, topk, global_topk, threshold, sage"),
@@ -380,7 +381,7 @@ def test_a_number_is_that_of_yaml_1_2_in_file_and_override(load: Load, text: str
 
 def test_decays_beyond_the_last_epoch_are_allowed_and_said(load: Load) -> None:
     settings = load("epochs=3", "schedule.decay_epochs=[1, 3, 7.5]")
-    assert notes(settings) == [
+    assert notes(settings, torch.device("cpu")) == [
         "schedule.decay_epochs: 3 has no effect, since training ends with epoch 3",
         "schedule.decay_epochs: 7.5 has no effect, since training ends with epoch 3",
     ]

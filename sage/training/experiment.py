@@ -18,6 +18,7 @@ from sage.runfolder.manifest import Checkpoint
 from sage.runfolder.record import Recorder
 from sage.runfolder.resume import ResumePoint, ResumeRequest, choose
 from sage.training.agree import wait_for_all
+from sage.training.precision import set_up_arithmetic
 from sage.training.settings import RunSettings, notes
 from sage.training.simulate import WorkerContext, run_single, simulate
 from sage.training.train import RunServices, Trainer, TrainingParts
@@ -85,6 +86,7 @@ def start(plan: RunPlan, build: Build, worker: Worker) -> int:
         if speaks:
             say(f"{plan.finished_run}: done already")
         return 0
+    set_up_arithmetic(settings.deterministic)
     train = partial(run_worker if plan.load_settings is None else run_point, plan, build)
     run = partial(simulate if worker.simulated else run_single, train, worker, settings.timeout_seconds)
     return launch.supervise(worker, settings.timeout_seconds, settings.deterministic, run)
@@ -148,7 +150,7 @@ def _train_in(folder: Path, trainer: Trainer, plan: RunPlan, worker: Worker, sto
             if not speaks:
                 return
             say(f"{folder}: {worker.describe(workers)}")
-            for note in (*notes(plan.settings), *trainer.exchange.reducer.notes()):
+            for note in (*notes(plan.settings, worker.device), *trainer.exchange.reducer.notes()):
                 say(note)
             held.enter_context(lock(folder))
             environment = provenance.environment(**worker.facts(), workers=workers)

@@ -21,6 +21,7 @@ from sage.runfolder.record import Recorder
 from sage.training.agree import Agreement, Request, find_difference, find_nonfinite, wait_for_all
 from sage.training.metrics import Meter
 from sage.training.optim import clip_norm
+from sage.training.precision import tf32
 from sage.training.settings import RunSettings
 from sage.training.state import Position, TaskSnapshot, TrainingState
 from sage.workers.store import RendezvousStore
@@ -86,14 +87,14 @@ class Trainer:
         """Fill the flat gradient with this worker's. Returns its loss, a scalar, detached, and for each slot
         whether its parameter has a gradient."""
         self.gradient.zero()
-        autocast = torch.autocast(
-            self.device.type, torch.bfloat16, enabled=self.settings.precision == "bfloat16"
-        )
-        with self.clock.phase("forward"), autocast:
-            loss = self.task.loss(batch)
-        with self.clock.phase("backward"):
-            loss.backward()
-            used = self.gradient.collect()
+        precision, device = self.settings.precision, self.device
+        with tf32(precision == "tf32"):
+            autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+            with self.clock.phase("forward"), autocast:
+                loss = self.task.loss(batch)
+            with self.clock.phase("backward"):
+                loss.backward()
+                used = self.gradient.collect()
         return loss.detach(), used
 
     def exchange_gradient(self, progress: Progress, used: list[bool], measure: bool) -> dict[str, float]:
