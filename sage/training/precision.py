@@ -1,8 +1,8 @@
 """The arithmetic of matrix products and convolutions: the one place for torch's switches.
 
-Unless told otherwise, torch rounds the inputs of a GPU's float32 convolutions to TF32's 10 bits, but not those
-of matrix products. Here both are float32, and `precision: tf32` is for forward and backward alone, so that a
-reducer's own products and the scores are float32 in every run.
+Unless told otherwise, torch rounds the inputs of a GPU's float32 convolutions to TF32's 10 bits, but not
+those of matrix products. Here both are float32, and `precision: tf32` is for forward and backward alone, so
+that a reducer's own products and the scores are float32 in every run.
 """
 
 from collections.abc import Iterator

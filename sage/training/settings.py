@@ -38,9 +38,9 @@ class RunSettings(Settings):
     schedule: Schedule = Schedule()
     clip: Clip = Clip()
     precision: Precision = "float32"
-    """Of forward and backward; scores and all else are float32. tf32: a GPU's matrix products and convolutions
-    round their inputs to 10 bits, which is faster (with float32 neither does). bfloat16: autocast, with float32
-    parameters and gradients."""
+    """Of forward and backward; scores and all else are float32. tf32: a GPU's matrix products and
+    convolutions round their inputs to 10 bits, which is faster (with float32 neither does). bfloat16:
+    autocast, with float32 parameters and gradients."""
     deterministic: bool = True
     """Repeat bit for bit on a GPU too; slower there. false: cuDNN also tries which algorithm is fastest."""
     timeout_seconds: float = Field(default=300.0, gt=0, le=1e6)
