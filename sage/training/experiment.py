@@ -131,7 +131,8 @@ def run_worker(
         first_step,
         keep_waiting=not settings.checkpoint.required,
     )
-    services = RunServices(comm, side, clock, recorder, store, writer)
+    reads_late = worker.device.type == "cuda"
+    services = RunServices(comm, side, clock, recorder, store, writer, reads_late)
     trainer = context.trainer(settings, parts, services)
     if resumed:
         _on_all_workers("restored", lambda: trainer.restore(resumed), store)
