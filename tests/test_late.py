@@ -129,10 +129,10 @@ class WatchedTask(ToyTask):
 
 
 def failures(
-    settings: RunSettings, folder: Path, bad: int, spoil: Spoil, wanted: Request = Request.NOTHING
+    settings: RunSettings, folder: Path, bad: int, spoil: Spoil, wanted: Request, wanted_at: int
 ) -> tuple[list[str], list[WatchedTask]]:
     """What every worker says, and its task, where worker 1's step `bad` is spoiled; rank 0 wants something in
-    that step."""
+    a step."""
     tasks = [WatchedTask(Place(rank, WORLD_SIZE)) for rank in range(WORLD_SIZE)]
     spoil_steps(tasks[1], {bad}, spoil)
 
@@ -140,7 +140,7 @@ def failures(
         task = tasks[comm.rank]
         with trainer_of(settings, comm, folder=folder, task=task, keeps=True, reads_late=True) as trainer:
             if comm.rank == 0:
-                wants = lambda: wanted if trainer.position.step == bad else Request.NOTHING  # noqa: E731
+                wants = lambda: wanted if trainer.position.step == wanted_at else Request.NOTHING  # noqa: E731
                 trainer.agreement.requested = wants
             with pytest.raises(TrainingError) as error:
                 trainer.run()
@@ -163,7 +163,7 @@ def test_a_bad_step_is_named_and_nothing_of_it_is_written_or_scored(
     spoil: Spoil, what: str, bad: int, every: int, wanted: Request, tmp_path: Path
 ) -> None:
     settings = settings_of("topk", log={"every": every})
-    said, tasks = failures(settings, tmp_path / "run", bad, spoil, wanted)
+    said, tasks = failures(settings, tmp_path / "run", bad, spoil, wanted, wanted_at=bad)
     assert said == [f"{what} on rank 1 at epoch {bad // STEPS}, step {bad}"] * WORLD_SIZE
     for task in tasks:
         assert task.steps <= bad + 2  # one more at most
@@ -174,6 +174,17 @@ def test_a_bad_step_is_named_and_nothing_of_it_is_written_or_scored(
         assert [line["step"] for line in lines] == list(range(bad))
     written = [path for path in (tmp_path / "run" / "checkpoints").glob("*/*") if path.suffix == ".json"]
     assert len(written) == bad // STEPS
+
+
+@pytest.mark.parametrize("wanted", [Request.SAVE, Request.STOP])
+def test_a_checkpoint_that_was_agreed_on_before_a_bad_step_is_not_written_after_it(
+    wanted: Request, tmp_path: Path
+) -> None:
+    """What is wanted in step 2 is known in step 3, and done after it."""
+    settings, folder = settings_of("topk", log={"every": 100}), tmp_path / "run"
+    said, _ = failures(settings, folder, 3, loss_becomes_nan, wanted, wanted_at=2)
+    assert said == ["the loss became nan on rank 1 at epoch 0, step 3"] * WORLD_SIZE
+    assert not list((folder / "checkpoints").glob("*/*"))
 
 
 def test_a_finite_gradient_is_used_though_its_norm_is_too_large(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from sage.runfolder.manifest import Checkpoint
 from sage.runfolder.record import Recorder
 from sage.runfolder.resume import ResumePoint, ResumeRequest, choose
 from sage.training.agree import wait_for_all
+from sage.training.compiled import check_compiles
 from sage.training.precision import set_up_arithmetic
 from sage.training.settings import RunSettings, notes
 from sage.training.simulate import WorkerContext, run_single, simulate
@@ -115,6 +116,8 @@ def run_worker(
     # 1. what is trained
     parts = build(settings, worker)
     context.share(parts.task)
+    if settings.compile:
+        _on_all_workers("compiled", lambda: check_compiles(worker.device), store)
 
     # 2. where, and from which step on
     resumed = _agree_on_checkpoint(plan, store)

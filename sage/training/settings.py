@@ -43,6 +43,9 @@ class RunSettings(Settings):
     autocast, with float32 parameters and gradients."""
     deterministic: bool = True
     """Repeat bit for bit on a GPU too; slower there. false: cuDNN also tries which algorithm is fastest."""
+    compile: bool = False
+    """Compile each worker's forward pass and loss with torch.compile: some minutes before the first step, and
+    quicker steps on a GPU. Sums are rounded otherwise, so numbers differ by that from those without it."""
     timeout_seconds: float = Field(default=300.0, gt=0, le=1e6)
     """How long a collective waits for a worker before the run is given up."""
     world_size: int | None = Field(default=None, ge=1)
@@ -87,8 +90,13 @@ def check(
     reducers: Mapping[str, type[Reducer]],
     data: Path,
     world_size: int,
+    simulated: bool = False,
 ) -> None:
     """Raise ValueError, in one line, where the chosen parts cannot run, or not together; cheap."""
+    if settings.compile and simulated:
+        raise ValueError(
+            "compile: expected false with --simulate, whose workers would each compile their own"
+        )
     task = tasks[settings.task.name]
     _check_target(settings.stop_at_score, task)
     task.check(settings.task, data, world_size)

@@ -1,7 +1,7 @@
 """The training loop: compute_gradient, exchange_gradient, apply; what is logged; what ends a run."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,10 +24,11 @@ from sage.training.agree import (
     LateAgreement,
     Request,
     find_difference,
-    find_nonfinite,
     wait_for_all,
 )
+from sage.training.compiled import compiled_loss
 from sage.training.metrics import Meter
+from sage.training.nonfinite import NonFiniteFinder
 from sage.training.optim import clip_norm
 from sage.training.precision import tf32
 from sage.training.settings import RunSettings
@@ -91,8 +92,10 @@ class Trainer:
         self.device = self.gradient.flat.device
         self.meter = Meter(self.comm.ledger.take, self.clock, self.side, self.device)
         self.agreement = self._make_agreement()
+        self._compiled_loss = compiled_loss(self.task) if settings.compile else None
 
         self.position = Position(self.task.steps_per_epoch)
+        self.finder = NonFiniteFinder(self.gradient, parts.feedback, self.position, self.store)
         own: dict[str, Exchange | Stateful]
         own = {"exchange": self.exchange, "meter": self.meter, "task": self.task}
         self.state = TrainingState(self.task.model, self.optimizer, self.position, own, self.device)
@@ -108,7 +111,7 @@ class Trainer:
         with tf32(precision == "tf32"):
             autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
             with self.clock.phase("forward"), autocast:
-                loss = self.task.loss(batch)
+                loss = (self._compiled_loss or self.task.loss)(batch)
             with self.clock.phase("backward"):
                 loss.backward()
                 used = self.gradient.collect(self.side.read)
@@ -197,7 +200,7 @@ class Trainer:
 
         loss, used = self.compute_gradient(batch)
         with self.clock.phase("agree"):
-            evidence = self._evidence(loss)
+            evidence = self.finder.evidence(loss, late=self.agreement.reads_late)
             request, used = self.agreement.agree(evidence, used, waits=logging)
         if request is Request.SKIP and self._skip_nonfinite(loss, logging):
             return request
@@ -236,7 +239,7 @@ class Trainer:
         """Find what is not finite, on any worker, and undo what this step's forward pass changed; False where
         all is finite and only the sum was too large. Raises TrainingError where steps are not skipped."""
         position = self.position
-        message = self._describe_nonfinite(self._gradients(loss), position.epoch, position.step)
+        message = self.finder.find(loss)
         if not message:
             return False
         if self._snapshot is None:
@@ -253,12 +256,6 @@ class Trainer:
             say(message)
         return True
 
-    def _describe_nonfinite(self, named: Iterable[tuple[str, Tensor]], epoch: int, step: int) -> str:
-        """Name the first of the tensors that is not finite, on any worker; "" where all are."""
-        found = self.store.collect(f"bad/{step}", find_nonfinite(named))
-        bad = [f"{what} on rank {rank}" for rank, what in enumerate(found) if what]
-        return f"{bad[0]} at epoch {epoch}, step {step}" if bad else ""
-
     def _make_agreement(self) -> Agreement:
         """One that answers late where the host would have to wait for the device, unless steps are skipped:
         that is decided before anything of a step has changed."""
@@ -267,25 +264,9 @@ class Trainer:
             return LateAgreement(self.side, self.device, is_due, self._fail_late)
         return Agreement(self.side, self.device, is_due)
 
-    def _evidence(self, loss: Tensor) -> Evidence:
-        """By what is known whether this step is finite on this worker."""
-        epoch, step, grad = self.position.epoch, self.position.step, self.gradient
-        if self.agreement.reads_late:
-            largest = torch.stack(grad.largest_magnitudes()).double()
-            return Evidence(epoch, step, torch.cat([loss.double().view(1), largest]))
-        found: Tensor = torch.linalg.vector_norm(grad.flat)
-        return Evidence(epoch, step, loss + found, found)
-
     def _fail_late(self, evidence: Evidence) -> None:
         """Raise TrainingError, on all workers, for an earlier step that was not finite on one of them."""
-        slots = (f"the largest magnitude of the gradient of {slot.name}" for slot in self.gradient.layout)
-        named = zip(("the loss", *slots), evidence.values, strict=True)
-        raise TrainingError(self._describe_nonfinite(named, evidence.epoch, evidence.step))
-
-    def _gradients(self, loss: Tensor) -> Iterator[tuple[str, Tensor]]:
-        yield "the loss", loss
-        for slot in self.gradient.layout:
-            yield f"the gradient of {slot.name}", self.gradient.flat[slot.start : slot.stop]
+        raise TrainingError(self.finder.find_late(evidence))
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Take everything from a checkpoint. Raises ValueError where its files cannot be used."""
@@ -319,9 +300,8 @@ class Trainer:
         values = {"lr": progress.lr, "density": reducer.density, **reducer.metrics(), **norms}
         line = self.meter.step_line(values)
         if not all(math.isfinite(line[name]) for name in norms):
-            raise TrainingError(
-                f"{self._find_nonfinite_memory()} at epoch {position.epoch}, step {position.step}"
-            )
+            where = f"at epoch {position.epoch}, step {position.step}"
+            raise TrainingError(self.finder.find_in_memory() or f"a norm became infinite {where}")
         for name in values:
             if not math.isfinite(line[name]):  # of a reducer; a mean, so all workers find it
                 where = f"at epoch {position.epoch}, step {position.step}"
@@ -329,15 +309,6 @@ class Trainer:
         line = {"kind": "step", "epoch": position.epoch, "step": position.step, **line}
         self.recorder.write(line)
         self.recorder.show_step(line)
-
-    def _find_nonfinite_memory(self) -> str:
-        """Which parameter's memory, on which rank: it has grown beyond the largest number, since the
-        gradients that it was made of were all finite."""
-        layout, memory = self.gradient.layout, self.exchange.feedback.memory
-        named = ((f"what was not sent of {slot.name}", memory[slot.start : slot.stop]) for slot in layout)
-        found = self.store.collect(f"memory/{self.position.step}", find_nonfinite(named))
-        bad = [f"{what} on rank {rank}" for rank, what in enumerate(found) if what]
-        return bad[0] if bad else "a norm became infinite"
 
     def _log_epoch(self, values: dict[str, float]) -> None:
         position = self.position
