@@ -32,7 +32,7 @@ seed: 7
 world_size: 2
 epochs: 3
 stop_at_score: 0.5
-task: {name: cifar10, model: resnet18, batch_per_worker: 5}
+task: {name: cifar10, model: resnet18, batch_per_worker: 5, memory_format: channels_last}
 reducer:
   {name: sage, density: 1e-3, threshold: 1e-7, exchange: union, sampling: by_tensor, terms: alpha,
   density_schedule: {warmup_epochs: 3}}
@@ -42,6 +42,7 @@ schedule: {warmup_epochs: 0.5, reference_batch: 64, decay_epochs: [1.5, 2], deca
 clip: {norm: 2.5, before_reduce: false}
 precision: bfloat16
 deterministic: false
+compile: true
 timeout_seconds: 12.5
 on_nonfinite: skip
 skip_limit: 4
@@ -232,6 +233,8 @@ MISTAKES = [  # path, value, what the line says was expected
     ("schedule.decay_epochs", 3, "a list, each a number"),
     ("schedule", 3, "a mapping with keys of warmup_epochs"),
     ("precision", "float16", "float32, tf32, bfloat16"),
+    ("compile", 1, "true or false"),
+    ("task.memory_format", "channels_first", "contiguous, channels_last"),
     ("optimizer", "sgd", "a mapping with a name, one of sgd, adam"),
     ("reducer.name", "sagee", "did you mean sage?"),
     ("reducer.name", 1, "one of exact, topk, global_topk, threshold, sage"),
