@@ -119,10 +119,11 @@ class Exchange:
         """
         scale = _scale_of(scaler)
         used, grad = gradient.collect(self._side.read), gradient.flat
-        # the largest magnitude: NaN where an element is, and no finite gradient gives infinity
-        largest: Tensor = torch.linalg.vector_norm(grad, torch.inf)
+        # Both are NaN where an element is. (A norm of order infinity takes ten times as long on a CPU.)
+        low, high = grad.aminmax()
+        is_finite = low.isfinite() & high.isfinite()
         # All agree before anything is changed: the one time that a step waits for the device.
-        is_bad, used = read_agreement(self._side, start_agreement(self._side, largest.isfinite(), used))
+        is_bad, used = read_agreement(self._side, start_agreement(self._side, is_finite, used))
         if is_bad:
             grad.fill_(torch.nan)
         else:
