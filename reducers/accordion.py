@@ -1,5 +1,6 @@
 """Accordion: low compression for the tensors whose gradient is changing, high for the others."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
@@ -146,5 +147,5 @@ class Accordion(Reducer):
     def expected_payload_bytes(self, world_size: int) -> int:
         return self.inner.expected_payload_bytes(world_size)
 
-    def metrics(self) -> dict[str, float]:
-        return {**self.inner.metrics(), "low_compression": self.levels.float().mean().item()}
+    def metrics(self) -> Mapping[str, float | Tensor]:
+        return {**self.inner.metrics(), "low_compression": self.levels.float().mean()}

@@ -1,5 +1,6 @@
 """SAGE: a threshold that follows, every step, a target density."""
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import torch
@@ -135,8 +136,8 @@ class SageLaw(ThresholdLaw):
         self._terms.update(beta=beta, gamma=gamma, density_exam=exam)
         return self.lam.to(magnitudes.dtype)
 
-    def metrics(self) -> dict[str, float]:
-        return {"threshold": self.lam.item(), **{name: term.item() for name, term in self._terms.items()}}
+    def metrics(self) -> Mapping[str, float | Tensor]:
+        return {"threshold": self.lam, **self._terms}
 
     def _beta(self, exam: Tensor) -> Tensor:
         return 2 / (1 + torch.exp(self.target - exam))

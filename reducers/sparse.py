@@ -6,6 +6,7 @@ ThresholdSparsifier that passes a law, which sets the threshold.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Annotated, Generic, Literal, TypeVar
 
 import torch
@@ -85,6 +86,14 @@ def exchange_by_union(send: Tensor, mean: Tensor, indices: Tensor, comm: Communi
     return gathered, union
 
 
+def count_distinct(indices: Tensor) -> Tensor:
+    """How many different numbers there are among indices (m,): a float64 scalar, without waiting for it."""
+    ascending = indices.sort().values
+    firsts = ascending.new_ones(indices.shape, dtype=torch.bool)
+    torch.ne(ascending[1:], ascending[:-1], out=firsts[1:])
+    return firsts.sum().double()
+
+
 # --- the reducers' bases --------------------------------------------------------------------------
 
 
@@ -124,8 +133,8 @@ class Sparsifier(ScheduledReducer):
             return 4 + 8 * k
         return 4 + 4 * k + 4 * min(self.n, world_size * k)
 
-    def metrics(self) -> dict[str, float]:
-        union = torch.cat(self._gathered).unique().numel() if self._gathered else 0
+    def metrics(self) -> Mapping[str, float | Tensor]:
+        union = count_distinct(torch.cat(self._gathered)) if self._gathered else 0
         return {"target_density": self.target_density, "union_density": union / self.n}
 
 
@@ -179,7 +188,7 @@ class ThresholdLaw(Stateful, ABC):
     def aim(self, density: float) -> None:
         """Called when the target density changes; a law may have no use for it."""
 
-    def metrics(self) -> dict[str, float]:
+    def metrics(self) -> Mapping[str, float | Tensor]:
         return {}
 
 
@@ -205,5 +214,5 @@ class ThresholdSparsifier(CandidateSparsifier[Tensor]):
         threshold = self.law.threshold(magnitudes, self.n)
         return candidates[magnitudes >= threshold]  # host synchronisation on a GPU: the selection's size
 
-    def metrics(self) -> dict[str, float]:
+    def metrics(self) -> Mapping[str, float | Tensor]:
         return {**super().metrics(), **self.law.metrics()}

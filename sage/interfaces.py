@@ -7,7 +7,7 @@ metrics. This file imports nothing of ours, and every other part may import it.
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -254,8 +254,11 @@ class Reducer(Stateful, ABC):
         """What the user of these settings should know, a line each; said once, before training."""
         return []
 
-    def metrics(self) -> dict[str, float]:
-        """Threshold, controller terms, ...; read on logging steps only."""
+    def metrics(self) -> Mapping[str, float | Tensor]:
+        """Threshold, controller terms, ...; asked for on logging steps only.
+
+        What the device holds is a scalar tensor: the caller reads all of them at once.
+        """
         return {}
 
 

@@ -260,6 +260,11 @@ class Step:
 Gradient = Callable[[int, int], Tensor]
 
 
+def numbers(metrics: Mapping[str, float | Tensor]) -> dict[str, float]:
+    """A reducer's metrics, those on the device too, as numbers."""
+    return {name: float(value) for name, value in metrics.items()}
+
+
 def run_steps(
     reducer: Reducer, comm: CountingComm, steps: range, memory: Tensor, gradient_of: Gradient = gradient
 ) -> list[Step]:
@@ -272,7 +277,7 @@ def run_steps(
         before = memory.clone()
         reducer.reduce(memory, mean, comm)
         counted = comm.ledger.take()
-        seen.append(Step(before, memory.clone(), mean, counted, reducer.metrics(), reducer.density))
+        seen.append(Step(before, memory.clone(), mean, counted, numbers(reducer.metrics()), reducer.density))
     return seen
 
 

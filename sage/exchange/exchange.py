@@ -27,36 +27,53 @@ class ExchangeNorms:
     left_is_error: bool
     """Whether what was left is send - sent (not so where a method sends signs)."""
 
-    def read(self) -> dict[str, float]:
-        """residual_norm, and compression_error = ||send - sent||^2 / ||send||^2 where there is one. Waits for
-        the device."""
-        send, left = self.send.item(), self.left.item()
+    def values(self) -> dict[str, Tensor]:
+        """residual_norm, and compression_error = ||send - sent||^2 / ||send||^2 where there is one: float64
+        scalars on the device."""
+        send, left = self.send.double(), self.left.double()
         if not self.left_is_error:
             return {"residual_norm": left}
-        return {"residual_norm": left, "compression_error": 0.0 if send == 0 else (left / send) ** 2}
+        return {
+            "residual_norm": left,
+            "compression_error": torch.where(send == 0, 0.0, (left / send).square()),
+        }
+
+    def read(self) -> dict[str, float]:
+        """The same as numbers. Waits for the device."""
+        return {name: value.item() for name, value in self.values().items()}
 
 
-def norm(values: Tensor) -> Tensor:
-    """The 2-norm, a scalar; in float64 where the sum of squares is too large for the values' type. Waits for
-    the device."""
-    found: Tensor = torch.linalg.vector_norm(values)
-    if not found.isfinite():  # host synchronisation
-        found = torch.linalg.vector_norm(values, dtype=torch.float64)
-    return found
+def norm(values: Tensor, found: Tensor | None = None, *, waits: bool = True) -> Tensor:
+    """The 2-norm, a scalar; in float64 where the sum of squares is too large for the values' type.
 
-
-def agree_on_step(
-    side: Communicator, total: Tensor, used: Sequence[bool], request: int = 0, request_to_skip: int = 1
-) -> tuple[int, list[bool]]:
-    """Agree over all workers before anything of a step is changed: one all-reduce of 4 (1 + slots) bytes.
-
-    total: a scalar on the device that is finite where this worker's gradient is. used: for each slot, whether
-    this worker has a gradient of it. Returns the largest request of all workers, where one whose total is not
-    finite requests request_to_skip, and for each slot whether any worker uses it. Waits for the device.
+    found: the norm in the values' type, where it is known. waits: look whether it is finite, which on a GPU
+    waits for the device; false: compute in float64 at once.
     """
-    flags = torch.tensor([request, *used], dtype=torch.int32).to(total.device)  # (1 + slots,)
-    flags[0] = torch.where(total.isfinite(), flags[0], request_to_skip)
+    if waits:
+        narrow: Tensor = torch.linalg.vector_norm(values) if found is None else found
+        if narrow.isfinite():
+            return narrow
+    wide: Tensor = torch.linalg.vector_norm(values, dtype=torch.float64)
+    return wide
+
+
+def start_agreement(
+    side: Communicator, is_finite: Tensor, used: Sequence[bool], request: int = 0, request_to_skip: int = 1
+) -> Tensor:
+    """Agree over all workers on a step: one all-reduce of 4 (1 + slots) bytes. Waits for no device.
+
+    is_finite: a scalar on the device, whether this worker's gradient is. used: for each slot, whether this
+    worker has a gradient of it. Returns flags (1 + slots,) int32: the largest request of all workers, where
+    one whose gradient is not finite requests request_to_skip; then for each slot whether any worker uses it.
+    """
+    flags = torch.tensor([request, *used], dtype=torch.int32).to(is_finite.device, non_blocking=True)
+    flags[0] = torch.where(is_finite, flags[0], request_to_skip)
     side.all_reduce(flags, "max")
+    return flags
+
+
+def read_agreement(side: Communicator, flags: Tensor) -> tuple[int, list[bool]]:
+    """The request and the slots' uses of start_agreement's flags. Waits for the device."""
     agreed, *any_uses = side.read(flags).tolist()  # host synchronisation
     return agreed, [bool(flag) for flag in any_uses]
 
@@ -76,10 +93,12 @@ class Exchange:
         comm: Communicator,
         layout: Sequence[Slot],
         clock: Clock | None = None,
+        reads_late: bool = False,
     ) -> None:
-        """layout: the parameters in the flat gradient. clock: counts the step as its phase "reduce"."""
+        """layout: the parameters in the flat gradient. clock: counts the step as its phase "reduce".
+        reads_late: norms are computed without waiting for the device."""
         self.feedback, self.reducer, self.comm, self.layout = feedback, reducer, comm, list(layout)
-        self._side = comm.another()
+        self._side, self._waits = comm.another(), not reads_late
         self._clock = clock or Clock(torch.device("cpu"))
 
     def step(
@@ -99,9 +118,12 @@ class Exchange:
         already unscaled the gradients.
         """
         scale = _scale_of(scaler)
-        used, grad = gradient.collect(), gradient.flat
-        # the largest magnitude: NaN where an element is, and no finite gradient gives infinity
-        is_bad, used = agree_on_step(self._side, torch.linalg.vector_norm(grad, torch.inf), used)
+        used, grad = gradient.collect(self._side.read), gradient.flat
+        # Both are NaN where an element is. (A norm of order infinity takes ten times as long on a CPU.)
+        low, high = grad.aminmax()
+        is_finite = low.isfinite() & high.isfinite()
+        # All agree before anything is changed: the one time that a step waits for the device.
+        is_bad, used = read_agreement(self._side, start_agreement(self._side, is_finite, used))
         if is_bad:
             grad.fill_(torch.nan)
         else:
@@ -141,7 +163,7 @@ class Exchange:
         # 2. memory = what this worker wants to send
         with self._clock.phase("reduce"):
             self.feedback.compensate(self.reducer, grad)
-        send_norm = norm(memory) if measure else None
+        send_norm = norm(memory, waits=self._waits) if measure else None
 
         # 3. grad = the mean; memory = what was not sent
         with self._clock.phase("reduce"):
@@ -149,7 +171,7 @@ class Exchange:
             self.feedback.after_reduce(self.reducer)
         if send_norm is None:
             return None
-        return ExchangeNorms(send_norm, norm(memory), self.reducer.takes_feedback)
+        return ExchangeNorms(send_norm, norm(memory, waits=self._waits), self.reducer.takes_feedback)
 
     @contextmanager
     def _kept_for_later(self, used: list[bool]) -> Iterator[None]:
