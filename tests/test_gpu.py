@@ -142,7 +142,8 @@ def test_a_step_gives_what_it_gives_on_the_cpu(case: Case, deterministic: bool, 
         allowed = tolerance(case, theirs)
         for a, b in zip(ours, theirs, strict=True):
             assert a.counted == b.counted
-            assert a.density == b.density
+            if case.fixed_count or case.count is None:  # else a GPU's may be known a step later
+                assert a.density == b.density
             for on_device, on_cpu in ((a.mean, b.mean), (a.after, b.after)):
                 if allowed == 0:
                     assert same_bits(on_device, on_cpu)

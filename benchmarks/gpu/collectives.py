@@ -123,7 +123,7 @@ SECTION = Section(
     "nccl",
     "NCCL with a single worker (gloo on a machine without a GPU): which types the collectives take; what a "
     "call, its wait and a read cost the host behind half a second of work; messages of some sizes to itself.",
-    30,
+    25,
     checks,
     fresh=True,
 )

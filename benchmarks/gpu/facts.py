@@ -63,5 +63,5 @@ def checks(setup: Setup) -> list[Check]:
 
 
 SECTION = Section(
-    "facts", "Versions, the bandwidth of a copy, and how far a float32 product is one.", 15, checks
+    "facts", "Versions, the bandwidth of a copy, and how far a float32 product is one.", 10, checks
 )

@@ -20,10 +20,16 @@ from benchmarks.gpu.checks import Check, Row, Section, Setup
 from benchmarks.published import step_lines
 from sage.runfolder.provenance import ROOT
 
-DIGITS = ["configs/digits.yaml", "log.tensorboard=false"]
+SHORT = ["epochs=1", "log.every=1", "log.tensorboard=false"]
+SIMULATED, PROCESSES = ["--simulate", "2"], ["--workers", "2"]
+DIGITS = ["configs/digits.yaml", *SHORT]
+LSTM = ["configs/python_docs.yaml", *SHORT, "task.train_tokens=20000", *SIMULATED]
+RATINGS = ["configs/synthetic_ratings.yaml", *SHORT, *SIMULATED]
 REHEARSED = "[sage] or [powersgd] or float32 or topk-lstm"
 """Tests that are tried on a machine without a GPU, a few of each kind."""
 POLL_SECONDS = 0.05
+LEAST_SECONDS = 10.0
+"""A run that has less time than this is left out."""
 STOP_AFTER = 8
 """Step lines after which a run is stopped."""
 
@@ -34,11 +40,11 @@ STOP_AFTER = 8
 def run_tests(setup: Setup) -> Iterator[Row]:
     """tests/test_gpu.py; on a machine without a GPU its tests are tried on the CPU."""
     report = setup.folder / "tests.xml"
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/test_gpu.py", f"--junitxml={report}"]
+    command = [sys.executable, "-m", "pytest", "-v", "-m", "gpu", "tests/test_gpu.py", f"--junitxml={report}"]
     command += ["-p", "no:cacheprovider", *(["--rehearse", "-k", REHEARSED] if setup.small else [])]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    code, output = _call(command, time.monotonic() + TESTS.seconds - 5)
     if not report.exists():
-        raise RuntimeError(f"pytest ended with exit code {done.returncode}: {done.stdout.strip()[-200:]}")
+        raise RuntimeError(f"pytest: {code or 'no report'}, after {output.strip()[-200:]!r}")
     yield from read_tests(report)
 
 
@@ -81,67 +87,55 @@ class Run:
 
 
 def runs_of(setup: Setup) -> list[Run]:
-    short = [*DIGITS, "epochs=1", "log.every=1"]
+    sage = [*DIGITS, "reducer.name=sage"]
     found = [
-        Run("sage, simulated", [*short, "--simulate", "2"]),
-        Run("sage, simulated again", [*short, "--simulate", "2"], equals="sage, simulated"),
-        Run("sage, two processes over gloo", [*short, "--workers", "2"], equals="sage, simulated"),
-        Run(
-            "sage, stopped and resumed",
-            [*short, "--simulate", "2"],
-            equals="sage, simulated",
-            is_stopped=True,
-        ),
+        Run("sage, simulated", [*sage, *SIMULATED]),
+        Run("sage, simulated again", [*sage, *SIMULATED], equals="sage, simulated"),
+        Run("sage, two processes over gloo", [*sage, *PROCESSES], equals="sage, simulated"),
+        Run("sage, stopped and resumed", [*sage, *SIMULATED], equals="sage, simulated", is_stopped=True),
     ]
-    return [found[0], *found[2:]] if setup.small else found + _more_runs(short)
+    return [found[0], *found[2:]] if setup.small else found + _more_runs()
 
 
-def _more_runs(short: list[str]) -> list[Run]:
+def _more_runs() -> list[Run]:
     """The other reducers, and the other families of tasks."""
     found = []
     for reducer in ("topk", "global_topk", "powersgd", "random_k", "sign_norm"):
-        words = [*short, f"reducer.name={reducer}"]
-        first = f"{reducer}, simulated"
-        found.append(Run(first, [*words, "--simulate", "2"]))
-        # Over gloo an all-reduce adds in another order than the threads do.
+        words, first = [*DIGITS, f"reducer.name={reducer}"], f"{reducer}, simulated"
+        found.append(Run(first, [*words, *SIMULATED]))
+        # Over gloo an all-reduce may add in another order than the threads do.
         equals = None if reducer in ("powersgd", "random_k") else first
-        found.append(Run(f"{reducer}, two processes over gloo", [*words, "--workers", "2"], equals=equals))
-    lstm = [
-        "configs/python_docs.yaml",
-        "epochs=1",
-        "task.train_tokens=20000",
-        "log.every=5",
-        "--simulate",
-        "2",
-    ]
-    ratings = ["configs/synthetic_ratings.yaml", "epochs=1", "--simulate", "2"]
-    for name, words in (("lstm", lstm), ("ratings", ratings)):
+        found.append(Run(f"{reducer}, two processes over gloo", [*words, *PROCESSES], equals=equals))
+    for name, words in (("lstm", LSTM), ("ratings", RATINGS)):
         found += [Run(name, words), Run(f"{name}, again", words, equals=name)]
-    return [*found, Run("lstm, stopped and resumed", lstm, equals="lstm", is_stopped=True)]
+    return [*found, Run("lstm, stopped and resumed", LSTM, equals="lstm", is_stopped=True)]
 
 
 def run_all(setup: Setup) -> Iterator[Row]:
     """All runs, several at a time, and whether those that must have the same weights do."""
-    runs = runs_of(setup)
+    runs, ends_at = runs_of(setup), time.monotonic() + RUNS.seconds - 5
     with ThreadPoolExecutor(2 if setup.small else 8) as pool:
-        rows = dict(zip((run.name for run in runs), pool.map(partial(_run, setup), runs), strict=True))
+        rows = dict(
+            zip((run.name for run in runs), pool.map(partial(_run, setup, ends_at), runs), strict=True)
+        )
     for run in runs:
-        if run.equals is not None and "failed" not in rows[run.name]:
-            weights = rows[run.name]["weights"]
-            if weights != rows[run.equals].get("weights"):
+        if run.equals is not None and "weights" in rows[run.name]:
+            if rows[run.name]["weights"] != rows[run.equals].get("weights"):
                 yield {"check": run.name, "failed": f"other weights than of the run {run.equals}"}
             rows[run.name]["the same bits as"] = run.equals
     yield from rows.values()
 
 
-def _run(setup: Setup, run: Run) -> Row:
+def _run(setup: Setup, ends_at: float, run: Run) -> Row:
+    if time.monotonic() > ends_at - LEAST_SECONDS:
+        return {"check": run.name, "left out": "no time was left for it"}
     folder = setup.folder / run.name.replace(" ", "-").replace(",", "")
-    arguments = [*run.arguments, "--runs", str(folder), "--threads", "1"]
-    stopped_after = _stop(arguments, folder) if run.is_stopped else None
-    code, output = _call([*arguments, *(["--resume"] if run.is_stopped else [])])
+    command = [sys.executable, "run.py", *run.arguments, "--runs", str(folder), "--threads", "1"]
+    stopped_after = _stop(command, folder) if run.is_stopped else None
+    problem, output = _call([*command, *(["--resume"] if run.is_stopped else [])], ends_at)
     summaries = list(folder.rglob("summary.json"))
-    if code or not summaries:
-        return {"check": run.name, "failed": f"exit code {code}: {output.strip()[-200:]}"}
+    if problem or not summaries:
+        return {"check": run.name, "failed": f"{problem or 'no summary'}, after {output.strip()[-200:]!r}"}
     summary = json.loads(summaries[0].read_text())
     return {
         "run": run.name,
@@ -153,20 +147,22 @@ def _run(setup: Setup, run: Run) -> Row:
     }
 
 
-def _call(arguments: Sequence[str]) -> tuple[int, str]:
-    done = subprocess.run(
-        [sys.executable, "run.py", *arguments],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    return done.returncode, done.stdout
+def _call(command: Sequence[str], ends_at: float) -> tuple[str, str]:
+    """Run a program until it ends, or until a time; returns what went wrong, or "", and its output."""
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        try:
+            output, _ = process.communicate(timeout=max(0.0, ends_at - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGINT)  # run.py ends its workers, pytest writes its report
+            output, _ = process.communicate()
+            return "took too long", output
+    return f"exit code {process.returncode}" if process.returncode else "", output
 
 
-def _stop(arguments: Sequence[str], folder: Path) -> int:
+def _stop(command: Sequence[str], folder: Path) -> int:
     """Start a run and stop it by SIGTERM after some steps; returns how many of its lines there were."""
-    command = [sys.executable, "run.py", *arguments]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         while process.poll() is None and _count_lines(folder) < STOP_AFTER:
             time.sleep(POLL_SECONDS)
@@ -196,6 +192,6 @@ RUNS = Section(
     "runs",
     "Runs of run.py with two workers: in one process in turn, or as two processes that share the GPU over "
     "gloo; again, and stopped and resumed. weights: a hash of the final weights' bits.",
-    80,
+    75,
     run_checks,
 )

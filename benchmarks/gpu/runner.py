@@ -4,6 +4,7 @@ An illegal access in a kernel makes every later call of its process fail, and a 
 so the checks run in a process that is killed and started again where that happens.
 """
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -131,6 +132,7 @@ def _serve(pipe: Connection, sections: Sequence[Section], setup: Setup) -> None:
     os.setsid()
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what runs say of themselves
     if setup.on_gpu:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs to be deterministic
         torch.cuda.set_device(setup.device)
     while True:
         try:
@@ -143,6 +145,7 @@ def _serve(pipe: Connection, sections: Sequence[Section], setup: Setup) -> None:
 def _measure(check: Check, setup: Setup) -> _Answer:
     try:
         rows = list(check.measure())
+        gc.collect()  # models in cycles of references
         if setup.on_gpu:
             torch.cuda.synchronize()
             torch.cuda.empty_cache()

@@ -155,24 +155,32 @@ def _choices(owner: type[Settings], field: str) -> tuple[Any, ...]:
 
 
 def step_checks(setup: Setup) -> list[Check]:
-    variants: dict[str, list[list[str]]] = {
-        name: [[f"reducer.name={reducer}"] for reducer in REDUCERS] for name in PUBLISHED
-    }
-    for name, changes in variants.items():
-        options = options_of(name, setup)
-        changes += [["reducer.name=exact", *option] for option in options]
-        if not setup.small:
-            changes += [["reducer.name=global_topk", *option] for option in options]
-    return [
-        Check(f"{name}: {' '.join(changes)}", partial(measure_step, name, changes, setup))
+    """The networks in turn, so that where time runs out all have their first variants; what compiles last."""
+    variants = {name: _variants(name, setup) for name in PUBLISHED}
+    in_turn = [
+        (name, changes)
+        for number in range(max(len(changes) for changes in variants.values()))
         for name, all_changes in variants.items()
-        for changes in (_few(name, all_changes) if setup.small else all_changes)
+        for changes in all_changes[number : number + 1]
+    ]
+    return [
+        Check(
+            f"{name}: {' '.join(changes)}",
+            partial(measure_step, name, changes, setup),
+            seconds=100 if "compile=true" in changes else 40,
+        )
+        for name, changes in sorted(in_turn, key=lambda pair: "compile=true" in pair[1])
     ]
 
 
-def _few(name: str, changes: list[list[str]]) -> list[list[str]]:
-    """What is tried on a machine without a GPU."""
-    return changes[:1] + (changes[len(REDUCERS) :] if name == "resnet18" else [])
+def _variants(name: str, setup: Setup) -> list[list[str]]:
+    """The changes of settings with which a network's step is measured."""
+    options = options_of(name, setup)
+    plain = [["reducer.name=exact"], *(["reducer.name=exact", *option] for option in options)]
+    if setup.small:
+        return plain if name == "resnet18" else plain[:1]
+    others = [[f"reducer.name={reducer}"] for reducer in REDUCERS[1:]]
+    return [plain[0], *others, *plain[1:], *(["reducer.name=global_topk", *option] for option in options)]
 
 
 # --- waits ----------------------------------------------------------------------------------------
@@ -219,15 +227,15 @@ def wait_checks(setup: Setup) -> list[Check]:
     names = [name for name in run.REDUCERS if not run.REDUCERS[name].takes_feedback]
     cases = [(reducer, ["feedback.name=none"] if reducer in names else []) for reducer in run.REDUCERS]
     cases += [("topk", ["reducer.exchange=union"]), ("exact", ["on_nonfinite=skip"])]
-    small = ("exact", "topk", "sage")
+    few = ("exact", "sage", "topk", "powersgd")
     return [
         Check(
             f"{name}: waits of {' '.join([reducer, *changes])}",
             partial(count_waits, name, reducer, changes, setup),
         )
-        for name in ("lstm", "resnet18")
+        for name in (["lstm"] if setup.small else ["lstm", "resnet18"])
         for reducer, changes in cases
-        if not setup.small or (name == "lstm" and reducer in small)
+        if reducer in few or not (setup.small or name == "resnet18")
     ]
 
 
@@ -245,7 +253,7 @@ WAITS = Section(
     "How often the host waits for the device in a step of training, and at which lines of code: as torch "
     "reports them (torch.cuda.set_sync_debug_mode). On a CPU: operations that would wait on a GPU, without "
     "copies to the host.",
-    50,
+    40,
     wait_checks,
     fresh=True,
 )
