@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -197,6 +198,53 @@ def test_a_slow_call_is_timed_a_few_times_only() -> None:
     timing = timed(lambda: calls.append(time.sleep(0.02) or 0.0), CPU, seconds=0.1)  # type: ignore[func-returns-value]
     assert 4 <= len(calls) <= 6
     assert timing.queued == timing.alone >= 20
+
+
+class FakeEvent:
+    """A CUDA event on a device that does what it is told at once, and sleeps when it is told to."""
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.time = time.perf_counter()
+
+    def synchronize(self) -> None:
+        """Everything is done already."""
+
+    def elapsed_time(self, end: "FakeEvent") -> float:
+        return 1000 * (end.time - self.time)
+
+
+def test_a_gpus_time_is_that_between_its_events_alone_and_behind_other_work(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: calls.append("synchronize"))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: calls.append("busy"))
+
+    def call() -> None:
+        calls.append("call")
+        time.sleep(0.002)
+
+    timing = timed(call, torch.device("cuda"), before=lambda: calls.append("before"))
+    assert min(timing.alone, timing.queued, timing.host) >= 2
+    half = len(calls) * 3 // 7  # 3 words a call on an idle device, 4 on a busy one, as often
+    assert calls[:half] == ["before", "synchronize", "call"] * (half // 3)
+    assert calls[half:] == ["before", "synchronize", "busy", "call"] * (half // 3)
+
+
+def test_the_waits_that_torch_reports_are_counted_by_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    modes: list[str] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    with counted_waits(torch.device("cuda")) as found:
+        for _ in range(2):
+            warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+        warnings.warn("does not detect all synchronizing operations", stacklevel=1)
+    assert list(found.values()) == [2]
+    assert modes == ["warn", "default"]
 
 
 def test_what_would_wait_on_a_gpu_is_counted_by_line() -> None:

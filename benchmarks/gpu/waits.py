@@ -42,7 +42,7 @@ def counted_waits(device: torch.device) -> Iterator[Counter[str]]:
 @contextmanager
 def _reported_waits(found: Counter[str]) -> Iterator[None]:
     def note(message: Warning | str, *_: Any, **__: Any) -> None:
-        if "synchroniz" in str(message):
+        if "called a synchronizing" in str(message):  # torch's words
             found[calling_line()] += 1
 
     torch.cuda.synchronize()
