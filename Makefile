@@ -1,14 +1,14 @@
 # make setup       create .venv and install the pinned packages (once; about 5 GB of downloads)
 # make quickstart  train a small CNN under four reducers with two workers; ends with a table and a picture
 # make test        the test suite                 make check       test, lint, format and types
-# make gpu         what needs a GPU: its tests, figures of reducers and steps, whole runs; a page in runs/gpu
 # make cluster     the tests on a virtual SLURM cluster; needs root, slurm-wlm munge iproute2 openmpi-bin
+# make gpu         what needs a GPU: its tests, figures of reducers and steps, whole runs; a page in runs/gpu
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 QUICKSTART := runs/quickstart/$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: setup quickstart test cluster gpu check
+.PHONY: setup quickstart test cluster check
 
 setup: $(VENV)/.complete
 
@@ -30,6 +30,7 @@ test: setup
 cluster: setup
 	$(RUN) -m pytest -m cluster tests/cluster $(PYTEST)
 
+.PHONY: gpu
 gpu: setup
 	$(RUN) -m benchmarks.gpu $(GPU)
 
