@@ -99,7 +99,7 @@ def test_a_steps_seconds_are_its_phases_with_communicate_inside_reduce() -> None
 def run_fakes(sections: list, limit_seconds: float, folder: Path) -> tuple[dict[str, list[Row]], list[Row]]:
     """The rows by section, and those that were shown meanwhile."""
     shown: list[Row] = []
-    setup = Setup(CPU, folder, small=True)
+    setup = Setup(CPU, folder, small=False)
     rows = run_sections(sections, setup, limit_seconds, lambda name, rows: shown.extend(rows))
     return rows, shown
 

@@ -42,7 +42,7 @@ def run_sections(
     results: dict[str, list[Row]] = {}
     with _Process.started(sections, setup) as process:
         for number, section in enumerate(sections):
-            if section.fresh:
+            if section.fresh and not setup.small:  # small ones take less time than a process to start
                 process.restart()
             reserved = sum(later.seconds for later in sections[number + 1 :])
             section_ends_at = max(ends_at - reserved, min(ends_at, time.monotonic() + section.seconds))

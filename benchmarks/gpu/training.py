@@ -4,7 +4,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, get_args
 
@@ -101,19 +101,21 @@ class Stopwatch:
     first: int
     last: int
     device: torch.device
+    started: float = 0.0
     seconds: float = 0.0
-    phases: dict[str, float] | None = None
+    """Of all steps together, on the wall."""
+    phases: dict[str, float] = field(default_factory=dict)
 
     def __call__(self, step: int, clock: Clock) -> None:
         if step not in (self.first, self.last):
             return
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-        phases = clock.take()
+        phases, now = clock.take(), time.perf_counter()
         if step == self.last:
-            self.phases, self.seconds = phases, time.perf_counter() - self.seconds
+            self.phases, self.seconds = phases, now - self.started
             raise Measured
-        self.seconds = time.perf_counter()
+        self.started = now
 
 
 def measure_step(name: str, changes: list[str], setup: Setup) -> Iterator[Row]:
@@ -122,7 +124,6 @@ def measure_step(name: str, changes: list[str], setup: Setup) -> Iterator[Row]:
     if setup.on_gpu:
         torch.cuda.reset_peak_memory_stats()
     run_steps(name, [f"log.every={NEVER}", *changes], setup, watch)
-    assert watch.phases is not None
     phases = {f"{phase}, ms": 1000 * watch.phases.get(phase, 0.0) / count for phase in PHASES}
     memory = torch.cuda.max_memory_allocated() / 2**30 if setup.on_gpu else None
     yield {

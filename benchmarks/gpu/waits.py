@@ -48,7 +48,7 @@ def _reported_waits(found: Counter[str]) -> Iterator[None]:
     torch.cuda.synchronize()
     with warnings.catch_warnings():
         warnings.simplefilter("always")
-        warnings.showwarning = note  # type: ignore[assignment]
+        warnings.showwarning = note
         torch.cuda.set_sync_debug_mode("warn")
         try:
             yield
