@@ -187,7 +187,7 @@ def run_checks(setup: Setup) -> list[Check]:
     return [Check("runs", partial(run_all, setup), seconds=RUNS.seconds)]
 
 
-TESTS = Section("tests", "tests/test_gpu.py, the tests that need a GPU.", 110, test_checks)
+TESTS = Section("tests", "tests/test_gpu.py, the tests that need a GPU.", 120, test_checks)
 RUNS = Section(
     "runs",
     "Runs of run.py with two workers: in one process in turn, or as two processes that share the GPU over "
