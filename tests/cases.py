@@ -13,6 +13,7 @@ from reducers import REDUCERS
 from sage.exchange.comm import CountingComm
 from sage.interfaces import Progress, Reducer, Seeds, Slot, lay_out
 
+CPU = torch.device("cpu")
 SHAPES = ((8, 3, 3, 3), (8,), (20, 11), (11,), (1,))
 Collectives = tuple[tuple[Literal["all_reduce", "all_gather", "broadcast"], int], ...]
 Law = Literal["conservation", "zeros", "one huge value", "one element", "a worker without gradient"]
@@ -67,11 +68,15 @@ class Case:
         return "-".join([f"[{self.reducer}]", *(str(value) for value in self.settings.values())])
 
     def build(
-        self, layout: list[Slot] = LAYOUT, rank: int = 0, changes: Mapping[str, Any] | None = None
+        self,
+        layout: list[Slot] = LAYOUT,
+        rank: int = 0,
+        changes: Mapping[str, Any] | None = None,
+        device: torch.device = CPU,
     ) -> Reducer:
         settings = REDUCERS[self.reducer].Settings
         config = settings.model_validate({**self.settings, **(changes or {})})
-        return reducers.build(config, layout, seeds=Seeds.derive(1, rank), device=torch.device("cpu"))
+        return reducers.build(config, layout, seeds=Seeds.derive(1, rank), device=device)
 
 
 def layerwise(send: Tensor, metrics: dict[str, float]) -> int:
@@ -268,10 +273,10 @@ def numbers(metrics: Mapping[str, float | Tensor]) -> dict[str, float]:
 def run_steps(
     reducer: Reducer, comm: CountingComm, steps: range, memory: Tensor, gradient_of: Gradient = gradient
 ) -> list[Step]:
-    """Steps of a worker with error feedback, two an epoch; memory (n,) is changed."""
+    """Steps of a worker with error feedback, two an epoch, on the memory's device; memory (n,) is changed."""
     seen = []
     for step in steps:
-        mean = gradient_of(comm.rank, step).clone()
+        mean = gradient_of(comm.rank, step).to(memory.device, copy=True)
         reducer.begin_step(Progress(epoch=step / 2, step=step, lr=0.1, steps_per_epoch=2))
         reducer.accumulate(memory, mean)
         before = memory.clone()
@@ -281,6 +286,7 @@ def run_steps(
     return seen
 
 
-def run_case(case: Case, comm: CountingComm, num_steps: int = 6) -> list[Step]:
+def run_case(case: Case, comm: CountingComm, num_steps: int = 6, device: torch.device = CPU) -> list[Step]:
     """A worker's first steps, from a fresh reducer and an empty memory."""
-    return run_steps(case.build(rank=comm.rank), comm, range(num_steps), torch.zeros(N))
+    memory = torch.zeros(N, device=device)
+    return run_steps(case.build(rank=comm.rank, device=device), comm, range(num_steps), memory)

@@ -113,7 +113,7 @@ def trainer_of(
     place = Place(comm.rank, comm.world_size)
     task = task or ToyTask(batch_per_worker, place, dtype)
     gradient = GradientBuffer(task.model)
-    seeds, device = Seeds.derive(settings.seed, comm.rank), torch.device("cpu")
+    seeds, device = Seeds.derive(settings.seed, comm.rank), gradient.flat.device
     reducer = reducers.build(settings.reducer, gradient.layout, seeds=seeds, device=device)
     feedback = FEEDBACKS[settings.feedback.name](settings.feedback, gradient.flat)
     optimizer = build_optimizer(settings.optimizer, task.model)
