@@ -72,7 +72,7 @@ def bits_at(key: int | Tensor, indices: Tensor) -> Tensor:
     return x
 
 
-def modulo(bits: Tensor, highs: Tensor) -> Tensor:
+def modulo(bits: Tensor, highs: int | Tensor) -> Tensor:
     """Numbers in [0, high), from 63 of 64 uniform bits each."""
     return _shifted(bits, 1) % highs
 
