@@ -35,6 +35,7 @@ class PowerSGDSettings(Named):
     """two_sided: what is left in send is M - P Q_w^T of this worker's own Q_w, or (the published code) M
     minus the mean. The means that follow are the same; the local residual is smaller."""
     orthogonalization: Literal["qr", "gram_schmidt"] = "qr"
+    """qr: by Householder reflections on a CPU; on a GPU both are Gram-Schmidt, which is quicker there."""
     warm_start: bool = True
     """Start from the last step's factors; false: from new random ones each step."""
     min_compression_rate: float = Field(default=2.0, ge=0)

@@ -11,6 +11,7 @@ from reducers.kernels.distinct import DistinctDraw, PlainDraw, num_tries
 from reducers.random_k import RandomBlock, RandomBlockSettings, RandomK, RandomKSettings, SharedDraw
 from sage.interfaces import Seeds
 from tests.cases import LAYOUT, layout_of
+from tests.waits import Waits
 
 NUM_DRAWS = 4000
 CPU = torch.device("cpu")
@@ -63,6 +64,15 @@ def test_both_forms_of_a_draw_have_the_same_elements(share: float) -> None:
         drawn = parts.draw(key, CPU)
         assert torch.equal(drawn, plain(key))
         assert drawn.shape == (int(counts.sum()),)
+
+
+def test_the_form_for_a_device_does_not_wait_for_it() -> None:
+    plain = PlainDraw(DistinctDraw(*(torch.tensor(x) for x in ([0, 40], [40, 60], [10, 50]))), CPU)
+    block = random_block(0.3, ((50, 40), (7,)))
+    with Waits() as waits:
+        plain(3)
+        block.draw()
+    assert waits.seen == []
 
 
 def test_draws_that_do_not_suffice_send_an_element_twice(monkeypatch: pytest.MonkeyPatch) -> None:
