@@ -7,8 +7,11 @@ import torch
 from torch import Tensor
 
 from sage.draws import STEP, Draws, as_int64, bits_at
+from sage.interfaces import Stateful
+from tests.cases import CASES, Case
 
 CPU = torch.device("cpu")
+DRAWING = ("sage", "atomo", "random_k", "random_block")
 NUM = 100_000
 
 
@@ -82,3 +85,19 @@ def test_the_state_is_a_seed_and_a_count() -> None:
     other.manual_seed(7)
     assert not torch.equal(other.bits(5, CPU), expected)
     assert torch.equal(other.bits(5, CPU), expected)
+
+
+def parts_of(owner: Stateful) -> list[object]:
+    """What a checkpoint holds of an object and of its parts."""
+    values = [getattr(owner, name) for name in owner.state_names]
+    return values + [part for value in values if isinstance(value, Stateful) for part in parts_of(value)]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_no_reducer_draws_from_a_generator_of_one_device(case: Case) -> None:
+    """Its state could not be resumed on another: torch's generators have other states on a GPU."""
+    parts = parts_of(case.build())
+    assert not [part for part in parts if isinstance(part, torch.Generator)]
+    assert any(isinstance(part, Draws) for part in parts) == (
+        case.reducer in DRAWING or "powersgd" in str(case)
+    )

@@ -22,6 +22,18 @@ GRADIENTS = np.stack([[gradient(rank, step).double().numpy() for rank in range(2
 DENSITY, THRESHOLD = 0.05, 0.03
 
 
+def mixed(x: int) -> int:
+    """SplitMix64's output function."""
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
+    return x ^ (x >> 31)
+
+
+def number(seed: int, index: int) -> int:
+    """SplitMix64's 64 bits at an index."""
+    return mixed((seed + index * 0x9E3779B97F4A7C15) % 2**64)
+
+
 def with_feedback(grads: np.ndarray, sent: Callable[[np.ndarray, int, int], np.ndarray]) -> np.ndarray:
     """sent(send, step, rank) is what a worker sends of send (n,); the rest stays for its next step."""
     memory = np.zeros_like(grads[0])
@@ -61,11 +73,11 @@ def threshold(grads: np.ndarray) -> np.ndarray:
 
 
 def sage(grads: np.ndarray) -> np.ndarray:
-    generators = [torch.Generator().manual_seed(Seeds.derive(1, rank).worker) for rank in range(2)]
     samples = [0.0, 0.0]
 
     def sent(send: np.ndarray, step: int, rank: int) -> np.ndarray:
-        drawn = torch.randint(N, (int(N / (1 + N * 0.05**2)),), generator=generators[rank]).numpy()
+        key = number(Seeds.derive(1, rank).worker, step + 1)
+        drawn = [number(key, index) // 2 % N for index in range(int(N / (1 + N * 0.05**2)))]
         before, samples[rank] = samples[rank], np.abs(send[drawn]).mean()
         if step == 0:
             return np.where(np.abs(send) >= THRESHOLD, send, 0)
@@ -118,18 +130,6 @@ def accordion(grads: np.ndarray) -> np.ndarray:
         )
 
     return with_feedback(grads, sent)
-
-
-def mixed(x: int) -> int:
-    """SplitMix64's output function."""
-    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
-    x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
-    return x ^ (x >> 31)
-
-
-def number(seed: int, index: int) -> int:
-    """SplitMix64's 64 bits at an index."""
-    return mixed((seed + index * 0x9E3779B97F4A7C15) % 2**64)
 
 
 COMMON = Seeds.derive(1, 0).common
