@@ -59,7 +59,10 @@ class Atomo(Spectral):
         counted = torch.tensor(counts, dtype=torch.int32, device=values.device)
         message = torch.cat([counted, values.view(torch.int32)])
         return [
-            (theirs[: self.num_matrices].tolist(), theirs[self.num_matrices :].clone().view(values.dtype))
+            (
+                comm.read(theirs[: self.num_matrices]).tolist(),
+                theirs[self.num_matrices :].clone().view(values.dtype),
+            )
             for theirs in comm.all_gather_ragged(message)
         ]
 
