@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from importlib import import_module
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -65,6 +66,7 @@ class ScaledSigns:
     def __init__(self, edges: Sequence[int]) -> None:
         """edges: 0, where each other part starts, n."""
         self.edges = torch.tensor(edges, dtype=torch.int64)  # (parts + 1,)
+        self._sizes = [stop - start for start, stop in pairwise(edges)]
         self._owners: dict[torch.device, Tensor] = {}
 
     def norms(self, x: Tensor) -> Tensor:
@@ -75,8 +77,7 @@ class ScaledSigns:
         return self.plain_norms(x)
 
     def plain_norms(self, x: Tensor) -> Tensor:
-        parts = x.split(self.edges.diff().tolist())
-        return torch.stack(torch._foreach_norm(parts, 1)).float()
+        return torch.stack(torch._foreach_norm(x.split(self._sizes), 1)).float()
 
     def average(self, packed: Tensor, scales: Tensor, rank: int, send: Tensor, mean: Tensor) -> None:
         """mean = sum_r scales_r signs_r / W, then send -= scales_rank signs_rank.
