@@ -101,7 +101,7 @@ class Accordion(Reducer):
 
     def set_compression(self, low: Tensor) -> None:
         """Compress each tensor little or much from now on. low (tensors,) uint8: 1 for low compression."""
-        self.levels = low
+        self.levels = low.to(self.previous.device)
         choices = self.config.densities if self.config.inner == "topk" else self.config.ranks
         levels: list[float] = [choices[0] if is_low else choices[1] for is_low in low.tolist()]
         if self.config.inner == "topk" and self.config.vectors == "whole":
@@ -137,7 +137,7 @@ class Accordion(Reducer):
         comm.broadcast(low)
         comm.read(low)  # host synchronisation, with a deadline: set_compression reads it too
         self.previous = norms
-        self.set_compression(low)
+        self.set_compression(comm.read(low))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         # The sizes of the inner reducer's state follow from the levels.

@@ -14,6 +14,7 @@ from reducers.sparse import (
     resolve_threshold,
 )
 from sage.config import Named
+from sage.draws import Draws, modulo
 from sage.interfaces import Seeds, Slot
 
 SAMPLING_ERROR = 0.05
@@ -42,7 +43,7 @@ class Sampler:
     def __init__(self, layout: list[Slot], sampling: str, seed: int, device: torch.device) -> None:
         self.n = layout[-1].stop
         self.size = max(1, int(self.n / (1 + self.n * SAMPLING_ERROR**2)))
-        self.generator = torch.Generator(device).manual_seed(seed)
+        self.generator = Draws(seed)
         self._device = device
         self._starts: Tensor | None = None
         self._sizes: Tensor | None = None
@@ -56,13 +57,11 @@ class Sampler:
         if self._starts is None or self._sizes is None:
             return self._draw(self.n)
         tensors = self._draw(len(self._starts))  # (size,)
-        fractions = torch.rand(
-            (self.size,), dtype=torch.float64, generator=self.generator, device=self._device
-        )  # in [0, 1)
+        fractions = self.generator.uniform((self.size,), self._device)
         return self._starts[tensors] + (fractions * self._sizes[tensors]).long()
 
     def _draw(self, high: int) -> Tensor:
-        return torch.randint(high, (self.size,), generator=self.generator, device=self._device)
+        return modulo(self.generator.bits(self.size, self._device), high)
 
 
 class SageLaw(ThresholdLaw):

@@ -81,7 +81,7 @@ class Seeds:
 class Stateful:
     """The base of everything whose state a checkpoint holds: the attributes named in state_names.
 
-    They may be tensors, Python numbers, torch.Generators, or Stateful themselves.
+    They may be tensors, Python numbers, torch.Generators, or Stateful themselves, as sage.draws.Draws is.
     """
 
     state_names: tuple[str, ...] = ()
@@ -129,10 +129,10 @@ class Stateful:
         """Restart a worker's own generators from a seed."""
         for name in self.state_names:
             value = getattr(self, name)
-            if isinstance(value, Stateful):
-                value.reseed(seed_of(seed, name))
-            elif name in self.worker_generators:
+            if name in self.worker_generators:
                 value.manual_seed(seed_of(seed, name))
+            elif isinstance(value, Stateful):
+                value.reseed(seed_of(seed, name))
 
 
 def _is_like(value: Any, old: Any) -> bool:

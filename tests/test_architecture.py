@@ -26,7 +26,7 @@ SHARED = {
 """What a family shares; also everything under reducers.kernels, tasks.models and tasks.data."""
 
 LEVELS = [
-    {"interfaces", "yamlfile", "config", "components", "files", "console", "locks", "sweep"},
+    {"interfaces", "draws", "yamlfile", "config", "components", "files", "console", "locks", "sweep"},
     {"exchange", "workers"},
     {"runfolder"},
     {"training"},
@@ -126,7 +126,7 @@ def test_the_engine_imports_what_comes_before_it(path: Path) -> None:
 def test_a_reducer_or_task_imports_the_interfaces_and_what_its_family_shares(path: Path) -> None:
     family = module_of(path).split(".")[0]
     tables = {"sage.components"} if path.stem == "__init__" else set()
-    for name in ours(path) - {"sage", "sage.interfaces", "sage.config"} - tables:
+    for name in ours(path) - {"sage", "sage.interfaces", "sage.config", "sage.draws"} - tables:
         assert name.startswith(f"{family}."), f"{path} imports {name}"
         is_shared = name in SHARED or name.startswith(("reducers.kernels", "tasks.models", "tasks.data"))
         assert is_shared or path.stem == "__init__", f"{path} imports its sibling {name}"
