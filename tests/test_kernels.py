@@ -195,6 +195,16 @@ def test_messages_are_added_in_rank_order(
     assert same(mean, expected)
 
 
+@pytest.mark.parametrize("form", ["plain", "cpu"], indirect=True)
+@pytest.mark.parametrize("wrong", [-1, 5])
+def test_an_index_outside_of_the_gradient_is_an_error(form: ModuleType, wrong: int) -> None:
+    indices, values = torch.tensor([2, wrong]), torch.ones(2)
+    with pytest.raises(IndexError):
+        form.take(torch.ones(5), indices, values)
+    with pytest.raises(IndexError):
+        form.add_share(torch.ones(5), indices, values, 1)
+
+
 GATHERING = [case for case in CASES if case.reducer in ("sage", "threshold", "topk", "global_topk")]
 
 

@@ -163,11 +163,17 @@ def _keep_largest(
 @compiled
 def _take(send: np.ndarray, indices: np.ndarray, values: np.ndarray) -> None:
     for j in range(len(indices)):
-        values[j] = send[indices[j]]
-        send[indices[j]] = 0
+        index = indices[j]
+        if index < 0 or index >= len(send):
+            raise IndexError("expected indices of the gradient's elements")
+        values[j] = send[index]
+        send[index] = 0
 
 
 @compiled
 def _add_share(mean: np.ndarray, indices: np.ndarray, values: np.ndarray, world_size: float) -> None:
     for j in range(len(indices)):
-        mean[indices[j]] += values[j] / world_size
+        index = indices[j]
+        if index < 0 or index >= len(mean):
+            raise IndexError("expected indices of the gradient's elements")
+        mean[index] += values[j] / world_size

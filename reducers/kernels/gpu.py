@@ -147,8 +147,9 @@ def _mark_kernel(  # type: ignore[no-untyped-def]
     WORD: tl.constexpr,  # noqa: N803
 ):
     block = tl.program_id(0)
-    at = tl.load(starts + block) + tl.arange(0, BLOCK)
-    inside = at < tl.load(stops + block)
+    start, lane = tl.load(starts + block), tl.arange(0, BLOCK)
+    inside = lane < tl.load(stops + block) - start  # where start + lane may exceed int32
+    at = start + lane
     value = tl.load(send + at, inside, 0.0)
     if HAS_GRAD:
         value += tl.load(grad + at, inside, 0.0)
