@@ -83,8 +83,8 @@ class Accordion(Reducer):
     def begin_step(self, progress: Progress) -> None:
         self._progress = progress
 
-    def accumulate(self, send: Tensor, grad: Tensor) -> None:
-        self.inner.accumulate(send, grad)
+    def accumulate(self, send: Tensor, grad: Tensor, *, grad_is_mean: bool = False) -> None:
+        self.inner.accumulate(send, grad)  # reduce still reads the raw gradient in mean
 
     def reduce(self, send: Tensor, mean: Tensor, comm: Communicator) -> None:
         if self._progress is not None:

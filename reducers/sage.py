@@ -107,7 +107,9 @@ class SageLaw(ThresholdLaw):
 
     def lower_bound(self, send: Tensor, grad: Tensor | None) -> Tensor:
         indices = self.sampler.indices()
-        sample = send[indices] if grad is None else send[indices] + grad[indices]  # (size,)
+        sample = send.index_select(0, indices)  # (size,)
+        if grad is not None:
+            sample.add_(grad.index_select(0, indices))
         return self.begin(sample.abs().mean().float()).to(send.dtype)
 
     def begin(self, sampled_mean: Tensor) -> Tensor:

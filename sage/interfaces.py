@@ -224,8 +224,12 @@ class Reducer(Stateful, ABC):
     def begin_step(self, progress: Progress) -> None:
         """Called before each step, for schedules."""
 
-    def accumulate(self, send: Tensor, grad: Tensor) -> None:
-        """send += grad. A sparsifier may fuse this with its scan; reduce must follow, with the same send."""
+    def accumulate(self, send: Tensor, grad: Tensor, *, grad_is_mean: bool = False) -> None:
+        """send += grad. A sparsifier may fuse this with its scan; reduce must follow, with the same send.
+
+        grad_is_mean: reduce gets this grad as mean, so that what it holds is the reducer's own from here on:
+        a sparsifier zeroes it while it reads it.
+        """
         send.add_(grad)
 
     @abstractmethod
@@ -234,7 +238,7 @@ class Reducer(Stateful, ABC):
 
         send (n,) float32 (sparsifiers: float64 too): what this worker wants to send. On return it holds what
         was not sent, so the caller decides whether to keep it (error feedback). mean holds this worker's raw
-        gradient on entry.
+        gradient on entry, unless the reducer's own accumulate has overwritten it.
         """
 
     @classmethod

@@ -49,6 +49,8 @@ class Case:
     """How many elements a worker selects, from send (n,) and its metrics; None: a dense reducer."""
     fixed_count: bool = False
     """The count is the same at every step."""
+    sends_sizes: bool = True
+    """A sparsifier's workers tell one another how long their messages are; not so where all know it."""
     collectives: Collectives | None = None
     """Every step's collectives and the bytes that a worker hands over, by hand from SHAPES; None: a
     sparsifier's, which follow from the counts."""
@@ -113,8 +115,8 @@ def nine_tenths(send: Tensor, metrics: dict[str, float]) -> int:
     return sum(max(1, int(0.9 * slot.size)) for slot in LAYOUT)
 
 
-TOPK = {"exact_with": {"density": 1.0}, "count": layerwise, "fixed_count": True}
-GLOBAL = {"exact_with": {"density": 1.0}, "count": overall, "fixed_count": True}
+BY_COUNT = {"exact_with": {"density": 1.0}, "fixed_count": True, "sends_sizes": False}
+TOPK, GLOBAL = {**BY_COUNT, "count": layerwise}, {**BY_COUNT, "count": overall}
 BY_THRESHOLD = {"exact_with": {"threshold": 1e-30}, "count": reached, "nan": "kept"}
 SAGE = {"density": 0.05, "threshold": 0.03}
 UNION = {"exchange": "union"}
@@ -175,7 +177,7 @@ def by_level(send: Tensor, metrics: dict[str, float]) -> int:
 # Two steps an epoch: the first decision, for low compression, comes with step 2, the second with step 4. No
 # norm changes tenfold, so all five tensors go to high compression.
 ACCORDION = {"interval_epochs": 1, "change": 10.0}
-LOW, HIGH = (("all_gather", 4), ("all_gather", 8 * 63)), (("all_gather", 4), ("all_gather", 8 * 28))
+LOW, HIGH = (("all_gather", 8 * 63),), (("all_gather", 8 * 28),)
 DECISION = (("broadcast", 5),)
 
 CASES = [

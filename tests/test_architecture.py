@@ -17,6 +17,7 @@ SHARED = {
     "reducers.largest",
     "reducers.schedule",
     "reducers.quantize",
+    "reducers.search",
     "reducers.sparse",
     "reducers.spectral",
     "tasks.classification",
