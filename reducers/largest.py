@@ -1,6 +1,7 @@
 """The k largest magnitudes of each part of a gradient."""
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -50,8 +51,8 @@ class LargestSparsifier(CandidateSparsifier[Any]):
         super().load_state_dict(state)
         self._search.sample.draw(self.num_draws)
 
-    def metrics(self) -> dict[str, float]:
-        counted = {"inexact_steps": float(self.inexact_steps.item())} if self._search.may_miss else {}
+    def metrics(self) -> Mapping[str, float | Tensor]:
+        counted = {"inexact_steps": self.inexact_steps.double()} if self._search.may_miss else {}
         return {**super().metrics(), **counted}
 
     def target_counts(self) -> int:

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from functools import partial
 
 import torch
@@ -14,7 +13,7 @@ from benchmarks.gpu.checks import Check, Row, Section, Setup
 from benchmarks.gpu.measure import timed
 from sage.exchange.comm import DistComm
 from sage.interfaces import Place
-from sage.workers import launch
+from sage.workers import group
 from sage.workers.rendezvous import Rendezvous
 from sage.workers.worker import Worker
 
@@ -41,7 +40,7 @@ def group_of_one(setup: Setup, timeout_seconds: float = TIMEOUT_SECONDS) -> Iter
     backend = "nccl" if setup.on_gpu else "gloo"
     rendezvous = Rendezvous(Place(0, 1), 0, 1, launched=True)
     worker = Worker(rendezvous, setup.device, backend, torch.get_num_threads(), setup.folder)
-    launch._join_group(worker, dist.HashStore(), timedelta(seconds=timeout_seconds))
+    group._join_group(worker, dist.HashStore(), timeout_seconds)
     try:
         yield DistComm()
     finally:

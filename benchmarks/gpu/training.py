@@ -23,7 +23,7 @@ from sage.interfaces import Place
 from sage.training.experiment import RunPlan, run_worker
 from sage.training.settings import RunSettings
 from sage.training.simulate import WorkerContext
-from sage.workers.launch import connect
+from sage.workers.group import connect
 from sage.workers.rendezvous import Rendezvous
 from sage.workers.store import RendezvousStore
 from sage.workers.worker import Worker
