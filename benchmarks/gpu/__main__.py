@@ -77,7 +77,8 @@ def main() -> int:
     has_gpu = torch.cuda.is_available()
     with tempfile.TemporaryDirectory() as folder:
         setup = Setup(torch.device("cuda", 0) if has_gpu else torch.device("cpu"), Path(folder), not has_gpu)
-        rows = run_sections(sections, setup, arguments.seconds, partial(show, started))
+        limit = setup.patience * arguments.seconds
+        rows = run_sections(sections, setup, limit, partial(show, started))
     description |= {"load_average_after": load_average(), "wall_seconds": time.monotonic() - started}
     device = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(0).lower()) if has_gpu else "no-gpu"
     name = f"{datetime.now(UTC):%Y-%m-%d}-gpu-{device}"

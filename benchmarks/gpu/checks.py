@@ -27,6 +27,11 @@ class Setup:
     def on_gpu(self) -> bool:
         return self.device.type == "cuda"
 
+    @property
+    def patience(self) -> float:
+        """What all limits of time are multiplied by: a machine without a GPU may have much else to do."""
+        return 5.0 if self.small else 1.0
+
 
 class Check(NamedTuple):
     """One or a few measurements that fail together."""

@@ -42,7 +42,7 @@ def run_tests(setup: Setup) -> Iterator[Row]:
     report = setup.folder / "tests.xml"
     command = [sys.executable, "-m", "pytest", "-v", "-m", "gpu", "tests/test_gpu.py", f"--junitxml={report}"]
     command += ["-p", "no:cacheprovider", *(["--rehearse", "-k", REHEARSED] if setup.small else [])]
-    code, output = _call(command, time.monotonic() + TESTS.seconds - 5)
+    code, output = _call(command, time.monotonic() + setup.patience * TESTS.seconds - 5)
     if not report.exists():
         raise RuntimeError(f"pytest: {code or 'no report'}, after {output.strip()[-200:]!r}")
     yield from read_tests(report)
@@ -113,7 +113,7 @@ def _more_runs() -> list[Run]:
 
 def run_all(setup: Setup) -> Iterator[Row]:
     """All runs, several at a time, and whether those that must have the same weights do."""
-    runs, ends_at = runs_of(setup), time.monotonic() + RUNS.seconds - 5
+    runs, ends_at = runs_of(setup), time.monotonic() + setup.patience * RUNS.seconds - 5
     with ThreadPoolExecutor(2 if setup.small else 8) as pool:
         rows = dict(
             zip((run.name for run in runs), pool.map(partial(_run, setup, ends_at), runs), strict=True)

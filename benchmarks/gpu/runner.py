@@ -48,16 +48,19 @@ def run_sections(
             section_ends_at = max(ends_at - reserved, min(ends_at, time.monotonic() + section.seconds))
             rows = results[section.name] = []
             for index, check in enumerate(section.checks(setup)):
-                found = _run_check(process, (number, index), check, section_ends_at - time.monotonic())
+                left = section_ends_at - time.monotonic()
+                found = _run_check(process, (number, index), check, left, setup.patience)
                 rows += found
                 show(section.name, found)
     return results
 
 
-def _run_check(process: "_Process", which: tuple[int, int], check: Check, seconds: float) -> list[Row]:
+def _run_check(
+    process: "_Process", which: tuple[int, int], check: Check, seconds: float, patience: float
+) -> list[Row]:
     if seconds < LEAST_SECONDS:
         return [{"check": check.name, "left out": "no time was left for it"}]
-    return process.measure(which, check.name, min(seconds, check.seconds))
+    return process.measure(which, check.name, min(seconds, patience * check.seconds))
 
 
 class _Answer(NamedTuple):
