@@ -5,7 +5,6 @@
 With --rehearse the tests run on the CPU, to try the tests themselves: what they say of a GPU is not shown.
 """
 
-import importlib
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from benchmarks.gpu.training import count_waits
 from benchmarks.gpu.twin import TwinComm
 from reducers import REDUCERS
 from sage.exchange.comm import LocalComm
+from sage.exchange.deadline import Deadline
 from sage.exchange.exchange import Exchange
 from sage.exchange.feedback import FEEDBACKS
 from sage.interfaces import CommunicationError, Place, Progress
@@ -298,7 +298,7 @@ def test_a_plain_step_of_training_never_waits_and_a_logging_step_seldom(
 def test_a_read_that_the_device_does_not_answer_in_time_is_an_error(device: torch.device) -> None:
     if device.type != "cuda":
         pytest.skip("a CPU's numbers are there at once")
-    deadline = importlib.import_module("sage.exchange.deadline").Deadline(0.3)
+    deadline = Deadline(0.3)
     x = torch.ones(4, device=device)
     assert deadline.read(x).tolist() == [1.0] * 4
     torch.cuda._sleep(4_000_000_000)  # about two seconds

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.command import make_parser
-from benchmarks.gpu import collectives, facts, programs, selection, training
+from benchmarks.gpu import collectives, facts, kernels, programs, selection, training
 from benchmarks.gpu.checks import Row, Setup
 from benchmarks.gpu.page import format_value, write_results
 from benchmarks.gpu.runner import run_sections
@@ -33,6 +33,7 @@ SECTIONS = [
     facts.SECTION,
     programs.TESTS,
     selection.SECTION,
+    kernels.SECTION,
     training.WAITS,
     training.STEPS,
     collectives.SECTION,

@@ -12,12 +12,13 @@ from torch import Tensor
 from benchmarks.gpu.checks import Check, Row, Section, Setup
 from benchmarks.gpu.measure import timed
 from sage.exchange.comm import DistComm
-from sage.interfaces import Place
+from sage.exchange.deadline import Deadline
+from sage.interfaces import CommunicationError, Place
 from sage.workers import group
 from sage.workers.rendezvous import Rendezvous
 from sage.workers.worker import Worker
 
-TIMEOUT_SECONDS = 20.0
+TIMEOUT_SECONDS, DEADLINE_SECONDS = 20.0, 0.5
 TYPES = (
     torch.float32,
     torch.float64,
@@ -40,9 +41,11 @@ def group_of_one(setup: Setup, timeout_seconds: float = TIMEOUT_SECONDS) -> Iter
     backend = "nccl" if setup.on_gpu else "gloo"
     rendezvous = Rendezvous(Place(0, 1), 0, 1, launched=True)
     worker = Worker(rendezvous, setup.device, backend, torch.get_num_threads(), setup.folder)
+    if setup.on_gpu:
+        group._set_up_nccl(speaks=True)
     group._join_group(worker, dist.HashStore(), timeout_seconds)
     try:
-        yield DistComm()
+        yield DistComm(deadline=Deadline(timeout_seconds))
     finally:
         dist.destroy_process_group()
 
@@ -96,6 +99,29 @@ def wait_behind_work(setup: Setup) -> Iterator[Row]:
             }
 
 
+def read_too_late(setup: Setup) -> Iterator[Row]:
+    """What a read past its deadline does, behind two seconds of work, as behind a lost peer's collective."""
+    if not setup.on_gpu:
+        return
+    with group_of_one(setup, DEADLINE_SECONDS) as comm:
+        x = torch.ones(4, device=setup.device)
+        comm._all_reduce(x, "sum")
+        comm.read(x)
+        torch.cuda._sleep(4 * BUSY_CYCLES)
+        comm._all_reduce(x, "sum")
+        started, message = time.perf_counter(), "none"
+        try:
+            comm.read(x)
+        except CommunicationError as error:
+            message = str(error)
+        yield {
+            "deadline, s": DEADLINE_SECONDS,
+            "left after, s": time.perf_counter() - started,
+            "error": message,
+        }
+        torch.cuda.synchronize()
+
+
 def time_small_messages(setup: Setup) -> Iterator[Row]:
     with group_of_one(setup) as comm:
         for count in (1, 2**8) if setup.small else (1, 2**8, 2**16, 2**24):
@@ -114,7 +140,7 @@ def time_small_messages(setup: Setup) -> Iterator[Row]:
 def checks(setup: Setup) -> list[Check]:
     return [
         Check(measure.__name__.replace("_", " "), partial(measure, setup))
-        for measure in (try_types, wait_behind_work, time_small_messages)
+        for measure in (try_types, wait_behind_work, time_small_messages, read_too_late)
     ]
 
 

@@ -38,10 +38,13 @@ STOP_AFTER = 8
 
 
 def run_tests(setup: Setup) -> Iterator[Row]:
-    """tests/test_gpu.py; on a machine without a GPU its tests are tried on the CPU."""
+    """tests/test_gpu.py and the kernels' tests of their forms for a GPU. On a machine without one a few of
+    the first are tried on the CPU."""
     report = setup.folder / "tests.xml"
-    command = [sys.executable, "-m", "pytest", "-v", "-m", "gpu", "tests/test_gpu.py", f"--junitxml={report}"]
-    command += ["-p", "no:cacheprovider", *(["--rehearse", "-k", REHEARSED] if setup.small else [])]
+    files = ["tests/test_gpu.py", *([] if setup.small else ["tests/test_kernels.py"])]
+    chosen = ["--rehearse", "-k", REHEARSED] if setup.small else ["-k", "gpu"]
+    command = [sys.executable, "-m", "pytest", "-v", "-m", "gpu or not cluster", *files, *chosen]
+    command += [f"--junitxml={report}", "-p", "no:cacheprovider"]
     code, output = _call(command, time.monotonic() + setup.patience * TESTS.seconds - 5)
     if not report.exists():
         raise RuntimeError(f"pytest: {code or 'no report'}, after {output.strip()[-200:]!r}")
@@ -187,7 +190,7 @@ def run_checks(setup: Setup) -> list[Check]:
     return [Check("runs", partial(run_all, setup), seconds=RUNS.seconds)]
 
 
-TESTS = Section("tests", "tests/test_gpu.py, the tests that need a GPU.", 120, test_checks)
+TESTS = Section("tests", "Those that need a GPU, and those of the kernels' forms for it.", 120, test_checks)
 RUNS = Section(
     "runs",
     "Runs of run.py with two workers: in one process in turn, or as two processes that share the GPU over "

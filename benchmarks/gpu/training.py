@@ -21,6 +21,7 @@ from sage.exchange.clock import Clock
 from sage.exchange.comm import CountingComm
 from sage.interfaces import Place
 from sage.training.experiment import RunPlan, run_worker
+from sage.training.precision import set_up_arithmetic
 from sage.training.settings import RunSettings
 from sage.training.simulate import WorkerContext
 from sage.workers.group import connect
@@ -87,6 +88,7 @@ def run_steps(name: str, changes: list[str], setup: Setup, on_step: OnStep) -> N
         on_step(step, context.clock)
 
     torch.use_deterministic_algorithms(False)  # else what the last run set would stay
+    set_up_arithmetic(settings.deterministic)
     with connect(worker, TIMEOUT_SECONDS, deterministic=settings.deterministic), suppress(Measured):
         run_worker(RunPlan(settings, setup.folder / "steps"), run.build, worker, StepStore(tell), context)
 

@@ -2,29 +2,17 @@
 and divisions are rounded one by one, infinities and NaN are values like others.
 """
 
-from collections.abc import Callable
-from typing import Any
-
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 
 from reducers.kernels import Division, Found
+from reducers.kernels.compiled import compiled
 
 CHUNK = 4096
 """Elements per step of the scan: send, gradient and mask of a chunk stay in a core's first cache."""
 WORD = 8
 """Elements of the mask that are looked at together."""
-
-
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, compiled at its first call and kept on disk where a folder can be written: this one, or
-    the user's cache. Threads run it side by side."""
-    try:
-        return numba.njit(function, nogil=True, cache=True)
-    except RuntimeError:  # no such folder
-        return numba.njit(function, nogil=True)
 
 
 def scan(
