@@ -58,14 +58,12 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 def open_regular(path: Path) -> BinaryIO:
     """Open a file for reading. Raises OSError, also for a pipe or a device, which may never come to an
     end."""
-    opened = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # of a pipe nobody writes to it waits for no writer
-    mode = os.fstat(opened).st_mode
-    if not stat.S_ISREG(mode):
-        os.close(opened)
-        if stat.S_ISDIR(mode):
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    # Not waiting for a writer at the other end of a pipe.
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
         raise OSError(errno.EINVAL, "it is not a regular file", str(path))
-    return os.fdopen(opened, "rb")
+    return file
 
 
 def read_bytes(path: Path) -> bytes:

@@ -19,7 +19,7 @@ from sage import config
 from sage.exchange.comm import LocalComm
 from sage.training.dry_run import break_even_density
 from sage.training.settings import RunSettings
-from sage.workers import launch
+from sage.workers import group, launch
 
 ROOT = Path(__file__).parent.parent
 DIGITS = str(ROOT / "configs" / "digits.yaml")
@@ -43,7 +43,7 @@ def nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     def start(*_: object, **__: object) -> None:
         pytest.fail("something was started")
 
-    for owner, name in ((launch, "spawn"), (launch, "connect"), (subprocess, "Popen"), (os, "fork")):
+    for owner, name in ((launch, "spawn"), (group, "connect"), (subprocess, "Popen"), (os, "fork")):
         monkeypatch.setattr(owner, name, start)
 
 
