@@ -105,9 +105,10 @@ def read(path: Path, extra: Sequence[str] = ()) -> list[Point]:
 
 
 def _refuse_duplicates(path: Path, points: list[Point], values: list[Any]) -> None:
-    """Raise ConfigError where two points have equal values."""
-    for i, value in enumerate(values):
-        first = values.index(value)
+    """Raise ConfigError where two points have equal values, which their reprs say."""
+    seen: dict[str, int] = {}
+    for i, text in enumerate(map(repr, values)):
+        first = seen.setdefault(text, i)
         if first < i:
             raise ConfigError(f"{path}: points {first} and {i} are the same run: {points[i]}")
 
