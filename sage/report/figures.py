@@ -11,7 +11,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import LogFormatter, NullFormatter
+from matplotlib.ticker import LogFormatter, NullLocator
 
 from sage.console import printable
 from sage.report.curves import SCORE_AXES, TITLES, Curve, average_curve, every_value, over_steps
@@ -55,7 +55,9 @@ UNDATED: dict[str, dict[str, Any]] = {"png": {}, "pdf": {"CreationDate": None}, 
 class Page:
     """What is drawn in one picture: some of a section's configurations."""
 
-    section: Section
+    workload: str
+    score: str
+    """The score's name."""
     groups: list[Group]
     styles: list[Style]
     band: Band
@@ -64,7 +66,7 @@ class Page:
 
     @property
     def title(self) -> str:
-        return self.section.workload + (f", {self.part}" if self.part else "")
+        return self.workload + (f", {self.part}" if self.part else "")
 
     @property
     def caption(self) -> str:
@@ -81,7 +83,8 @@ def pages(section: Section, band: Band = "std") -> list[Page]:
     styles = styles_of([group.runs[0].config["reducer.name"] for group in section.groups])
     return [
         Page(
-            section,
+            section.workload,
+            section.score,
             section.groups[start : start + size],
             styles[start : start + size],
             band,
@@ -95,7 +98,8 @@ def to_file(figure: Figure, kind: str) -> bytes:
     """The bytes of a file of a kind: png, pdf or svg."""
     file = io.BytesIO()
     with mpl.rc_context(SETTINGS):
-        figure.savefig(file, format=kind, metadata=UNDATED[kind])
+        quick: Any = {"pil_kwargs": {"compress_level": 3}} if kind == "png" else {}  # a third of the time
+        figure.savefig(file, format=kind, metadata=UNDATED[kind], **quick)
     return file.getvalue()
 
 
@@ -157,7 +161,7 @@ def _add_legend(figure: Figure, page: Page, loc: Any, ncols: int) -> None:
 
 def draw_scores(axes: Axes, page: Page, over: str) -> None:
     """Draw the groups' scores over epochs, bytes or seconds."""
-    axis, score = SCORE_AXES[over], page.section.score
+    axis, score = SCORE_AXES[over], page.score
     curves = [average_curve(group, axis.points, page.band) for group in page.groups]
     draw_lines(axes, curves, page)
     if axis.is_log_where_wide:
@@ -170,7 +174,7 @@ def choose_x_scale(axes: Axes, xs: Sequence[float]) -> None:
     if xs and min(xs) > 0 and max(xs) > LOG_FACTOR * min(xs):
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(LogFormatter())
-        axes.xaxis.set_minor_formatter(NullFormatter())  # side by side they would overlap
+        axes.xaxis.set_minor_locator(NullLocator())
 
 
 def draw_density(axes: Axes, page: Page) -> None:
@@ -196,7 +200,11 @@ def draw_over_steps(axes: Axes, page: Page, name: str) -> None:
         axes.set_ylim(min(means) / NARROW, high * NARROW)
     # Plain text, as 1e-02: the default is a formula, whose fonts may be missing.
     axes.yaxis.set_major_formatter(LogFormatter())
-    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.5)))
+    bottom, top = axes.get_ylim()
+    if top < 10 * bottom:
+        axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.5)))
+    else:
+        axes.yaxis.set_minor_locator(NullLocator())  # half of the time of drawing are ticks
 
 
 def draw_lines(axes: Axes, curves: Sequence[Curve], page: Page) -> None:

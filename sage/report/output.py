@@ -3,11 +3,14 @@
 Imports matplotlib only when it draws.
 """
 
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
 
 KINDS = (".png", ".pdf", ".svg")
 """The endings of a picture's name, which say what kind of file it is."""
+MOST_IN_ONE_PROCESS = 4
+"""Pictures: more are drawn by several processes, each of which takes a second to start."""
 
 
 @dataclass(frozen=True)
@@ -59,14 +64,17 @@ class Picture:
     caption: str
     draw: "Callable[[], Figure]"
 
+    def write(self) -> None:
+        """Draw it, and write it to its file."""
+        from sage.report.figures import to_file
+
+        files.write_bytes(self.path, to_file(self.draw(), self.path.suffix[1:]))
+
 
 def write_report(output: Output, content: Content) -> list[Path]:
     """Write the report's files; returns their paths, the first picture last."""
-    from sage.report.figures import to_file
-
     pictures = plan_pictures(output, content)
-    for picture in pictures:
-        files.write_bytes(picture.path, to_file(picture.draw(), output.path.suffix[1:]))
+    write_pictures(pictures)
     markdown = [
         *map(to_markdown, content.sheets),
         *(f"- {note}" for note in content.notes),
@@ -83,6 +91,18 @@ def write_report(output: Output, content: Content) -> list[Path]:
         files.write_text(output.path.with_suffix(ending), text)
     paths = [picture.path for picture in pictures]
     return [*(output.path.with_suffix(ending) for ending in texts), *reversed(paths)]
+
+
+def write_pictures(pictures: Sequence[Picture]) -> None:
+    """Draw all pictures; many of them in as many processes as this one may use cores."""
+    num_processes = min(len(os.sched_getaffinity(0)), len(pictures))
+    if len(pictures) <= MOST_IN_ONE_PROCESS or num_processes == 1:
+        for picture in pictures:
+            picture.write()
+        return
+    with ProcessPoolExecutor(num_processes, mp_context=get_context("spawn")) as pool:
+        for _ in pool.map(Picture.write, pictures):  # raises what one of them raised
+            pass
 
 
 def plan_pictures(output: Output, content: Content) -> list[Picture]:
