@@ -18,9 +18,10 @@ from sage.report.curves import TITLES
 from sage.report.formats import to_terminal
 from sage.report.groups import Section, find_baseline, gather
 from sage.report.output import KINDS, Content, Output, write_report
+from sage.report.published import published_sheet
 from sage.report.runs import ReportError, Run, find_runs, read_run
 from sage.report.spread import BANDS
-from sage.report.tables import build_sheets
+from sage.report.tables import Sheet, build_sheets
 from sage.sweep import Point, read
 
 HELP = """\
@@ -225,11 +226,10 @@ def report(options: argparse.Namespace) -> str:
     sections = gather(runs)
     if options.baseline is not None:
         check_baseline(options.baseline, sections)
-    sheets = [
-        sheet
-        for section in sections
-        for sheet in build_sheets(section, target, options.band, options.baseline)
-    ]
+    sheets: list[Sheet] = []
+    for section in sections:
+        sheets += build_sheets(section, target, options.band, options.baseline)
+        sheets += [sheet] if (sheet := published_sheet(section)) else []
     advice = advise(sections, network) if (network := network_of(options)) else []
     sheets += [sheet for one in advice for sheet in advice_sheets(one, target)]
 
