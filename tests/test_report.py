@@ -17,7 +17,7 @@ from matplotlib.image import imread
 from matplotlib.lines import Line2D
 
 from sage.report import __main__ as report
-from sage.report import curves, figures, formats, runs, tables
+from sage.report import curves, figures, formats, output, runs, tables
 from sage.report.groups import Group, Section, find_exact, gather
 from sage.report.looks import look_of
 from sage.report.runs import Run
@@ -590,6 +590,23 @@ def test_pictures_are_named_for_the_task_and_the_panel(tmp_path: Path) -> None:
         for panel in ("epochs", "time")
     ]
     assert sorted(path.name for path in tmp_path.glob("*.svg")) == names
+
+
+def test_many_pictures_are_drawn_by_several_processes_and_are_the_same(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    panels = [word for name in curves.TITLES for word in ("--panel", name)]
+    assert len(curves.TITLES) > output.MOST_IN_ONE_PROCESS
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    assert report.main([str(folder), *panels, "--output", str(folder.parent / "many/x.svg")]) == 0
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
+    assert report.main([str(folder), *panels, "--output", str(folder.parent / "one/x.svg")]) == 0
+    many, one = (
+        {path.name: path.read_bytes() for path in (folder.parent / where).glob("*.svg")}
+        for where in ("many", "one")
+    )
+    assert many == one
+    assert len(one) == len(curves.TITLES)
 
 
 def test_a_picture_of_an_unknown_kind_is_refused(folder: Path, capsys: Capture) -> None:

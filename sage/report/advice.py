@@ -247,11 +247,5 @@ def _mark_break_even(axes: "Axes", advice: Advice) -> None:
         if FIRST_SPEED <= speed <= LAST_SPEED:
             colour = look_of(method.reducer).colour
             axes.plot(speed, 1, marker="x", markersize=12, markeredgewidth=2, color=colour, linestyle="none")
-            axes.annotate(
-                readable_speed(speed),
-                (speed, 1),
-                (4, 8),
-                textcoords="offset points",
-                color=colour,
-                rotation=45,
-            )
+            text = axes.annotate(readable_speed(speed), (speed, 1), (-6, -8), textcoords="offset points")
+            text.set(color=colour, rotation=45, ha="right", va="top", zorder=5)

@@ -11,7 +11,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import LogFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogFormatter, LogLocator, NullLocator
 
 from sage.console import printable
 from sage.report.curves import SCORE_AXES, TITLES, Curve, average_curve, every_value, over_steps
@@ -198,13 +198,12 @@ def draw_over_steps(axes: Axes, page: Page, name: str) -> None:
     if high < NARROW * min(means) or any(point.low <= 0 for points in curves for point in points):
         # Neither do tiny differences fill the panel, nor does a band that reaches 0 stretch it.
         axes.set_ylim(min(means) / NARROW, high * NARROW)
-    # Plain text, as 1e-02: the default is a formula, whose fonts may be missing.
-    axes.yaxis.set_major_formatter(LogFormatter())
+    # Plain text, as 0.01: the default is a formula, whose fonts may be missing.
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
     bottom, top = axes.get_ylim()
-    if top < 10 * bottom:
-        axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.5)))
-    else:
-        axes.yaxis.set_minor_locator(NullLocator())  # half of the time of drawing are ticks
+    if top < 100 * bottom:
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_minor_locator(NullLocator())  # half of the time of drawing are ticks
 
 
 def draw_lines(axes: Axes, curves: Sequence[Curve], page: Page) -> None:
