@@ -711,6 +711,13 @@ def test_runs_or_a_sweep_are_expected_and_not_both(arguments: list[str], capsys:
     assert "expected RUNs, or --sweep FILE" in capsys.readouterr().err
 
 
+def test_the_help_fits_80_columns(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        report.main(["--help"])
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+
+
 def test_it_answers_at_once_and_imports_what_draws_and_prints_when_it_does() -> None:
     code = (
         "import sys, sage.report.__main__; print({'torch', 'matplotlib', 'numpy', 'rich'} & {*sys.modules})"

@@ -25,12 +25,12 @@ from sage.report.tables import Sheet, build_sheets
 from sage.sweep import Point, read
 
 HELP = """\
-Compare runs by the files in their folders alone. Each configuration is a row, with
-mean and spread over its seeds. The report is printed, and written to report.md, .csv
-and .tex, with pictures whose names say the task.
+Compare runs by the files in their folders alone. Each configuration is a row,
+with mean and spread over its seeds. The report is printed, and written to
+report.md, .csv and .tex, with pictures whose names say the task.
 
-  python -m sage.report runs/digits         a folder of runs, or several, or single runs
-  python -m sage.report --sweep FILE        the points of a sweep; says which are missing
+  python -m sage.report runs/digits     a folder of runs, or several, or runs
+  python -m sage.report --sweep FILE    a sweep's points; says which are missing
   python -m sage.report runs/digits --panel epochs --output paper/curves.pdf
   python -m sage.report runs/digits --link 1gbit --workers 16
 """
