@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
+from benchmarks.network_model import read_comparisons
 from reducers import REDUCERS
 from sage.exchange.comm import LocalComm
-from sage.network import Call, Link, wire_bytes
+from sage.network import LATENCY_SECONDS, Call, Link, wire_bytes
 from sage.report import __main__ as report
 from sage.report import advice, advisor
 from sage.report.advice import Network, advise
@@ -159,6 +160,9 @@ def test_a_methods_bytes_are_divided_by_what_is_known_of_it(tmp_path: Path) -> N
     assert gathered.compression_seconds == pytest.approx(0.003, rel=1e-12)
     reduced = only_method(measured_run(tmp_path / "b", "powersgd", 1000, 1500))
     assert (reduced.traffic, reduced.num_reduces) == (Traffic(1000, 0, 0), 2)
+    inner = {"name": "accordion", "inner": "powersgd"}
+    wrapped = only_method(measured_run(tmp_path / "w", inner, 1000, 1000, size=2))
+    assert (wrapped.traffic, wrapped.reducer) == (Traffic(1000, 0, 0), "accordion")
     # a user's own: 600 reduced and 400 gathered send 1.5 * 600 + 3 * 400
     own = only_method(measured_run(tmp_path / "c", "own:Class", 1000, 2100))
     assert own.traffic == pytest.approx(Traffic(600, 400, 0), rel=1e-12)
@@ -283,4 +287,5 @@ def test_the_model_is_near_what_was_measured_where_bytes_take_the_time(layout: s
     assert len(errors) == 2
     # tens to hundreds of megabytes: what is left are TCP's starts and acknowledgements
     assert all(-0.1 < error < 0.02 for error in errors)
-    assert len(advisor.compare_with_measured(rows)) == len(rows)
+    path = ROOT / f"benchmarks/results/2026-11-22-network-{layout}{link}.json"
+    assert len(read_comparisons(path, LATENCY_SECONDS)) == len(rows)

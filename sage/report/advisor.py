@@ -189,7 +189,7 @@ def methods_of(section: Section) -> list[tuple[Group, Method]]:
 def method_of(group: Group) -> Method:
     """What a configuration's runs measured, means over seeds."""
     run, mean = group.runs[0], _mean_over(group)
-    reducer = str(run.config["reducer.name"])
+    reducer = _sending(run)
     is_union = run.config.get("reducer.exchange") == "union"
     unions = [line["union_density"] for run in group.runs for line in run.steps if line.get("union_density")]
     union = fmean(unions) if is_union and unions else None
@@ -198,7 +198,7 @@ def method_of(group: Group) -> Method:
     known = reducer in REDUCES or reducer in GATHERS
     return Method(
         label=group.short_label,
-        reducer=reducer,
+        reducer=str(run.config["reducer.name"]),
         compression_seconds=mean(lambda run: _seconds(run, "reduce") - _seconds(run, "communicate")),
         traffic=traffic,
         num_reduces=1 if union else REDUCES.get(reducer, 0 if known else int(traffic.reduced_bytes > 0)),
@@ -218,7 +218,7 @@ def divide_traffic(group: Group, union_density: float | None) -> Traffic:
     """
     run, mean = group.runs[0], _mean_over(group)
     payload, padding = mean(lambda run: per_step(run, "bytes.payload")), mean(_padding)
-    reducer, world_size = str(run.config["reducer.name"]), run.world_size
+    reducer, world_size = _sending(run), run.world_size
     if union_density is not None:
         reduced = min(payload, 4 * union_density * _num_elements([group]))
     elif reducer in REDUCES:
@@ -253,6 +253,11 @@ def workload_of(section: Section, compute_seconds: float | None = None) -> Workl
         num_elements=num_elements,
         exact_seconds=method_of(exact[0]).compression_seconds if exact else 0.0,
     )
+
+
+def _sending(run: Run) -> str:
+    """The reducer that sends: of a wrapper the inner one."""
+    return str(run.config.get("reducer.inner") or run.config["reducer.name"])
 
 
 def _num_elements(groups: Sequence[Group]) -> int:
@@ -311,7 +316,11 @@ def compare_with_measured(
         payload = row["wire_bytes"] / wire_bytes([one], world_size) / row["num_collectives"]
         calls = [Call(one.kind, payload)] * round(row["num_collectives"])
         link = Link(parse_speed(str(row["rate"])), latency_seconds)
-        settings = " ".join(f"{key}={value}" for key, value in row["settings"].items())
+        given = (
+            f"{key}={value:.3g}" if isinstance(value, float) else f"{key}={value}"
+            for key, value in row["settings"].items()
+        )
+        settings = " ".join(given)
         what = f"{row['layout']} {name} {settings}".strip() + f", {row['rate']}"
         predicted = link.total_seconds(calls, world_size)
         compared.append(Comparison(what, predicted, row["communication_ms"] / 1000))
