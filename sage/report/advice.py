@@ -219,15 +219,21 @@ def _draw_speedups(
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.axhline(1, color="0.5", linewidth=1)
-    for baseline, dash in zip(BASELINES[:3], ("-", "--", ":"), strict=True):
-        seconds = [exact_step_seconds(baseline, advice.workload, *network) for network in networks]
+    lines = {
+        f"exact {baseline.name}": [
+            exact_step_seconds(baseline, advice.workload, *network) for network in networks
+        ]
+        for baseline in BASELINES
+        if baseline is not COMPARED_WITH
+    }
+    styles = styles_of([*["exact"] * len(lines), *(method.reducer for _, method in advice.methods)])
+    lines |= {
+        group.label: [step_seconds(method, advice.workload, *network) for network in networks]
+        for group, method in advice.methods
+    }
+    for (label, seconds), style in zip(lines.items(), styles, strict=True):
         ys = [other / one for other, one in zip(compared, seconds, strict=True)]
-        axes.plot(xs, ys, color="0.7", linestyle=dash, linewidth=3, label=f"exact {baseline.name}")
-    styles = styles_of([method.reducer for _, method in advice.methods])
-    for (group, method), style in zip(advice.methods, styles, strict=True):
-        seconds = [step_seconds(method, advice.workload, *network) for network in networks]
-        ys = [other / one for other, one in zip(compared, seconds, strict=True)]
-        (line,) = axes.plot(xs, ys, label=plain(group.label), markevery=max(1, len(xs) // 8))
+        (line,) = axes.plot(xs, ys, label=plain(label), markevery=max(1, len(xs) // 8))
         wear(line, style)
     axes.set_ylabel(f"times as fast as exact {COMPARED_WITH.name}")
     low, high = axes.get_ylim()
