@@ -91,12 +91,13 @@ def read(path: Path, extra: Sequence[str] = ()) -> list[Point]:
         command = f"python run.py {shlex.quote(str(path))}"
         raise ConfigError(f"{path}: this is a configuration, not a sweep's file: {command}")
     sweep = load(path, [], Sweep, {})
+    texts = {id(value): one_line(value) for block in sweep.grid for of in block.values() for value in of}
     points: list[Point] = []
     for index, (values, seed) in enumerate(_combine(sweep)):
         base = values.pop("base", sweep.base)
         if not isinstance(base, str):
             raise ConfigError(f"{path}: base: expected the path of a configuration, got {one_line(base)}")
-        overrides = [f"{key}={one_line(value)}" for key, value in {**values, "seed": seed}.items()]
+        overrides = [*(f"{key}={texts[id(value)]}" for key, value in values.items()), f"seed={seed}"]
         config = Path(os.path.normpath(path.parent / base))
         folder = Path(path.stem, _folder_name([config.stem, *overrides]))
         points.append(Point(index, config, [*overrides, *extra], folder))
@@ -105,9 +106,10 @@ def read(path: Path, extra: Sequence[str] = ()) -> list[Point]:
 
 
 def _refuse_duplicates(path: Path, points: list[Point], values: list[Any]) -> None:
-    """Raise ConfigError where two points have equal values."""
-    for i, value in enumerate(values):
-        first = values.index(value)
+    """Raise ConfigError where two points have equal values, which their reprs say."""
+    seen: dict[str, int] = {}
+    for i, text in enumerate(map(repr, values)):
+        first = seen.setdefault(text, i)
         if first < i:
             raise ConfigError(f"{path}: points {first} and {i} are the same run: {points[i]}")
 

@@ -4,7 +4,9 @@ PyYAML reads YAML 1.1, where 010 is eight, 1:30 is ninety and no is false. Here 
 texts.
 """
 
+import copy
 import re
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +94,11 @@ def parse(text: str, origin: str) -> Any:
     """The value that a YAML text describes. Raises ConfigError, which names the origin."""
     if len(text) > MAX_BYTES:
         raise ConfigError(f"{origin}: expected at most {MAX_BYTES:,} characters, got {len(text):,}")
+    return copy.deepcopy(_parsed(text, origin))  # the caller may change what it gets
+
+
+@lru_cache(maxsize=32)  # a sweep reads one configuration for each of its points
+def _parsed(text: str, origin: str) -> Any:
     try:
         return yaml.load(text, _Loader)
     except yaml.YAMLError as error:

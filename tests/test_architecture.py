@@ -27,7 +27,18 @@ SHARED = {
 """What a family shares; also everything under reducers.kernels, tasks.models and tasks.data."""
 
 LEVELS = [
-    {"interfaces", "draws", "yamlfile", "config", "components", "files", "console", "locks", "sweep"},
+    {
+        "interfaces",
+        "draws",
+        "network",
+        "yamlfile",
+        "config",
+        "components",
+        "files",
+        "console",
+        "locks",
+        "sweep",
+    },
     {"exchange", "workers"},
     {"runfolder"},
     {"training"},
@@ -43,6 +54,7 @@ TORCHLESS = [
     "sage/console.py",
     "sage/files.py",
     "sage/locks.py",
+    "sage/network.py",
     "sage/sweep.py",
     "sage/cli.py",
     "sage/workers/points.py",
@@ -54,6 +66,8 @@ TORCHLESS = [
     "sage/report/runs.py",
     "sage/report/tables.py",
     "sage/report/figures.py",
+    "sage/report/output.py",
+    "sage/report/advice.py",
     "sage/report/__main__.py",
     "reducers/__init__.py",
 ]

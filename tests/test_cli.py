@@ -459,6 +459,14 @@ def test_dry_run_tells_what_a_run_would_be_and_leaves_no_file(
     assert "0.200%" in told["payload"]
     assert "44.7 MB" in told["payload"]
     assert told["break-even"] == "below density 0.5 a gather sends less than exact does; 16-bit: 0.25"
+    # Two workers: an all-reduce is two messages of half the bytes, a gather one of them all; 8 ns a byte at
+    # 1 Gbit/s, 1538 / 1448 for frames.
+    exact, half = 4 * 11_173_962, 2 * 11_173_962
+    dense, dense_half, sent = (size * 8e-6 * 1538 / 1448 for size in (exact, half, 89_388))
+    assert told["1gbit"].startswith(f"exact {dense + 0.1:.3g}, bfloat16 {dense_half + 0.1:.3g}, this ")
+    saved = float(told["1gbit"].split("saves ")[1].split()[0])
+    # one or two messages of 50 microseconds: with or without the lengths
+    assert 0 <= dense_half + 0.1 - sent - saved <= 0.105 + 0.005 * saved
 
 
 @pytest.mark.parametrize(("world_size", "full", "half"), [(4, 0.25, 0.125), (16, 0.0625, 0.03125)])
@@ -484,9 +492,13 @@ def sent_in_gather(comm: LocalComm, messages: float) -> float:
     return comm.ledger.take()["wire_bytes"]
 
 
-def test_one_worker_has_no_break_even(nothing_starts: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_worker_has_no_break_even_and_is_told_of_sixteen(
+    nothing_starts: None, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert exit_code(DIGITS, "--dry-run") == 0
-    assert "break-even" not in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "break-even" not in shown
+    assert "50 µs a message, 16 workers (--workers gives another number)" in shown
 
 
 def test_a_dry_run_of_the_largest_batch_that_fits_is_not_refused(

@@ -17,9 +17,12 @@ from matplotlib.image import imread
 from matplotlib.lines import Line2D
 
 from sage.report import __main__ as report
-from sage.report import figures, formats, runs, tables
+from sage.report import curves, figures, formats, output, runs, tables
 from sage.report.groups import Group, Section, find_exact, gather
+from sage.report.looks import look_of
 from sage.report.runs import Run
+from sage.report.spread import BANDS, Band
+from sage.report.tables import format_number
 from sage.sweep import read
 
 ROOT = Path(__file__).parent.parent
@@ -101,7 +104,7 @@ def test_a_simulations_time_in_collectives_is_not_reported(folder: Path) -> None
     apart = gather([runs.read_run(path) for path in runs.find_runs([folder])])
     sections = {section.workload: section for section in apart}
     exact, sage = sections[WORKLOAD], sections[f"{WORKLOAD}, simulated"]
-    assert tables.time_row(sage.groups[0], None) == ["8.00", "3.00", "-", "-", "-"]
+    assert tables.time_row(sage.groups[0], None) == ["8.00", "3.00", *["-"] * 6]
     assert runs.phase_milliseconds(sage.groups[0].runs[0])["communication"] == 0
     assert runs.phase_milliseconds(exact.groups[0].runs[0])["communication"] == 8
     assert tables.target_row(sage.groups[0], 0.0)[2] == "-"
@@ -116,8 +119,21 @@ def test_the_rows_hold_the_numbers_worked_by_hand(folder: Path) -> None:
     # (0.0102 + 0.01) / 2; 4 steps of 20 kB; 1 MB a step over 20 kB; 18 ms over 13 ms
     assert tables.bytes_row(sage, exact) == ["0.0101 / 0.01", "0.0150", "0.08000", "50.0x less"]
     assert tables.bytes_row(exact, exact) == ["1.00", "0.0150", "4.000", "1.00x"]
-    assert tables.time_row(sage, exact) == ["8.00", "3.00", "2.00", "13.0", "1.38x"]
-    assert tables.time_row(exact, exact) == ["8.00", "2.00", "8.00", "18.0", "1.00x"]
+    assert tables.time_row(sage, exact) == ["8.00", "3.00", "2.00", "13.0", "1.38x", "-", "-", "-"]
+    assert tables.time_row(exact, exact)[:5] == ["8.00", "2.00", "8.00", "18.0", "1.00x"]
+
+
+def test_the_harness_own_cost_is_in_columns_of_its_own_and_slows_no_method(tmp_path: Path) -> None:
+    # Of two steps: 4 ms agree, 6 ms log, and 50 ms beside the evaluation's 9 s: 26 + 10 + 14 unaccounted.
+    seconds = {**SAGE_SECONDS, "agree": 0.004, "log": 0.006, "checkpoint": 1.0, "wall": 10.050}
+    sage = group_of(write_run(tmp_path / "sage", "sage", lines_of([0.1] * 2, 1e4, seconds)))
+    exact = group_of(write_run(tmp_path / "exact", "exact", lines_of([1.0], 1e6, EXACT_SECONDS)))
+    assert tables.time_row(sage, exact) == ["8.00", "3.00", "2.00", "13.0", "1.38x", "2.00", "3.00", "7.00"]
+    assert runs.training_seconds(sage.runs[0].epochs[0]) == pytest.approx(0.026, rel=1e-14)
+    record = next(csv.DictReader(StringIO(formats.to_csv([Section("w", [sage])], None))))
+    assert [float(record[f"{name}_ms"]) for name in ("communication", "agree", "log", "other")] == (
+        pytest.approx([2, 2, 3, 7], rel=1e-11)  # 10 s of wall less 10 s: 2^-53 * 10 / 0.014
+    )
 
 
 def test_bytes_are_compared_per_step_whatever_the_number_of_steps(tmp_path: Path) -> None:
@@ -286,6 +302,20 @@ def test_the_tables_fit_80_columns_and_cut_nothing(tmp_path: Path) -> None:
     assert "246,800" in text.split()  # MB: two steps
     for sheet in tables.build_sheets(section, 0.6)[:-1]:
         assert all(cell in text for row in sheet.rows for cell in row[1:])
+    narrow = formats.to_terminal(tables.build_sheets(section, 0.6), width=60)
+    assert max(map(len, narrow.splitlines())) <= 60
+    for sheet in tables.build_sheets(section, 0.6)[:-1]:
+        assert all(cell in narrow for row in sheet.rows for cell in row[1:])
+
+
+def test_a_wide_table_continues_below_in_blocks_of_about_the_same_width() -> None:
+    sheet = tables.Sheet("t", ["run", "a", "b", "c"], [["x", "1" * 9, "2" * 9, "3" * 9]], "")
+    # beside a column of 3, a column of 9 needs 12 more
+    assert formats.blocks_of(sheet, 40) == [[1, 2, 3]]
+    assert formats.blocks_of(sheet, 27) == [[1, 2], [3]]
+    assert formats.blocks_of(sheet, 5) == [[1], [2], [3]]  # a number is never folded
+    wide = tables.Sheet("t", ["run", *"abcd"], [["x", *["1" * 9] * 4]], "")
+    assert formats.blocks_of(wide, 40) == [[1, 2], [3, 4]]  # and not three and one
 
 
 def test_an_unfinished_run_is_listed_with_how_far_it_came(tmp_path: Path) -> None:
@@ -295,7 +325,7 @@ def test_an_unfinished_run_is_listed_with_how_far_it_came(tmp_path: Path) -> Non
     assert "at epoch 1, step 3" in text_in_80_columns(section)
     assert tables.results_row(group) == ["1", "0.5000", "-"]
     assert tables.bytes_row(group, None) == ["0.0102 / 0.01", "-", "0.04000", "-"]
-    assert tables.time_row(group, None) == ["8.00", "3.00", "2.00", "13.0", "-"]
+    assert tables.time_row(group, None)[:5] == ["8.00", "3.00", "2.00", "13.0", "-"]
     nothing = section_of(write_run(tmp_path / "1", "sage", [], done=False))
     assert "at epoch -, step -" in text_in_80_columns(nothing)
     assert tables.results_row(nothing.groups[0]) == ["1", "-", "-"]
@@ -340,12 +370,75 @@ def test_texts_from_run_files_steer_no_terminal_no_page_and_no_spreadsheet(
     assert float(cells["last.mean"]) == 0.75  # numbers are numbers
 
 
+# --- seed by seed --------------------------------------------------------------------------------
+
+
+def scoring(folder: Path, reducer: Any, scores: dict[int, float]) -> list[Run]:
+    """A run of each seed with a last score of its own."""
+    made = [write_run(folder / f"{seed}", reducer, SAGE, seed) for seed in scores]
+    for run, score in zip(made, scores.values(), strict=True):
+        run.summary["score.last"] = score
+    return made
+
+
+def test_differences_are_taken_between_runs_of_the_same_seed(tmp_path: Path) -> None:
+    exact = scoring(tmp_path / "e", "exact", {1: 0.90, 2: 0.80, 3: 0.70, 4: 0.10})
+    topk = scoring(tmp_path / "t", "topk", {3: 0.69, 1: 0.87, 2: 0.78})  # -0.01, -0.03, -0.02
+    sheet = tables.differences_sheet(section_of(*exact, *topk))
+    # mean -0.02, deviation 0.01, half an interval 4.3027 * 0.01 / sqrt 3 = 0.02484
+    assert sheet
+    assert sheet.rows == [["topk", "3", "-0.0200", "-0.0448 to +0.00484"]]
+    assert sheet.title == "Compared with exact, seed by seed"
+    other = tables.differences_sheet(section_of(*exact, *topk), "topk")
+    assert other
+    assert other.rows == [["exact", "3", "+0.0200", "-0.00484 to +0.0448"]]
+
+
+def test_without_a_common_seed_there_is_no_comparison(tmp_path: Path) -> None:
+    made = [*scoring(tmp_path / "e", "exact", {1: 0.9}), *scoring(tmp_path / "t", "topk", {2: 0.8})]
+    assert tables.differences_sheet(section_of(*made)) is None
+    single = [*made, *scoring(tmp_path / "s", "sage", {1: 0.95})]
+    sheet = tables.differences_sheet(section_of(*single))
+    assert sheet
+    assert sheet.rows == [["sage", "1", "+0.0500", "-"]]
+
+
+def test_a_baseline_is_a_configuration_or_a_reducer_and_another_name_is_an_error(
+    tmp_path: Path, capsys: Capture
+) -> None:
+    for density in (0.1, 0.2):
+        write_run(tmp_path / f"runs/{density}", {"name": "topk", "density": density}, SAGE)
+    write_run(tmp_path / "runs/sage", "sage", SAGE)
+    section = section_in(tmp_path / "runs")
+    for name, first in (("topk", "topk density=0.1"), ("topk density=0.2", "topk density=0.2")):
+        sheet = tables.differences_sheet(section, name)
+        assert sheet
+        assert sheet.title == f"Compared with {first}, seed by seed"
+        assert len(sheet.rows) == 2
+    assert report.main([str(tmp_path), "--baseline", "topkk"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("report: --baseline topkk: expected a finished configuration or reducer: topk")
+
+
+# --- LaTeX ---------------------------------------------------------------------------------------
+
+
+def test_a_latex_table_holds_the_rows_and_no_text_of_a_run_is_a_command() -> None:
+    rows = [[r"a_b \input{x} 50% $&#~^", "0.97 ±0.01", "-", "-0.5 to +0.1"]]
+    lines = formats.to_latex(tables.Sheet("T_1", ["run", "x\nlast", "y", "z"], rows, "one\ntwo")).splitlines()
+    assert lines[2] == r"  \caption{T\_1. one; two.}"
+    assert lines[5] == r"    run & x last & y & z \\"
+    name = r"a\_b \textbackslash{}input\{x\} 50\% \$\&\#\textasciitilde{}\textasciicircum{}"
+    assert lines[7] == rf"    {name} & 0.97 $\pm$0.01 & -- & $-$0.5 to +0.1 \\"
+    assert lines[3] == r"  \begin{tabular}{lrrr}"
+
+
 # --- pictures -------------------------------------------------------------------------------------
 
 
-def draw_one(section: Section) -> Figure:
-    (figure,) = figures.draw(section)
-    return figure
+def draw_one(section: Section, band: Band = "std") -> Figure:
+    (page,) = figures.pages(section, band)
+    return figures.draw(page)
 
 
 def test_every_axis_has_a_label_with_a_unit(folder: Path) -> None:
@@ -353,10 +446,10 @@ def test_every_axis_has_a_label_with_a_unit(folder: Path) -> None:
     assert [(axes.get_title(), axes.get_xlabel(), axes.get_ylabel()) for axes in panels] == [
         ("Score over epochs", "training (epochs)", "accuracy (fraction)"),
         ("Score over bytes", "sent by one worker (MB)", "accuracy (fraction)"),
-        ("Score over seconds", "training without evaluation (s)", "accuracy (fraction)"),
+        ("Score over seconds", "training steps (s)", "accuracy (fraction)"),
         ("Density", "training (steps)", "density (fraction)"),
         ("Threshold", "training (steps)", "threshold (|gradient|)"),
-        ("Time per step", "time per step (ms)", "run (reducer)"),
+        ("Time per step", "time per step (ms); agree and log: the harness's own", "run (reducer)"),
     ]
 
 
@@ -378,16 +471,34 @@ def test_the_curves_are_the_files_numbers(folder: Path) -> None:
     assert {axes.get_yscale() for axes in (densities, thresholds)} == {"log"}
 
 
-def test_a_band_reaches_from_the_least_to_the_greatest_of_the_seeds(tmp_path: Path) -> None:
-    made = seeds_of_sage(tmp_path, 0.02, 0.04, 0.03)
+@pytest.mark.parametrize(
+    ("band", "half"),
+    [("std", 0.01), ("ci95", 4.302652729749464 * 0.01 / 3**0.5)],  # t of 2 degrees of freedom, from a table
+)
+def test_a_band_is_what_the_table_says_of_the_spread(tmp_path: Path, band: Band, half: float) -> None:
+    made = seeds_of_sage(tmp_path, 0.02, 0.04, 0.03)  # deviation 0.01
     made[2].steps.pop()  # the curve ends where the shortest run does
-    curve = figures.average_curve(group_of(*made), lambda run: figures.over_steps(run, "density"))
+    group = group_of(*made)
+    curve = curves.average_curve(group, lambda run: curves.over_steps(run, "density"), band)
     assert [step for step, *_ in curve] == [0, 1, 2]
-    assert curve[2] == (2, pytest.approx(0.03, rel=1e-14), 0.02, 0.04)
-    axes = draw_one(section_of(*made)).axes[3]
+    assert curve[2] == pytest.approx((2, 0.03, 0.03 - half, 0.03 + half), rel=1e-12)
+    figure = draw_one(section_of(*made), band)
+    assert BANDS[band] in " ".join(figure.legends[0].get_title().get_text().split())
+    text = formats.to_terminal(tables.build_sheets(section_of(*made), None, band), 80)
+    assert BANDS[band] in text
+    # of the means 0.015, 0.025 and 0.02 the deviation is 0.005
+    assert f"0.0200 ±{format_number(half / 2, 2)}" in text
+
+
+def test_a_single_seed_has_no_band_and_no_caption(tmp_path: Path) -> None:
+    made = seeds_of_sage(tmp_path, 0.02, 0.04, 0.03)
+    figure = draw_one(section_of(*made))
+    axes = figure.axes[3]
     assert len(axes.collections) == 1
     assert axes.get_lines()[0].get_label() == "sage (3 seeds)"
-    assert not draw_one(section_of(made[0])).axes[3].collections
+    alone = draw_one(section_of(made[0]))
+    assert not alone.axes[3].collections
+    assert alone.legends[0].get_title().get_text() == ""
 
 
 @pytest.mark.parametrize(("payload", "scale"), [(5e4, "log"), (2e5, "linear"), (0.0, "linear")])
@@ -402,11 +513,12 @@ def test_bytes_have_a_log_axis_where_they_differ_by_more_than_twenty(
 def test_forty_configurations_are_five_pictures_of_eight(tmp_path: Path) -> None:
     settings = [{"name": "topk", "density": i / 100} for i in range(1, 41)]
     made = [write_run(tmp_path / str(i), reducer, SAGE) for i, reducer in enumerate(settings)]
-    drawn = figures.draw(section_of(*made))
-    assert [len(figure.axes[0].get_lines()) for figure in drawn] == [8] * 5
-    assert drawn[1].get_suptitle() == "digits, world size 2, configurations 9 to 16 of 40"
-    nine = figures.draw(section_of(*made[:9]))
-    assert [len(figure.axes[0].get_lines()) for figure in nine] == [5, 4]
+    divided = figures.pages(section_of(*made))
+    assert [len(page.groups) for page in divided] == [8] * 5
+    drawn = figures.draw(divided[1])
+    assert len(drawn.axes[0].get_lines()) == 8
+    assert drawn.get_suptitle() == "digits, world size 2, configurations 9 to 16 of 40"
+    assert [len(page.groups) for page in figures.pages(section_of(*made[:9]))] == [5, 4]
 
 
 def test_a_bar_is_as_long_as_a_step_and_stacked_from_its_phases(folder: Path) -> None:
@@ -424,10 +536,15 @@ def test_lines_and_bars_can_be_told_apart_without_colour(tmp_path: Path) -> None
     settings = [{"name": "topk", "density": i / 100} for i in range(figures.MOST_PER_PICTURE)]
     made = [write_run(tmp_path / str(i), reducer, SAGE) for i, reducer in enumerate(settings)]
     figure = draw_one(section_of(*made))
-    looks = {(x.get_linestyle(), x.get_marker()) for x in figure.axes[0].get_lines()}
-    assert len(looks) == figures.MOST_PER_PICTURE
+    lines = figure.axes[0].get_lines()
+    assert {(line.get_color(), line.get_marker(), line.get_linestyle()) for line in lines} == {
+        tuple(vars(look_of("topk")).values())
+    }
+    apart = {(line.get_fillstyle(), line.get_linewidth()) for line in lines}
+    assert len(apart) == figures.MOST_PER_PICTURE
     bars = [container.patches[0] for container in figure.axes[5].containers]
     assert len({(bar.get_hatch(), round(sum(bar.get_facecolor()[:3]), 1)) for bar in bars}) == 6
+    assert len(set(figures.FILLS.values())) == len(figures.FILLS)
 
 
 def test_nothing_is_clipped_and_no_legend_lies_on_data(tmp_path: Path) -> None:
@@ -449,25 +566,80 @@ def test_a_density_of_zero_is_a_gap_and_a_panel_without_values_says_so(tmp_path:
     assert [text.get_text() for text in figure.axes[4].texts] == ["none of the runs has one"]
 
 
+def test_a_single_panel_is_one_picture_of_the_kind_that_its_name_says(folder: Path) -> None:
+    heads = {"pdf": b"%PDF-", "svg": b"<?xml", "png": b"\x89PNG"}
+    for kind, head in heads.items():
+        output = folder.parent / f"paper/x.{kind}"
+        for _ in range(2):  # the same bytes in every run
+            before = output.read_bytes() if output.exists() else None
+            assert report.main([str(folder), "--output", str(output), "--panel", "density"]) == 0
+        assert output.read_bytes() == before
+        assert output.read_bytes().startswith(head)
+    (page,) = figures.pages(section_in(folder))
+    assert [axes.get_ylabel() for axes in figures.draw_single(page, "bytes").axes] == ["accuracy (fraction)"]
+
+
+def test_pictures_are_named_for_the_task_and_the_panel(tmp_path: Path) -> None:
+    write_run(tmp_path / "runs/0", "sage", SAGE)
+    write_run(tmp_path / "runs/1", "sage", SAGE, name="own.task:Task", size=16)
+    arguments = [str(tmp_path / "runs"), "--panel", "epochs", "--panel", "time"]
+    assert report.main([*arguments, "--output", str(tmp_path / "x.svg")]) == 0
+    names = [
+        f"x-{task}-{panel}.svg"
+        for task in ("digits-2workers", "own.task-Task-16workers")
+        for panel in ("epochs", "time")
+    ]
+    assert sorted(path.name for path in tmp_path.glob("*.svg")) == names
+
+
+def test_many_pictures_are_drawn_by_several_processes_and_are_the_same(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    panels = [word for name in curves.TITLES for word in ("--panel", name)]
+    assert len(curves.TITLES) > output.MOST_IN_ONE_PROCESS
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    assert report.main([str(folder), *panels, "--output", str(folder.parent / "many/x.svg")]) == 0
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
+    assert report.main([str(folder), *panels, "--output", str(folder.parent / "one/x.svg")]) == 0
+    many, one = (
+        {path.name: path.read_bytes() for path in (folder.parent / where).glob("*.svg")}
+        for where in ("many", "one")
+    )
+    assert many == one
+    assert len(one) == len(curves.TITLES)
+
+
+def test_a_picture_of_an_unknown_kind_is_refused(folder: Path, capsys: Capture) -> None:
+    for name in ("x.jpg", "x"):
+        with pytest.raises(SystemExit) as left:
+            report.main([str(folder), "--output", name])
+        assert left.value.code == 2
+        assert f"--output {name}: expected a name that ends in .png, .pdf, .svg" in capsys.readouterr().err
+
+
 # --- the command ----------------------------------------------------------------------------------
 
 
 def test_the_command_prints_tables_and_writes_files_whose_paths_are_last(folder: Path) -> None:
     command = [sys.executable, "-m", "sage.report", "runs/sage", "runs/a"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "100"}
     done = subprocess.run(command, cwd=folder.parent, env=environment, text=True, capture_output=True)
     assert (done.returncode, done.stderr) == (0, "")
-    *lines, markdown, table, png = done.stdout.splitlines()
+    *lines, markdown, table, latex, png = done.stdout.splitlines()
     assert max(map(len, lines)) <= 100
     rows = [line.split() for line in lines if line.startswith((" exact", " sage"))]
-    assert [row[0] for row in rows] == ["exact", "sage"] * 3  # exact first, whatever the order given
-    assert [row[-1] for row in rows] == ["0.8125", "0.8125", "1.00x", "less", "1.00x", "1.38x"]
-    assert [Path(path) for path in (markdown, table, png)] == [
-        folder.resolve() / f"report.{kind}" for kind in ("md", "csv", "png")
+    # exact first, whatever the order given; of the comparison with it sage alone is a row
+    assert [row[0] for row in rows] == ["exact", "sage", "sage", *["exact", "sage"] * 2]
+    assert [row[-1] for row in rows[:5]] == ["0.8125", "0.8125", "-", "1.00x", "less"]
+    assert [row[5] for row in rows[5:]] == ["1.00x", "1.38x"]
+    picture = "report-digits-2workers.png"
+    assert [Path(path) for path in (markdown, table, latex, png)] == [
+        folder.resolve() / name for name in ("report.md", "report.csv", "report.tex", picture)
     ]
-    assert imread(png).shape[:2] == (1375, 1430)  # 13 x 12.5 inches of 110 pixels
-    assert "![](report.png)" in Path(markdown).read_text()
-    names = ["a", "report.csv", "report.md", "report.png", "sage"]
+    assert imread(png).shape[1] == 1430  # 13 inches of 110 pixels
+    assert f"![digits, world size 2]({picture})" in Path(markdown).read_text()
+    assert rf"\includegraphics[width=\linewidth]{{{picture}}}" in Path(latex).read_text()
+    names = ["a", picture, "report.csv", "report.md", "report.tex", "sage"]
     assert sorted(path.name for path in folder.iterdir()) == names
 
 
@@ -475,7 +647,7 @@ def test_a_reader_who_leaves_early_breaks_nothing(folder: Path) -> None:
     command = f"set -o pipefail; {sys.executable} -m sage.report {folder} | true"
     done = subprocess.run(["bash", "-c", command], cwd=ROOT, text=True, capture_output=True)
     assert (done.returncode, done.stderr) == (0, "")
-    assert (folder / "report.png").exists()
+    assert (folder / "report-digits-2workers.png").exists()
 
 
 @pytest.mark.parametrize(
@@ -513,12 +685,12 @@ def test_a_sweeps_missing_points_are_named_and_of_a_point_the_newest_finished_ru
     assert report.main(["--sweep", str(tmp_path / "four.yaml"), "--runs", str(home)]) == 0
     lines = capsys.readouterr().out.splitlines()
     base = tmp_path / "base.yaml"
-    assert lines[-5:-3] == [
+    assert lines[-6:-4] == [
         f"missing: point 2 (unfinished, at epoch 0, step 1): {base} reducer.name=exact seed=2",
         f"missing: point 3 (not started): {base} reducer.name=sage seed=2",
     ]
-    assert lines[-1] == str(home / "four" / "report.png")
-    sent = [line.split() for line in lines if line.startswith((" exact", " sage"))][2:4]
+    assert lines[-1] == str(home / "four" / "report-digits-2workers.png")
+    sent = [line.split() for line in lines if line.startswith((" exact", " sage"))][3:5]
     assert sent[0][1:] == ["1.00", "0.0150", "4.000", "1.00x"]  # MB: of the new run's two epochs
     assert sent[1][-3:] == ["0.08000", "50.0x", "less"]
     assert "missing: point 3" in (home / "four" / "report.md").read_text()
@@ -539,6 +711,13 @@ def test_runs_or_a_sweep_are_expected_and_not_both(arguments: list[str], capsys:
     assert "expected RUNs, or --sweep FILE" in capsys.readouterr().err
 
 
+def test_the_help_fits_80_columns(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        report.main(["--help"])
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+
+
 def test_it_answers_at_once_and_imports_what_draws_and_prints_when_it_does() -> None:
     code = (
         "import sys, sage.report.__main__; print({'torch', 'matplotlib', 'numpy', 'rich'} & {*sys.modules})"
@@ -555,8 +734,8 @@ def test_a_line_cut_off_at_the_end_is_ignored_with_a_note(folder: Path, capsys: 
     assert (cut.steps, cut.epochs) == (whole.steps, whole.epochs)
     assert report.main([str(folder), "--output", str(output)]) == 0
     note = f"{metrics.resolve()}: the last line was cut off and is ignored"
-    paths = [str(output.with_suffix(kind)) for kind in (".md", ".csv", ".png")]
-    assert capsys.readouterr().out.splitlines()[-4:] == [note, *paths]
+    paths = [str(output.with_suffix(kind)) for kind in (".md", ".csv", ".tex", ".png")]
+    assert capsys.readouterr().out.splitlines()[-5:] == [note, *paths]
 
 
 BAD_LINES = ['{"kind": "step", "epo', "", "[1]", '{"kind": "other", "epoch": 0, "step": 0}']

@@ -7,25 +7,32 @@ import argparse
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from sage import files
 from sage.config import ConfigError
 from sage.console import complain, show
-from sage.report.formats import to_csv, to_markdown, to_terminal
-from sage.report.groups import Section, gather
+from sage.network import LATENCY_SECONDS, Link, parse_seconds, parse_speed
+from sage.report.advice import Network, advice_sheets, advise
+from sage.report.curves import TITLES
+from sage.report.formats import to_terminal
+from sage.report.groups import Section, find_baseline, gather
+from sage.report.output import KINDS, Content, Output, write_report
+from sage.report.published import published_sheet
 from sage.report.runs import ReportError, Run, find_runs, read_run
+from sage.report.spread import BANDS
 from sage.report.tables import Sheet, build_sheets
 from sage.sweep import Point, read
 
 HELP = """\
-Compare runs by the files in their folders alone. Each configuration is a row, with mean and standard
-deviation over its seeds. The report is printed, and written to FILE.md, FILE.csv and FILE.png (more pictures:
-FILE-2.png, ...).
+Compare runs by the files in their folders alone. Each configuration is a row,
+with mean and spread over its seeds. The report is printed, and written to
+report.md, .csv and .tex, with pictures whose names say the task.
 
-  python -m sage.report runs/digits                     a folder of runs, or several, or single runs
-  python -m sage.report --sweep configs/sweeps/X.yaml   the points of a sweep; says which are missing
+  python -m sage.report runs/digits     a folder of runs, or several, or runs
+  python -m sage.report --sweep FILE    a sweep's points; says which are missing
+  python -m sage.report runs/digits --panel epochs --output paper/curves.pdf
+  python -m sage.report runs/digits --link 1gbit --workers 16
 """
 
 
@@ -79,33 +86,17 @@ def common_target(runs: Sequence[Run]) -> float | None:
     return targets.pop() if len(targets) == 1 else None
 
 
-def write_report(
-    output: Path,
-    sections: Sequence[Section],
-    sheets: Sequence[Sheet],
-    notes: Sequence[str],
-    target: float | None,
-) -> list[Path]:
-    """Write the report's files; returns their paths, the first picture last."""
-    from sage.report.figures import draw, to_png
-
-    figures = [figure for section in sections for figure in draw(section)]
-    pictures = [output, *(output.with_stem(f"{output.stem}-{i}") for i in range(2, len(figures) + 1))]
-    for path, figure in zip(pictures, figures, strict=True):
-        files.write_bytes(path, to_png(figure))
-    text = [
-        *map(to_markdown, sheets),
-        *(f"- {note}" for note in notes),
-        *(f"![]({path.name})" for path in pictures),
-    ]
-    files.write_text(output.with_suffix(".md"), "\n".join(text) + "\n")
-    files.write_text(output.with_suffix(".csv"), to_csv(sections, target))
-    return [output.with_suffix(".md"), output.with_suffix(".csv"), *reversed(pictures)]
+def check_baseline(name: str, sections: Sequence[Section]) -> None:
+    """Raise ReportError where no finished configuration has this name or reducer."""
+    groups = [group for section in sections for group in section.groups if group.done]
+    if not any(find_baseline(group, [group], name) for group in groups):
+        known = ", ".join(dict.fromkeys(group.short_label for group in groups))
+        raise ReportError(f"--baseline {name}: expected a finished configuration or reducer: {known}")
 
 
 def terminal_width() -> int:
-    """The columns of the terminal, 80 or more; 100 where there is none."""
-    return max(80, shutil.get_terminal_size().columns) if sys.stdout.isatty() else 100
+    """The columns of the terminal, 40 or more; 100 where there is none."""
+    return max(40, shutil.get_terminal_size((100, 24)).columns)
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -130,13 +121,97 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         type=float,
         help="also report what it took to reach this score (default: the runs' stop_at_score)",
     )
+    add(
+        "--band",
+        choices=list(BANDS),
+        default="std",
+        help="the spread in tables and pictures: standard deviation (the default), or a 95%% interval of the "
+        "mean",
+    )
+    add(
+        "--baseline",
+        metavar="NAME",
+        help="the configuration or reducer that the others are compared with seed by seed (default: exact)",
+    )
+    add(
+        "--panel",
+        metavar="NAME",
+        action="append",
+        choices=list(TITLES),
+        help=f"a picture of this panel alone, of a column's size; may be repeated: {', '.join(TITLES)}",
+    )
     where = "in their common parent where that is inside the current folder, else in the current folder"
-    default = f"report.png in RUN; for several, {where}"
-    add("--output", metavar="FILE", type=Path, help=f"the first PNG to write (default: {default})")
+    add(
+        "--output",
+        metavar="FILE",
+        type=Path,
+        help="the pictures' name and kind, .png, .pdf or .svg "
+        f"(default: report.png in RUN; for several, {where})",
+    )
+    _add_network(parser)
     options = parser.parse_args(arguments)
     if bool(options.runs) == bool(options.sweep):
         parser.error("expected RUNs, or --sweep FILE")
+    if options.output and options.output.suffix not in KINDS:
+        parser.error(f"--output {options.output}: expected a name that ends in {', '.join(KINDS)}")
     return options
+
+
+def _add_network(parser: argparse.ArgumentParser) -> None:
+    """Add the options of a prediction."""
+    group = parser.add_argument_group("would it pay on another network? (predictions from the runs)")
+    add = group.add_argument
+    add("--link", metavar="SPEED", type=_quantity(parse_speed), help="its speed, as in 1gbit")
+    add(
+        "--latency",
+        metavar="TIME",
+        type=_quantity(parse_seconds),
+        default=LATENCY_SECONDS,
+        help="of a message between two workers (default: 50us)",
+    )
+    add("--workers", metavar="W", type=_count, help="how many workers (default: as many as the runs had)")
+    add(
+        "--compute-ms",
+        metavar="T",
+        type=_positive,
+        help="milliseconds that a step's data, forward, backward and optimizer take (default: as measured)",
+    )
+
+
+def _quantity(parse: Callable[[str], float]) -> Callable[[str], float]:
+    """A function that reads an option, with an error that says what was expected."""
+
+    def read_option(text: str) -> float:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return read_option
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 2:
+        raise argparse.ArgumentTypeError(f"expected an integer of 2 or more, got {text!r}")
+    return int(text)
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    return value
+
+
+def network_of(options: argparse.Namespace) -> Network | None:
+    """The network that is asked about; None where none is."""
+    if options.link is None:
+        return None
+    compute = None if options.compute_ms is None else options.compute_ms / 1000
+    return Network(Link(options.link, options.latency), options.workers, compute)
 
 
 def report(options: argparse.Namespace) -> str:
@@ -149,10 +224,18 @@ def report(options: argparse.Namespace) -> str:
 
     target = common_target(runs) if options.target is None else options.target
     sections = gather(runs)
-    sheets = [sheet for section in sections for sheet in build_sheets(section, target)]
+    if options.baseline is not None:
+        check_baseline(options.baseline, sections)
+    sheets: list[Sheet] = []
+    for section in sections:
+        sheets += build_sheets(section, target, options.band, options.baseline)
+        sheets += [sheet] if (sheet := published_sheet(section)) else []
+    advice = advise(sections, network) if (network := network_of(options)) else []
+    sheets += [sheet for one in advice for sheet in advice_sheets(one, target)]
+
     given = [sweep_folder(options.runs_folder, options.sweep)] if options.sweep else options.runs
-    output = options.output or default_output(given)
-    paths = write_report(output, sections, sheets, notes, target)
+    output = Output(options.output or default_output(given), options.output is not None, options.panel or [])
+    paths = write_report(output, Content(sections, sheets, notes, target, options.band, advice))
     return to_terminal(sheets, terminal_width()) + "\n".join([*notes, *map(str, paths)])
 
 

@@ -4,153 +4,172 @@ import io
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
-from math import ceil, isnan, nan
-from statistics import fmean
-from typing import NamedTuple
+from math import ceil, isnan
+from typing import Any
 
+import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter, NullFormatter
+from matplotlib.lines import Line2D
+from matplotlib.ticker import AutoLocator, FuncFormatter, LogFormatter, LogLocator, MaxNLocator, NullLocator
 
 from sage.console import printable
+from sage.report.curves import SCORE_AXES, TITLES, Curve, average_curve, every_value, over_steps
 from sage.report.groups import Group, Section
-from sage.report.runs import Flat, Run, training_seconds
+from sage.report.looks import Style, styles_of
+from sage.report.spread import BANDS, Band
 from sage.report.tables import format_number, mean_milliseconds
 
 MOST_PER_PICTURE = 8
 """Configurations in one picture: more lines in a panel cannot be told apart."""
 LOG_FACTOR = 20
 """The axis of bytes is logarithmic where they differ by a larger factor."""
+NARROW = 3
+"""A log axis shows at least this factor on both sides where its values are nearly the same."""
+LEGEND_COLUMNS = 3
+LINE, LETTER = 0.2, 0.085
+"""The height of a line and the width of a letter, in inches."""
+PANEL_HEIGHT, BETWEEN, ABOVE = 3.0, 0.85, 0.65
+"""Of a panel, between panels, and above them; in inches."""
 UNITS = {"accuracy": "fraction", "perplexity": "tokens", "density": "fraction", "threshold": "|gradient|"}
-# Lines and bars differ in more than colour, so that they can be told apart in grey.
-COLOURS = ("#000000", "#d55e00", "#0072b2", "#007a55", "#aa4488")
-DASHES = ("-", "--", "-.", ":")
-MARKERS = "os^DvPX"
-FILLS = (  # colour and hatch of each phase
-    ("#eeeeee", "..."),
-    ("#c6dbef", ""),
-    ("#9ecae1", "//"),
-    ("#eeeeee", "\\\\"),
-    ("#fdae6b", "xx"),
-    ("#555555", ""),
-)
-Points = list[tuple[float, float]]
+FILLS = {  # colour and hatch of each phase, which differ in grey too
+    "data": ("#eeeeee", "..."),
+    "forward": ("#c6dbef", ""),
+    "backward": ("#9ecae1", "//"),
+    "optimizer": ("#eeeeee", "\\\\"),
+    "compression": ("#fdae6b", "xx"),
+    "communication": ("#555555", ""),
+    "agree": ("#ffffff", "--"),
+    "log": ("#ffffff", "oo"),
+}
+SETTINGS: Any = {  # of a file: fonts as journals ask for, and the same bytes in every run
+    "pdf.fonttype": 42,
+    "ps.fonttype": 42,
+    "svg.hashsalt": "sage",
+}
+UNDATED: dict[str, dict[str, Any]] = {"png": {}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}
+"""The metadata of each kind of file: no date."""
 
 
-class CurvePoint(NamedTuple):
-    """x, and over the seeds the mean, the least and the greatest y."""
+@dataclass(frozen=True)
+class Page:
+    """What is drawn in one picture: some of a section's configurations."""
 
-    x: float
-    mean: float
-    least: float
-    greatest: float
+    workload: str
+    score: str
+    """The score's name."""
+    groups: list[Group]
+    styles: list[Style]
+    band: Band
+    part: str
+    """Which of the section's configurations, in words; empty where these are all."""
+
+    @property
+    def title(self) -> str:
+        return self.workload + (f", {self.part}" if self.part else "")
+
+    @property
+    def caption(self) -> str:
+        """What lines and bands are, in words; empty where every configuration has one seed."""
+        if all(len(group.runs) == 1 for group in self.groups):
+            return ""
+        return f"lines: means over seeds; bands: {BANDS[self.band]}"
 
 
-Curve = list[CurvePoint]
+def pages(section: Section, band: Band = "std") -> list[Page]:
+    """Divide a section into pictures of about as many configurations each."""
+    count = len(section.groups)
+    size = ceil(count / ceil(count / MOST_PER_PICTURE))
+    styles = styles_of([group.runs[0].config["reducer.name"] for group in section.groups])
+    return [
+        Page(
+            section.workload,
+            section.score,
+            section.groups[start : start + size],
+            styles[start : start + size],
+            band,
+            "" if size >= count else f"configurations {start + 1} to {min(start + size, count)} of {count}",
+        )
+        for start in range(0, count, size)
+    ]
 
 
-def draw(section: Section) -> list[Figure]:
-    """Draw a section in one picture, or in several with about as many configurations each."""
-    num_groups = len(section.groups)
-    size = ceil(num_groups / ceil(num_groups / MOST_PER_PICTURE))
-    return [_draw_page(section, start, size) for start in range(0, num_groups, size)]
-
-
-def to_png(figure: Figure) -> bytes:
-    """The bytes of a PNG file."""
+def to_file(figure: Figure, kind: str) -> bytes:
+    """The bytes of a file of a kind: png, pdf or svg."""
     file = io.BytesIO()
-    figure.savefig(file, format="png")
+    with mpl.rc_context(SETTINGS):
+        quick: Any = {"pil_kwargs": {"compress_level": 3}} if kind == "png" else {}  # a third of the time
+        figure.savefig(file, format=kind, metadata=UNDATED[kind], **quick)
     return file.getvalue()
 
 
-def _draw_page(section: Section, start: int, size: int) -> Figure:
-    """Draw six panels (score over epochs, bytes and seconds; density, threshold, time) and a legend below."""
-    groups = section.groups[start : start + size]
-    figure = Figure(figsize=(13, 12 + len(groups) / 4), dpi=110, layout="constrained")
-    figure.suptitle(plain(_title(section, start, len(groups))))
-    over_epochs, over_bytes, over_seconds, densities, thresholds, times = figure.subplots(3, 2).flat
+def draw(page: Page) -> Figure:
+    """Draw all panels (score over epochs, bytes and seconds; density, threshold, time) and a legend below.
 
-    ylabel = f"{section.score} ({UNITS.get(section.score, 'no unit')})"
-    for axes, score_axis in zip((over_epochs, over_bytes, over_seconds), SCORE_AXES, strict=True):
-        draw_scores(axes, groups, score_axis, ylabel)
-    draw_targets(densities, groups)
-    draw_over_steps(densities, groups, "density")
-    draw_over_steps(thresholds, groups, "threshold")
-    draw_times(times, groups)
+    Their places are worked out here, in inches: matplotlib's own layout takes twice the time.
+    """
+    labels = [_legend(group) for group in page.groups]
+    names = [_bar_name(group) for group in page.groups]
+    rows = ceil((len(labels) + 1) / LEGEND_COLUMNS)  # one more for the target density
+    legend = LINE * (rows * max(label.count("\n") + 1 for label in labels) + 2)
+    below = legend + 6.5 * LINE  # the axis of the bars, and their legend
+    left, middle = 0.95, 0.75 + LETTER * max(len(line) for name in names for line in name.splitlines())
+    width, height = 13.0, below + 3 * PANEL_HEIGHT + 2 * BETWEEN + ABOVE
 
-    lines = {line.get_label(): line for line in (*over_epochs.get_lines(), *densities.get_lines())}
-    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=3, handlelength=4)
+    figure = Figure(figsize=(width, height), dpi=110)
+    panel_width = (width - left - middle - 0.25) / 2
+    figure.subplots_adjust(
+        left=left / width,
+        right=1 - 0.25 / width,
+        bottom=below / height,
+        top=1 - ABOVE / height,
+        wspace=middle / panel_width,
+        hspace=BETWEEN / PANEL_HEIGHT,
+    )
+    figure.suptitle(plain(page.title), y=1 - 0.15 / height, va="top")
+    for axes, (name, draw_panel) in zip(figure.subplots(3, 2).flat, PANELS.items(), strict=True):
+        draw_panel(axes, page)
+        axes.set_title(TITLES[name])
+        limit_ticks(axes)
+    _add_legend(figure, page, loc="lower center", ncols=LEGEND_COLUMNS)
     return figure
 
 
-def _title(section: Section, start: int, num_drawn: int) -> str:
-    if num_drawn == len(section.groups):
-        return section.workload
-    part = f"configurations {start + 1} to {start + num_drawn} of {len(section.groups)}"
-    return f"{section.workload}, {part}"
+def draw_single(page: Page, name: str) -> Figure:
+    """Draw one panel, at the size of a column in a paper, without a title."""
+    height = 3.4 + len(page.groups) / 5
+    figure = Figure(figsize=(4.8, height), dpi=220, layout="constrained")
+    axes = figure.subplots()
+    PANELS[name](axes, page)
+    limit_ticks(axes)
+    if name != "time":
+        _add_legend(figure, page, loc="outside lower center", ncols=1)
+    return figure
+
+
+def _add_legend(figure: Figure, page: Page, loc: Any, ncols: int) -> None:
+    """Add a legend of all lines, each once, under a title that says what lines and bands are."""
+    lines = {
+        str(line.get_label()): line
+        for axes in figure.axes
+        for line in axes.get_lines()
+        if not str(line.get_label()).startswith("_")
+    }
+    title = textwrap.fill(page.caption, 50 * ncols) or None
+    figure.legend(lines.values(), lines.keys(), loc=loc, ncols=ncols, handlelength=4, title=title)
 
 
 # --- curves ---------------------------------------------------------------------------------------
 
 
-def _over_total(count: Callable[[Flat], float]) -> Callable[[Run], Points]:
-    """Make a function from a run to its score after each epoch, over the total of a count until then."""
-
-    def points(run: Run) -> Points:
-        return list(zip(accumulate(map(count, run.epochs)), score_values(run), strict=True))
-
-    return points
-
-
-def score_values(run: Run) -> list[float]:
-    return [float(line["score.value"]) for line in run.epochs]
-
-
-def _over_epochs(run: Run) -> Points:
-    return [(line["epoch"] + 1.0, value) for line, value in zip(run.epochs, score_values(run), strict=True)]
-
-
-@dataclass(frozen=True)
-class ScoreAxis:
-    """What a score is drawn over, in one panel."""
-
-    what: str
-    label: str
-    points: Callable[[Run], Points]
-    is_log_where_wide: bool = False
-    """The axis is logarithmic where values differ by more than LOG_FACTOR."""
-
-
-SCORE_AXES = (
-    ScoreAxis("epochs", "training (epochs)", _over_epochs),
-    ScoreAxis("bytes", "sent by one worker (MB)", _over_total(lambda line: line["bytes.wire"] / 1e6), True),
-    ScoreAxis("seconds", "training without evaluation (s)", _over_total(training_seconds)),
-)
-
-
-def over_steps(run: Run, name: str) -> Points:
-    """A run's (step, value) pairs; 0, which a log axis cannot show, is a gap; a dense run has no pairs."""
-    values = [(line["step"], line[name] or nan) for line in run.steps if line.get(name) is not None]
-    return values if name == "threshold" or any(value != 1 for _, value in values) else []
-
-
-def average_curve(group: Group, of: Callable[[Run], Points]) -> Curve:
-    """The curve over all seeds, as far as the shortest run; x is a mean too."""
-    curve: Curve = []
-    for points in zip(*map(of, group.runs), strict=False):  # a point of each seed
-        xs, ys = zip(*points, strict=True)
-        curve.append(CurvePoint(fmean(xs), fmean(ys), min(ys), max(ys)))
-    return curve
-
-
-def draw_scores(axes: Axes, groups: Sequence[Group], over: ScoreAxis, ylabel: str) -> None:
+def draw_scores(axes: Axes, page: Page, over: str) -> None:
     """Draw the groups' scores over epochs, bytes or seconds."""
-    curves = [average_curve(group, over.points) for group in groups]
-    draw_lines(axes, curves, groups)
-    if over.is_log_where_wide:
+    axis, score = SCORE_AXES[over], page.score
+    curves = [average_curve(group, axis.points, page.band) for group in page.groups]
+    draw_lines(axes, curves, page)
+    if axis.is_log_where_wide:
         choose_x_scale(axes, [point.x for points in curves for point in points])
-    axes.set(title=f"Score over {over.what}", xlabel=over.label, ylabel=ylabel)
+    axes.set(xlabel=axis.label, ylabel=f"{score} ({UNITS.get(score, 'no unit')})")
 
 
 def choose_x_scale(axes: Axes, xs: Sequence[float]) -> None:
@@ -158,43 +177,67 @@ def choose_x_scale(axes: Axes, xs: Sequence[float]) -> None:
     if xs and min(xs) > 0 and max(xs) > LOG_FACTOR * min(xs):
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(LogFormatter())
-        axes.xaxis.set_minor_formatter(NullFormatter())  # side by side they would overlap
+        axes.xaxis.set_minor_locator(NullLocator())
 
 
-def draw_targets(axes: Axes, groups: Sequence[Group]) -> None:
-    """Draw the target densities as broad grey lines, behind what is drawn later."""
-    targets = {tuple(over_steps(group.runs[0], "target_density")) for group in groups} - {()}
+def draw_density(axes: Axes, page: Page) -> None:
+    """Draw the target densities as broad grey lines, and over them the densities."""
+    targets = {tuple(over_steps(group.runs[0], "target_density")) for group in page.groups} - {()}
     for target in sorted(targets):
         axes.plot(*zip(*target, strict=True), color="0.7", linewidth=4, label="target density")
+    draw_over_steps(axes, page, "density")
 
 
-def draw_over_steps(axes: Axes, groups: Sequence[Group], name: str) -> None:
+def draw_over_steps(axes: Axes, page: Page, name: str) -> None:
     """Draw density or threshold on a log axis."""
-    curves = [average_curve(group, lambda run: over_steps(run, name)) for group in groups]
-    draw_lines(axes, curves, groups)
-    axes.set(title=name.title(), xlabel="training (steps)", ylabel=f"{name} ({UNITS[name]})")
-    if all(isnan(point.mean) for points in curves for point in points):
+    curves = [average_curve(group, lambda run: over_steps(run, name), page.band) for group in page.groups]
+    draw_lines(axes, curves, page)
+    axes.set(xlabel="training (steps)", ylabel=f"{name} ({UNITS[name]})")
+    if all(map(isnan, every_value(curves))):
         return  # a log axis could show nothing
     axes.set_yscale("log")
-    # Plain text, as 1e-02: the default is a formula, whose fonts may be missing.
-    axes.yaxis.set_major_formatter(LogFormatter())
-    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.5)))
+    means = [mean for mean in every_value(curves) if not isnan(mean)]
+    high = max(point.high for points in curves for point in points if not isnan(point.high))
+    if high < NARROW * min(means) or any(point.low <= 0 for points in curves for point in points):
+        # Neither do tiny differences fill the panel, nor does a band that reaches 0 stretch it.
+        axes.set_ylim(min(means) / NARROW, high * NARROW)
+    # Plain text, as 0.01: the default is a formula, whose fonts may be missing.
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    bottom, top = axes.get_ylim()
+    if top < 100 * bottom:
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_minor_locator(NullLocator())  # half of the time of drawing are ticks
 
 
-def draw_lines(axes: Axes, curves: Sequence[Curve], groups: Sequence[Group]) -> None:
-    """Draw one line for each group; an empty one too, so that a group looks the same in every panel."""
-    for i, (points, group) in enumerate(zip(curves, groups, strict=True)):
-        xs, colour = [point.x for point in points], COLOURS[i % len(COLOURS)]
+def limit_ticks(axes: Axes) -> None:
+    """Show at most six numbers on a linear axis: ticks take a third of the time of drawing."""
+    for axis in (axes.xaxis, axes.yaxis):
+        if isinstance(axis.get_major_locator(), AutoLocator):
+            axis.set_major_locator(MaxNLocator(5))
+
+
+def draw_lines(axes: Axes, curves: Sequence[Curve], page: Page) -> None:
+    """Draw one line for each group; an empty one too, so that each is in the legend."""
+    for i, (points, group, style) in enumerate(zip(curves, page.groups, page.styles, strict=True)):
+        xs = [point.x for point in points]
         (line,) = axes.plot(xs, [point.mean for point in points], label=_legend(group))
-        line.set(color=colour, marker=MARKERS[i % len(MARKERS)], linestyle=DASHES[i % len(DASHES)])
+        wear(line, style)
         every = max(1, len(points) // 8)
         line.set(markevery=(i * every // len(curves), every))
         if len(group.runs) > 1 and points:
-            least, greatest = [point.least for point in points], [point.greatest for point in points]
-            axes.fill_between(xs, least, greatest, color=colour, alpha=0.15, linewidth=0)
+            low, high = [point.low for point in points], [point.high for point in points]
+            axes.fill_between(xs, low, high, color=style.look.colour, alpha=0.15, linewidth=0)
     if not any(curves):
         axes.text(0.5, 0.5, "none of the runs has one", ha="center", transform=axes.transAxes)
+        axes.set(xticks=[], yticks=[])
     axes.grid(color="0.9")
+
+
+def wear(line: Line2D, style: Style) -> None:
+    """Give a line its configuration's style."""
+    look = style.look
+    line.set(color=look.colour, marker=look.marker, linestyle=look.dash, linewidth=style.line_width)
+    line.set(markersize=7, fillstyle=style.filling, markerfacecoloralt="white")
 
 
 def _legend(group: Group) -> str:
@@ -211,17 +254,33 @@ def plain(text: str) -> str:
 # --- bars -----------------------------------------------------------------------------------------
 
 
-def draw_times(axes: Axes, groups: Sequence[Group]) -> None:
+def draw_times(axes: Axes, page: Page) -> None:
     """Draw a bar for each group, the first on top: its phases, stacked, and at its end its length."""
-    ends = [0.0] * len(groups)
-    times = [mean_milliseconds(group) for group in groups]
-    names = [textwrap.fill(plain(group.short_label), 16) for group in groups]
-    for phase, (colour, hatch) in zip(times[0], FILLS, strict=True):
-        widths = [time[phase] for time in times]
-        axes.barh(names, widths, left=ends, color=colour, hatch=hatch, edgecolor="black", label=phase)
+    rows, ends = range(len(page.groups)), [0.0] * len(page.groups)
+    times = [mean_milliseconds(group) for group in page.groups]
+    names = [_bar_name(group) for group in page.groups]
+    for phase in [name for name in FILLS if any(time[name] for time in times)]:
+        (colour, hatch), widths = FILLS[phase], [time[phase] for time in times]
+        axes.barh(rows, widths, left=ends, color=colour, hatch=hatch, edgecolor="black", label=phase)
         ends = [end + width for end, width in zip(ends, widths, strict=True)]
     for row, end in enumerate(ends):
         axes.text(end, row, f" {format_number(end)}" if end else " no epoch done", va="center")
-    axes.set(title="Time per step", xlabel="time per step (ms)", ylabel="run (reducer)")
-    axes.set(xlim=(0, 1.15 * max(ends) or 1), ylim=(len(groups) - 0.5, -0.5))
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=3, frameon=False)
+    axes.set(xlabel="time per step (ms); agree and log: the harness's own", ylabel="run (reducer)")
+    axes.set(xlim=(0, 1.15 * max(ends) or 1), ylim=(len(page.groups) - 0.5, -0.5))
+    axes.set_yticks(rows, names)
+    if any(ends):
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=3, frameon=False)
+
+
+def _bar_name(group: Group) -> str:
+    return textwrap.fill(plain(group.short_label), 16)
+
+
+PANELS: dict[str, Callable[[Axes, Page], None]] = {
+    "epochs": lambda axes, page: draw_scores(axes, page, "epochs"),
+    "bytes": lambda axes, page: draw_scores(axes, page, "bytes"),
+    "seconds": lambda axes, page: draw_scores(axes, page, "seconds"),
+    "density": draw_density,
+    "threshold": lambda axes, page: draw_over_steps(axes, page, "threshold"),
+    "time": draw_times,
+}

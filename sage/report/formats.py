@@ -1,24 +1,25 @@
-"""The report's tables as text for a terminal and as Markdown, and the same numbers as CSV.
+"""The report's tables as text for a terminal, as Markdown and as LaTeX, and the same numbers as CSV.
 
 Imports rich only when it lays out for a terminal.
 """
 
 import csv
 import io
+import re
 from collections.abc import Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from sage.console import printable
 from sage.report.groups import Group, Section
-from sage.report.runs import Flat, mean_density, per_step
+from sage.report.runs import Flat, mean_density, per_step, unaccounted_milliseconds
+from sage.report.spread import Band, Spread
 from sage.report.tables import (
     Sheet,
     best_score,
     bytes_sent_per_step,
     costs_to_reach,
     last_score,
-    mean_and_deviation,
     mean_milliseconds,
     p99_density,
     target_density,
@@ -27,35 +28,72 @@ from sage.report.tables import (
 if TYPE_CHECKING:
     from rich.table import Table
 
+FOLDED = "settings"
+"""The column whose texts are folded where they are long, as the first one's are."""
+MOST_FOR_FIRST = 24
+"""Characters of the first column beside which others are placed; more are folded."""
+GAP = 3
+"""Characters between two columns."""
 Record = dict[str, Any]
 """A row of the CSV, or a part of one, by column."""
 
 
 def to_terminal(sheets: Sequence[Sheet], width: int) -> str:
-    """Lay the tables out for a terminal. In 80 columns long texts are folded; numbers never are."""
+    """Lay the tables out for a terminal. Long texts are folded, numbers never are: a table that is wider than
+    the terminal continues below, with its first column again."""
     from rich.console import Console
 
     text = io.StringIO()
     console = Console(file=text, width=width, markup=False, highlight=False, emoji=False)
     for sheet in sheets:
         console.print(sheet.title)
-        console.print(_rich_table(sheet))
+        for columns in blocks_of(sheet, width):
+            console.print(_rich_table(sheet, columns))
         console.print(f"{sheet.note}\n" if sheet.note else "")
     return text.getvalue()
 
 
-def _rich_table(sheet: Sheet) -> "Table":
+def blocks_of(sheet: Sheet, width: int) -> list[list[int]]:
+    """Divide a table's columns after the first into as few blocks as fit beside it in a terminal's width, all
+    about as wide."""
+    blocks = _fill(sheet, width)
+    while len(narrower := _fill(sheet, width - 1)) == len(blocks) and width > 0:
+        blocks, width = narrower, width - 1
+    return blocks
+
+
+def _fill(sheet: Sheet, width: int) -> list[list[int]]:
+    """Divide a table's columns after the first into blocks, each as full as a width allows."""
+    widths = [
+        max(len(line) for cell in column for line in cell.splitlines() or [""])
+        for column in zip(sheet.columns, *sheet.rows, strict=True)
+    ]
+    left = min(widths[0], MOST_FOR_FIRST)
+    blocks: list[list[int]] = [[]]
+    used = left
+    for index, name in enumerate(sheet.columns[1:], 1):
+        needed = GAP + (1 if name == FOLDED else widths[index])
+        if blocks[-1] and used + needed > width:
+            blocks.append([])
+            used = left
+        blocks[-1].append(index)
+        used += needed
+    return blocks
+
+
+def _rich_table(sheet: Sheet, columns: Sequence[int]) -> "Table":
     from rich import box
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for i, name in enumerate(sheet.columns):
-        if i == 0 or name == "settings":
-            table.add_column(name, overflow="fold")
+    table.add_column(sheet.columns[0], overflow="fold")
+    for index in columns:
+        if sheet.columns[index] == FOLDED:
+            table.add_column(FOLDED, overflow="fold")
         else:
-            table.add_column(name, justify="right", no_wrap=True)
+            table.add_column(sheet.columns[index], justify="right", no_wrap=True)
     for row in sheet.rows:
-        table.add_row(*row)
+        table.add_row(row[0], *(row[index] for index in columns))
     return table
 
 
@@ -73,14 +111,77 @@ def in_markdown(text: str) -> str:
     return printable(text.strip().replace("\n", " ")).replace("<", "&lt;")
 
 
+# --- LaTeX ----------------------------------------------------------------------------------------
+
+LATEX_HEAD = "% needs \\usepackage{booktabs} and \\usepackage{graphicx}\n"
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    "±": r"$\pm$",
+    **{character: f"\\{character}" for character in "&%$#_{}"},
+}
+
+
+def to_latex(sheet: Sheet) -> str:
+    """A table with its caption."""
+    caption = ". ".join(in_latex(text) for text in (sheet.title, sheet.note.replace("\n", "; ")) if text)
+    lines = [
+        r"\begin{table}",
+        r"  \centering",
+        rf"  \caption{{{caption}.}}",
+        rf"  \begin{{tabular}}{{l{'r' * (len(sheet.columns) - 1)}}}",
+        r"    \toprule",
+        _latex_row(sheet.columns),
+        r"    \midrule",
+        *map(_latex_row, sheet.rows),
+        r"    \bottomrule",
+        r"  \end{tabular}",
+        r"\end{table}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def figure_in_latex(name: str, caption: str) -> str:
+    """A picture by its file's name, with its caption."""
+    lines = [
+        r"\begin{figure}",
+        r"  \centering",
+        rf"  \includegraphics[width=\linewidth]{{{name}}}",
+        rf"  \caption{{{in_latex(caption)}.}}",
+        r"\end{figure}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def in_latex(text: str) -> str:
+    """A text from a run's files as LaTeX, in which it starts no command; a minus sign before a number is
+    one."""
+    one_line = printable(text.strip().replace("\n", " "))
+    escaped = "".join(_LATEX.get(character, character) for character in one_line)
+    return re.sub(r"(?<![\w.])-(?=\d)", "$-$", escaped)
+
+
+def _latex_row(cells: Sequence[str]) -> str:
+    return "    " + " & ".join("--" if cell == "-" else in_latex(cell) for cell in cells) + r" \\"
+
+
 # --- CSV ------------------------------------------------------------------------------------------
 
 
-def to_csv(sections: Sequence[Section], target: float | None) -> str:
-    """Write a row for each configuration, with full precision; each setting that differs is a column."""
+def to_csv(sections: Sequence[Section], target: float | None, band: Band = "std") -> str:
+    """Write a row for each configuration, with full precision; each setting that differs is a column.
+
+    band: the spread beside each mean, named in the columns.
+    """
     keys = _differing_settings([group.runs[0].config for section in sections for group in section.groups])
     rows = [
-        _settings_record(section, group, keys) | _numbers_record(group) | _target_record(group, target)
+        _settings_record(section, group, keys)
+        | _numbers_record(group, band)
+        | _target_record(group, target, band)
         for section in sections
         for group in section.groups
     ]
@@ -115,31 +216,32 @@ def _settings_record(section: Section, group: Group, keys: list[str]) -> Record:
     }
 
 
-def _numbers_record(group: Group) -> Record:
+def _numbers_record(group: Group, band: Band) -> Record:
     return {
-        **_spread_record("last", group.values(last_score)),
-        **_spread_record("best", group.values(best_score)),
-        **_spread_record("density", group.values(mean_density)),
-        **_spread_record("p99", group.values(p99_density)),
+        **_spread_record("last", group.values(last_score), band),
+        **_spread_record("best", group.values(best_score), band),
+        **_spread_record("density", group.values(mean_density), band),
+        **_spread_record("p99", group.values(p99_density), band),
         "target_density": target_density(group),
         "payload_bytes_per_step": fmean(per_step(run, "bytes.payload") for run in group.runs),
         "wire_bytes_per_step": bytes_sent_per_step(group),
         **{f"{phase}_ms": value for phase, value in mean_milliseconds(group).items()},
+        "other_ms": Spread.of(group.values(unaccounted_milliseconds)).mean,
     }
 
 
-def _target_record(group: Group, target: float | None) -> Record:
+def _target_record(group: Group, target: float | None, band: Band) -> Record:
     if target is None:
         return {}
     costs = costs_to_reach(group, target)
     return {
         "reached": len(costs),
-        **_spread_record(f"epochs_to_{target:g}", [cost.epochs for cost in costs]),
-        **_spread_record(f"seconds_to_{target:g}", [cost.seconds for cost in costs]),
-        **_spread_record(f"bytes_to_{target:g}", [cost.bytes for cost in costs]),
+        **_spread_record(f"epochs_to_{target:g}", [cost.epochs for cost in costs], band),
+        **_spread_record(f"seconds_to_{target:g}", [cost.seconds for cost in costs], band),
+        **_spread_record(f"bytes_to_{target:g}", [cost.bytes for cost in costs], band),
     }
 
 
-def _spread_record(name: str, values: Sequence[float]) -> Record:
-    mean, deviation = mean_and_deviation(values)
-    return {f"{name}.mean": mean, f"{name}.std": deviation}
+def _spread_record(name: str, values: Sequence[float], band: Band) -> Record:
+    mean, width = Spread.of(values, band)
+    return {f"{name}.mean": mean, f"{name}.{band}": width}

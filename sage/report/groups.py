@@ -162,7 +162,7 @@ def _seeds_of(runs: Sequence[Run]) -> str:
     return ",".join(str(run.config.get("seed")) for run in runs)
 
 
-# --- the exact average ----------------------------------------------------------------------------
+# --- what a group is compared with ----------------------------------------------------------------
 
 
 def exactness(config: Flat) -> int:
@@ -173,13 +173,25 @@ def exactness(config: Flat) -> int:
 
 
 def find_exact(group: Group, groups: Sequence[Group]) -> Group | None:
-    """Find what a group is compared with: the first finished plain all-reduce on the same task's settings
-    and with as many workers."""
+    """Find the first finished plain all-reduce on the same task's settings and with as many workers."""
+    return _find_alike(group, groups, lambda other: exactness(other.runs[0].config) == 2)
+
+
+def find_baseline(group: Group, groups: Sequence[Group], name: str | None) -> Group | None:
+    """Find the first finished group of a name or a reducer's name, on the same task's settings and with as
+    many workers; without a name, the plain all-reduce."""
+    if name is None:
+        return find_exact(group, groups)
+    named = _find_alike(group, groups, lambda other: name in (other.label, other.short_label))
+    return named or _find_alike(group, groups, lambda other: other.runs[0].config["reducer.name"] == name)
+
+
+def _find_alike(group: Group, groups: Sequence[Group], is_wanted: Callable[[Group], bool]) -> Group | None:
     mine = group.runs[0]
     task = {key: value for key, value in mine.config.items() if key.startswith("task.")}
     for other in groups:
         theirs = other.runs[0]
         is_alike = theirs.workload == mine.workload and task.items() <= theirs.config.items()
-        if exactness(theirs.config) == 2 and other.done and is_alike:
+        if other.done and is_wanted(other) and is_alike:
             return other
     return None

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+from types import NoneType
 from typing import Any
 
 from sage import files, yamlfile
@@ -12,6 +13,11 @@ from sage.console import describe_gap
 
 COMPUTE = ("data", "forward", "backward", "optimizer")
 PHASES = (*COMPUTE, "reduce")
+HARNESS = ("agree", "log")
+"""What the harness itself costs in a step, whatever the method: the check of all gradients and signals, which
+waits for the slowest worker, and what is written of a step."""
+OUTSIDE = ("evaluate", "checkpoint")
+"""What is done between steps."""
 NEEDED = {
     "step": ["epoch", "step"],
     "epoch": [
@@ -26,6 +32,8 @@ NEEDED = {
     "summary.json": ["score.last", "score.best"],
 }
 """The numbers that the report needs from each kind of object in a run's files."""
+STEP_KEYS = ("kind", "epoch", "step", "density", "target_density", "union_density", "threshold")
+"""What is kept of a line about a step; a run has many."""
 Flat = dict[str, Any]
 """A mapping without mappings in it: {"task": {"name": "cnn"}} is {"task.name": "cnn"}."""
 
@@ -55,6 +63,7 @@ class Run:
     simulated: bool
     """The workers took turns in one process. The times are one worker's, measured while no other ran, and
     communication was not timed."""
+    world_size: int = 1
 
     @property
     def score(self) -> str:
@@ -111,6 +120,7 @@ def read_run(folder: Path) -> Run:
         cut_off=cut_off,
         gap=describe_gap(set(epochs), max(epochs, default=-1) + 1),
         simulated=simulated,
+        world_size=int(environment["world_size"]),
     )
 
 
@@ -128,7 +138,23 @@ def _read_json(path: Path) -> Flat:
 def _read_lines(path: Path) -> tuple[list[Flat], bool]:
     """Read the whole lines; the second value says whether one more line was cut off at the end."""
     *texts, rest = files.read_bytes(path).split(b"\n")  # rest: what follows the last newline
-    return [_parse(text, f"{path}: line {number}") for number, text in enumerate(texts, 1)], bool(rest)
+    return [_read_line(text, f"{path}: line {number}") for number, text in enumerate(texts, 1)], bool(rest)
+
+
+def _read_line(text: bytes, origin: str) -> Flat:
+    """A line of metrics.jsonl; of one about a step what is kept. Most lines are such, and are read fast."""
+    try:
+        line = files.parse_json(text)
+        if line["kind"] == "step":
+            kept = {key: line[key] for key in STEP_KEYS if key in line}
+            numbers = [kept["epoch"], kept["step"]]  # these must be there
+            if all(type(value) in (int, float) for value in numbers) and all(
+                type(value) in (int, float, NoneType) for key, value in kept.items() if key != "kind"
+            ):
+                return kept
+    except (ValueError, LookupError, TypeError):
+        pass  # said below
+    return _parse(text, origin)
 
 
 TEXTS = ("kind", "score.name")
@@ -166,25 +192,35 @@ def per_step(run: Run, name: str) -> float:
 
 
 def phase_milliseconds(run: Run) -> dict[str, float]:
-    """Milliseconds per step of each phase; zeros before the first epoch has ended."""
+    """Milliseconds per step of each phase; 0 before the first epoch has ended, and for what was not timed.
+
+    The harness's own phases count neither as compression nor as communication.
+    """
 
     def milliseconds(name: str) -> float:
         return 1000 * per_step(run, f"seconds.{name}")
 
-    communication = milliseconds("communicate")
-    compression = milliseconds("reduce") - communication
-    if communication:
-        communication += milliseconds("agree")  # waiting for the slowest worker before the exchange
+    communication, agree = milliseconds("communicate"), milliseconds("agree")
     return {
         **{name: milliseconds(name) for name in COMPUTE},
-        "compression": compression,
+        "compression": milliseconds("reduce") - communication,
         "communication": 0.0 if run.simulated else communication,
+        "agree": 0.0 if run.simulated else agree,  # a simulation's holds the other workers' turns
+        "log": milliseconds("log"),
     }
 
 
+def unaccounted_milliseconds(run: Run) -> float | None:
+    """Milliseconds per step of wall time that are in no phase; None where wall time is not the run's own."""
+    if run.simulated or not run.epochs or not all("seconds.wall" in line for line in run.epochs):
+        return None
+    timed = sum(per_step(run, f"seconds.{name}") for name in (*PHASES, *HARNESS, *OUTSIDE))
+    return 1000 * (per_step(run, "seconds.wall") - timed)
+
+
 def training_seconds(line: Flat) -> float:
-    """The seconds of an epoch's training: all phases, without evaluation and checkpoints."""
-    return float(sum(line[f"seconds.{phase}"] for phase in PHASES) + line.get("seconds.agree", 0))
+    """The seconds of an epoch's steps, without evaluation, checkpoints and the harness's own phases."""
+    return float(sum(line[f"seconds.{phase}"] for phase in PHASES))
 
 
 def mean_density(run: Run) -> float | None:

@@ -2,13 +2,21 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import NamedTuple
 
-from sage.report.groups import Group, Section, find_exact
-from sage.report.runs import COMPUTE, Run, mean_density, per_step, phase_milliseconds, training_seconds
+from sage.report.groups import Group, Section, find_baseline, find_exact
+from sage.report.runs import (
+    COMPUTE,
+    Run,
+    mean_density,
+    per_step,
+    phase_milliseconds,
+    training_seconds,
+    unaccounted_milliseconds,
+)
+from sage.report.spread import BANDS, Band, Difference, Spread, paired_difference
 
-SPREAD = "± standard deviation over seeds"
 SIMULATED = "\nsimulated: one worker's times, measured while no other ran; communication was not timed"
 
 
@@ -32,17 +40,15 @@ def format_number(value: float | None, digits: int = 3) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.{digits}g}".rstrip(".")
 
 
-def format_spread(values: Sequence[float], digits: int) -> str:
-    """Format mean and standard deviation: '0.9700 ±0.0012'; of a single value the mean alone."""
-    mean, deviation = mean_and_deviation(values)
-    if deviation is None:
-        return format_number(mean, digits)
-    return f"{format_number(mean, digits)} ±{format_number(deviation, 2)}"
+def format_spread(values: Sequence[float], digits: int, band: Band = "std") -> str:
+    """Format mean and spread: '0.9700 ±0.0012'; of a single value the mean alone."""
+    mean, width = Spread.of(values, band)
+    return format_number(mean, digits) + ("" if width is None else f" ±{format_number(width, 2)}")
 
 
-def mean_and_deviation(values: Sequence[float]) -> tuple[float | None, float | None]:
-    """The mean and the sample standard deviation; None where there are too few values."""
-    return fmean(values) if values else None, stdev(values) if len(values) > 1 else None
+def format_signed(value: float) -> str:
+    """Format a difference: '+0.00120', '-0.0150'; of zero there is no sign."""
+    return f"{'+' if value > 0 else ''}{format_number(value)}"
 
 
 def format_ratio(mine: float, exact: float) -> str:
@@ -87,16 +93,16 @@ def mean_milliseconds(group: Group) -> dict[str, float]:
     return {phase: fmean(time[phase] for time in times) for phase in times[0]}
 
 
-def results_row(group: Group) -> list[str]:
+def results_row(group: Group, band: Band = "std") -> list[str]:
     """The cells: how many seeds, the last score and the best."""
     last, best = group.values(last_score), group.values(best_score)
-    return [str(len(group.runs)), format_spread(last, 4), format_spread(best, 4)]
+    return [str(len(group.runs)), format_spread(last, 4, band), format_spread(best, 4, band)]
 
 
-def bytes_row(group: Group, exact: Group | None) -> list[str]:
+def bytes_row(group: Group, exact: Group | None, band: Band = "std") -> list[str]:
     """The cells: mean and target density, its p99, megabytes sent, and bytes per step compared with exact."""
-    density, target = format_spread(group.values(mean_density), 3), target_density(group)
-    p99, _ = mean_and_deviation(group.values(p99_density))
+    density, target = format_spread(group.values(mean_density), 3, band), target_density(group)
+    p99 = Spread.of(group.values(p99_density)).mean
     megabytes = fmean(sum(line["bytes.wire"] for line in run.epochs) for run in group.runs) / 1e6
     return [
         f"{density} / {target:g}" if target else density,
@@ -106,18 +112,65 @@ def bytes_row(group: Group, exact: Group | None) -> list[str]:
     ]
 
 
-def time_row(group: Group, exact: Group | None) -> list[str]:
-    """The cells: milliseconds per step, and how many steps are made while exact makes one."""
+def step_milliseconds(group: Group) -> float:
+    """Milliseconds of a step: all phases but the harness's own; 0 where none was timed."""
     times = mean_milliseconds(group)
+    return sum(times[phase] for phase in (*COMPUTE, "compression", "communication"))
+
+
+def has_phase(group: Group, name: str) -> bool:
+    """Whether the runs were timed by this phase: those of an earlier version were not by all."""
+    return any(f"seconds.{name}" in line for run in group.runs for line in run.epochs)
+
+
+def time_row(group: Group, exact: Group | None) -> list[str]:
+    """The cells: milliseconds per step, how many steps are made while exact makes one, and what the harness
+    itself takes: agree, log, and what is in no phase."""
+    times, step = mean_milliseconds(group), step_milliseconds(group)
+    if not step:
+        return ["-"] * 8
     compute = sum(times[phase] for phase in COMPUTE)
-    total = compute + times["compression"] + times["communication"]
-    if not total:
-        return ["-"] * 5
     computed = [format_number(compute), format_number(times["compression"])]
     if group.runs[0].simulated:
-        return [*computed, "-", "-", "-"]
-    speed = f"{format_number(sum(mean_milliseconds(exact).values()) / total)}x" if exact else "-"
-    return [*computed, format_number(times["communication"]), format_number(total), speed]
+        return [*computed, *["-"] * 6]
+    rest = Spread.of(group.values(unaccounted_milliseconds)).mean
+    return [
+        *computed,
+        format_number(times["communication"]),
+        format_number(step),
+        f"{format_number(step_milliseconds(exact) / step)}x" if exact else "-",
+        format_number(times["agree"]) if has_phase(group, "agree") else "-",
+        format_number(times["log"]) if has_phase(group, "log") else "-",
+        format_number(rest),
+    ]
+
+
+# --- seed by seed -----------------------------------------------------------------------------------
+
+
+def scores_by_seed(group: Group) -> dict[int, float]:
+    """The last scores of a finished group by seed."""
+    scores = ((run.config.get("seed"), last_score(run)) for run in group.runs if group.done)
+    return {seed: score for seed, score in scores if seed is not None and score is not None}
+
+
+def find_difference(group: Group, baseline: Group | None) -> Difference | None:
+    """How much larger the last score is than a baseline's; None where no seed has both."""
+    if baseline is None or baseline is group:
+        return None
+    return paired_difference(scores_by_seed(group), scores_by_seed(baseline))
+
+
+def difference_row(difference: Difference) -> list[str]:
+    """The cells: how many seeds both have, the mean difference, and its interval."""
+    mean, half_width = difference.mean, difference.half_width
+    if half_width is None:
+        return [str(difference.num_pairs), format_signed(mean), "-"]
+    interval = f"{format_signed(mean - half_width)} to {format_signed(mean + half_width)}"
+    return [str(difference.num_pairs), format_signed(mean), interval]
+
+
+# --- what a score took ------------------------------------------------------------------------------
 
 
 class Cost(NamedTuple):
@@ -146,63 +199,92 @@ def costs_to_reach(group: Group, target: float) -> list[Cost]:
     return [cost for run in group.runs if (cost := cost_to_reach(run, target))]
 
 
-def target_row(group: Group, target: float) -> list[str]:
+def target_row(group: Group, target: float, band: Band = "std") -> list[str]:
     """The cells: how many runs reached the target, and the epochs, seconds and megabytes it took them."""
     costs = costs_to_reach(group, target)
     return [
         f"{len(costs)} of {len(group.runs)}",
-        format_spread([cost.epochs for cost in costs], 3),
-        "-" if group.runs[0].simulated else format_spread([cost.seconds for cost in costs], 3),
-        format_spread([cost.bytes / 1e6 for cost in costs], 3),
+        format_spread([cost.epochs for cost in costs], 3, band),
+        "-" if group.runs[0].simulated else format_spread([cost.seconds for cost in costs], 3, band),
+        format_spread([cost.bytes / 1e6 for cost in costs], 3, band),
     ]
 
 
 # --- tables ---------------------------------------------------------------------------------------
 
 
-def build_sheets(section: Section, target: float | None) -> list[Sheet]:
-    """Build a section's tables: scores, what a target took, density and bytes, times, labels by number."""
-    sheets = [scores_sheet(section)]
+def build_sheets(
+    section: Section, target: float | None, band: Band = "std", baseline: str | None = None
+) -> list[Sheet]:
+    """Build a section's tables: scores, their differences from a baseline, what a target took, density and
+    bytes, times, labels by number.
+
+    baseline: the name of a configuration or reducer; None: the exact average.
+    """
+    sheets = [scores_sheet(section, band)]
+    if differences := differences_sheet(section, baseline):
+        sheets.append(differences)
     if target is not None and any(group.done for group in section.groups):
-        sheets.append(target_sheet(section, target))
-    sheets += [bytes_sheet(section), time_sheet(section)]
+        sheets.append(target_sheet(section, target, band))
+    sheets += [bytes_sheet(section, band), time_sheet(section)]
     if section.is_numbered:
         sheets.append(key_sheet(section))
     return sheets
 
 
-def scores_sheet(section: Section) -> Sheet:
-    columns = ["run", "seeds", f"{section.score}\nlast", "\nbest"]
-    rows = [[_first_cell(group), *results_row(group)] for group in section.groups]
-    return Sheet(f"Scores: {section.workload}", columns, rows, SPREAD)
+def scores_sheet(section: Section, band: Band = "std") -> Sheet:
+    columns = ["run", "seeds", f"{section.score}\nlast", f"{section.score}\nbest"]
+    rows = [[_first_cell(group), *results_row(group, band)] for group in section.groups]
+    return Sheet(f"Scores: {section.workload}", columns, rows, BANDS[band])
 
 
-def target_sheet(section: Section, target: float) -> Sheet:
+def differences_sheet(section: Section, baseline: str | None = None) -> Sheet | None:
+    """What each configuration scores more or less than its baseline; None where no seed can be compared."""
+    columns = ["run", "paired\nseeds", f"{section.score}\ndifference", "95 % interval\nof the mean"]
+    rows, names = [], []
+    for group in section.groups:
+        compared = find_baseline(group, section.groups, baseline)
+        if compared and (difference := find_difference(group, compared)):
+            rows.append([_first_cell(group), *difference_row(difference)])
+            names.append(compared.short_label)
+    if not rows:
+        return None
+    note = "last score less the baseline's with the same seed, the mean over seeds; Student's t"
+    return Sheet(f"Compared with {' or '.join(dict.fromkeys(names))}, seed by seed", columns, rows, note)
+
+
+def target_sheet(section: Section, target: float, band: Band = "std") -> Sheet:
     """What it took to reach a score; unfinished groups are left out."""
     columns = ["run", "reached\nby", "\nepochs", "trained\ns", "sent\nMB"]
-    rows = [[_first_cell(group), *target_row(group, target)] for group in section.groups if group.done]
-    note = "of the seeds that reached it; evaluation is not counted"
+    rows = [[_first_cell(group), *target_row(group, target, band)] for group in section.groups if group.done]
+    note = f"{BANDS[band]}, of those that reached it\ntrained: steps, without evaluation, agree and log"
     return Sheet(f"To a score ({section.score}) of {target:g}", columns, rows, note)
 
 
-def bytes_sheet(section: Section) -> Sheet:
+def bytes_sheet(section: Section, band: Band = "std") -> Sheet:
     columns = ["run", "density\nmean / target", "\np99", "sent\nMB", "\nto exact"]
     rows = [
-        [_first_cell(group), *bytes_row(group, find_exact(group, section.groups))] for group in section.groups
+        [_first_cell(group), *bytes_row(group, find_exact(group, section.groups), band)]
+        for group in section.groups
     ]
     note = "sent: by one worker under the ring algorithm; to exact: per step"
     return Sheet("Density and bytes", columns, rows, note)
 
 
 def time_sheet(section: Section) -> Sheet:
-    times = ["compute\nms", "compression\nms", "communication\nms", "total\nms"]
+    times = ["compute\nms", "compression\nms", "communication\nms", "step\nms", "speed\nto exact"]
+    harness = ["agree\nms", "log\nms", "other\nms"]
     rows = [
         [_first_cell(group), *time_row(group, find_exact(group, section.groups))] for group in section.groups
     ]
-    note = f"compute: {', '.join(COMPUTE)}; evaluation is not counted"
+    note = (
+        f"compute: {', '.join(COMPUTE)}\n"
+        "step, speed: without the harness's own agree, log and other\n"
+        "other: wall time in no phase; evaluation and checkpoints are not counted"
+    )
     if section.groups[0].runs[0].simulated:
         note += SIMULATED
-    return Sheet("Time per step", ["run", *times, "speed\nto exact"], rows, note)
+    return Sheet("Time per step", ["run", *times, *harness], rows, note)
 
 
 def key_sheet(section: Section) -> Sheet:

@@ -7,16 +7,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sage.config import Named
 from sage.console import readable_bytes
 from sage.exchange.clock import Clock
-from sage.exchange.comm import LocalComm
+from sage.exchange.comm import CountingComm, LocalComm
 from sage.interfaces import Place, Progress
+from sage.network import Call, Link, exact_calls
 from sage.runfolder.record import Recorder
 from sage.training.settings import RunSettings
 from sage.training.train import RunServices, Trainer, TrainingParts
 from sage.workers.store import RendezvousStore
 from sage.workers.worker import Worker
 
+SPEEDS = {"100mbit": 100e6, "1gbit": 1e9, "10gbit": 10e9, "100gbit": 100e9}
+"""Of the links that a dry run predicts for."""
+ASSUMED_WORKERS = 16
+"""How many it predicts for where the user gives no number."""
 TIMED_STEPS = 3
 """Gradients that are timed, after one that is not; their median is shown."""
 
@@ -35,6 +41,7 @@ def describe_run(settings: RunSettings, parts: TrainingParts, worker: Worker) ->
     listed = ", ".join(f"{name} {count:,}" for name, count in held.items())
     lines = [
         describe_size(parts, settings.epochs, worker.place),
+        *describe_network(parts, settings.reducer, world_size),
         f"memory      {total:,} B a worker: {listed}; data and activations not counted",
     ]
     if worker.simulated:
@@ -72,6 +79,71 @@ def describe_size(parts: TrainingParts, epochs: int, place: Place) -> str:
         full, half = (f"{break_even_density(place.world_size, size):.3g}" for size in (4, 2))
         lines.append(f"break-even  below density {full} a gather sends less than exact does; 16-bit: {half}")
     return "\n".join(lines)
+
+
+def describe_network(parts: TrainingParts, config: Named, world_size: int) -> list[str]:
+    """How long a step's collectives take over links of several speeds, a line each: predicted for the exact
+    average in 32 and 16 bits, and for this reducer, which pays where its compression takes less than what it
+    saves. world_size: 1 where the user has not chosen one."""
+    given = "" if world_size > 1 else " (--workers gives another number)"
+    world_size = world_size if world_size > 1 else ASSUMED_WORKERS
+    n, calls = parts.gradient.flat.numel(), expected_calls(parts, config, world_size)
+    lines = [
+        f"network     ms of a step's collectives, predicted, 50 µs a message, {world_size} workers{given}"
+    ]
+    for name, speed in SPEEDS.items():
+        link = Link(speed)
+        full, half = (link.total_seconds(exact_calls(n, size), world_size) for size in (4, 2))
+        mine = link.total_seconds(calls, world_size)
+        times = f"exact {1e3 * full:.3g}, bfloat16 {1e3 * half:.3g}, this {1e3 * mine:.3g}"
+        saved = f"saves {1e3 * (half - mine):.3g} on bfloat16" if mine < half else "saves nothing on bfloat16"
+        lines.append(f"{name:<11} {times}; {saved}")
+    return lines
+
+
+def expected_calls(parts: TrainingParts, config: Named, world_size: int) -> list[Call]:
+    """The collectives of a step, of the kinds that the reducer makes and of as many bytes as it expects.
+
+    A step on drawn numbers, with other workers that have the same, says the kinds. A sparsifier that reduces
+    what it has gathered the indices of is expected to meet no index twice, though these workers all select
+    the same.
+    """
+    comm, flat = EchoComm(world_size), parts.gradient.flat
+    send, mean = torch.randn(flat.shape, device=flat.device), torch.zeros_like(flat)
+    parts.reducer.accumulate(send, mean)
+    parts.reducer.reduce(send, mean, comm)
+    kinds = {call.kind for call in comm.calls}
+    is_union = type(parts.reducer).is_sparsifier(config) and kinds == {"all_gather", "all_reduce"}
+    made = [
+        Call(kind, size * (world_size if is_union and kind == "all_reduce" else 1))
+        for kind, size in comm.calls
+    ]
+    in_all = sum(call.payload_bytes for call in made)
+    factor = parts.reducer.expected_payload_bytes(world_size) / in_all if in_all else 0.0
+    return [Call(kind, size * factor) for kind, size in made]
+
+
+class EchoComm(CountingComm):
+    """One worker among many that all have what it has; remembers its collectives."""
+
+    def __init__(self, world_size: int) -> None:
+        super().__init__(0, world_size)
+        self.calls: list[Call] = []
+
+    def another(self) -> "EchoComm":
+        return EchoComm(self.world_size)
+
+    def _all_reduce(self, x: Tensor, op: str) -> None:
+        self.calls.append(Call("all_reduce", x.nbytes))
+        if op == "sum":
+            x.mul_(self.world_size)
+
+    def _all_gather(self, x: Tensor) -> Tensor:
+        self.calls.append(Call("all_gather", x.nbytes))
+        return x.expand(self.world_size, *x.shape)
+
+    def _broadcast(self, x: Tensor, source: int) -> None:
+        self.calls.append(Call("broadcast", x.nbytes))
 
 
 def _single_trainer(settings: RunSettings, parts: TrainingParts) -> Trainer:
