@@ -106,27 +106,29 @@ class CountingComm(Communicator):
 
 
 class DistComm(CountingComm):
-    """Over the processes of torch.distributed's default group. Raises CommunicationError when a collective
+    """Over the processes of a group of torch.distributed. Raises CommunicationError when a collective
     fails."""
 
     _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
-    def __init__(self, clock: Clock | None = None) -> None:
-        super().__init__(dist.get_rank(), dist.get_world_size(), clock)
+    def __init__(self, clock: Clock | None = None, *, group: dist.ProcessGroup | None = None) -> None:
+        """group: None is the default one. rank is this process's in the group."""
+        super().__init__(dist.get_rank(group), dist.get_world_size(group), clock)
+        self.group = group
 
     def another(self, clock: Clock | None = None) -> "DistComm":
-        return DistComm(clock)
+        return DistComm(clock, group=self.group)
 
     def _all_reduce(self, x: Tensor, op: str) -> None:
-        self._call("all_reduce", lambda: dist.all_reduce(x, self._OPS[op]))
+        self._call("all_reduce", lambda: dist.all_reduce(x, self._OPS[op], group=self.group))
 
     def _all_gather(self, x: Tensor) -> Tensor:
         gathered = x.new_empty(self.world_size * x.numel())
-        self._call("all_gather", lambda: dist.all_gather_single(gathered, x.reshape(-1)))
+        self._call("all_gather", lambda: dist.all_gather_single(gathered, x.reshape(-1), self.group))
         return gathered.view(self.world_size, *x.shape)
 
     def _broadcast(self, x: Tensor, source: int) -> None:
-        self._call("broadcast", lambda: dist.broadcast(x, source))
+        self._call("broadcast", lambda: dist.broadcast(x, group=self.group, group_src=source))
 
     def _call(self, name: str, collective: Callable[[], Any]) -> None:
         try:
@@ -241,3 +243,9 @@ def _max(xs: list[Tensor]) -> Tensor:
 def connect_comm(world_size: int, clock: Clock | None = None) -> CountingComm:
     """The communicator of this process: of the default process group, or of a single worker."""
     return DistComm(clock) if world_size > 1 else LocalComm.alone(clock)
+
+
+def current_comm() -> CountingComm:
+    """The communicator of this process: of the default process group where there is one, else of a single
+    worker."""
+    return DistComm() if dist.is_available() and dist.is_initialized() else LocalComm.alone()
