@@ -12,11 +12,11 @@ from sage.interfaces import Communicator, Reducer
 
 
 def average(send: Tensor, mean: Tensor, comm: Communicator) -> None:
-    """mean = sum_i (send_i / W) by one all-reduce; send: zeros. Both (n,).
+    """mean = sum_i (send_i 1/W) by one all-reduce; send: zeros. Both (n,).
 
-    Divided before it is added, as DistributedDataParallel does: the same bits.
+    Multiplied by 1/W before it is added, as DistributedDataParallel does: the same bits.
     """
-    torch.div(send, comm.world_size, out=mean)
+    torch.mul(send, 1 / comm.world_size, out=mean)
     comm.all_reduce(mean)
     send.zero_()
 
