@@ -11,8 +11,10 @@ from sage.config import Named, Settings, validate
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
+    from torch.nn.parallel import DistributedDataParallel
 
     from sage.exchange.attached import AttachedExchange
+    from sage.exchange.ddp_hook import DDPHook
     from sage.exchange.exchange import Exchange
     from sage.interfaces import Communicator, Reducer, Seeds, Slot
 
@@ -117,6 +119,34 @@ def attach(
     return AttachedExchange(model, build_one, steps_per_epoch)
 
 
+def hook(
+    ddp: "DistributedDataParallel",
+    name: str,
+    *,
+    feedback: str | dict[str, Any] | None = None,
+    seed: int = 1,
+    steps_per_epoch: int | None = None,
+    overlap: bool = True,
+    scaler: "torch.amp.GradScaler | None" = None,
+    **settings: Any,
+) -> "DDPHook":
+    """A reducer in place of DistributedDataParallel's all-reduce; it registers itself.
+
+        hook = reducers.hook(ddp, "powersgd", rank=4)
+
+    Call it before the first backward. overlap: exchange while backward goes on. scaler: the loop's
+    GradScaler, where it has one. The rest is as for attach, but each bucket of DDP has its own exchange.
+    """
+    from sage.exchange.ddp_hook import DDPHook
+    from sage.interfaces import seed_of
+
+    def build_one(layout: "list[Slot]", like: "Tensor", comm: "Communicator") -> "Exchange":
+        own_seed = seed_of(seed, *(slot.name for slot in layout))  # two buckets draw differently
+        return build_exchange(name, layout, like, comm, seed=own_seed, feedback=feedback, **settings)
+
+    return DDPHook(ddp, build_one, overlap=overlap, scaler=scaler, steps_per_epoch=steps_per_epoch)
+
+
 def build_exchange(
     name: str,
     layout: "list[Slot]",
@@ -127,7 +157,7 @@ def build_exchange(
     seed: int = 1,
     **settings: Any,
 ) -> "Exchange":
-    """An Exchange of a reducer and its error feedback, which attach describes.
+    """An Exchange of a reducer and its error feedback, which attach and hook describe.
 
     like (n,): a tensor of the flat gradient's type and device. Raises ValueError.
     """

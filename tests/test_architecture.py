@@ -160,14 +160,14 @@ def uses(path: Path, owner: str, attribute: str) -> bool:
     )
 
 
-def test_torch_distributed_appears_in_launch_and_comm_only() -> None:
+def test_torch_distributed_appears_in_launch_comm_and_the_hook_only() -> None:
     users = {
         module_of(path)
         for path in SOURCES
         if uses(path, "torch", "distributed")
         or any(name.startswith("torch.distributed") for name in imports_of(path))
     }
-    assert users == {"sage.workers.launch", "sage.exchange.comm"}
+    assert users == {"sage.workers.launch", "sage.exchange.comm", "sage.exchange.ddp_hook"}
 
 
 def test_the_environment_is_touched_by_those_who_launch_only() -> None:
