@@ -1,20 +1,24 @@
 # make setup       create .venv and install the pinned packages (once; about 5 GB of downloads)
 # make quickstart  train a small CNN under four reducers with two workers; ends with a table and a picture
 # make test        the test suite                 make check       test, lint, format and types
+# make oldest      the test suite under the oldest torch that works, in .venv-oldest (about 5 GB, once)
 # make cluster     the tests on a virtual SLURM cluster; needs root, slurm-wlm munge iproute2 openmpi-bin
+# make gpu         what needs a GPU: its tests, figures of reducers and steps, whole runs; a page in runs/gpu
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 QUICKSTART := runs/quickstart/$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: setup quickstart test cluster check
+.PHONY: setup quickstart test oldest cluster check
 
 setup: $(VENV)/.complete
 
 # The mark is written last, so that an interrupted installation is taken up again.
 $(VENV)/.complete: requirements.txt
-	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --requirement requirements.txt
+$(VENV)-oldest/.complete: requirements-oldest.txt
+$(VENV)/.complete $(VENV)-oldest/.complete:
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --requirement $<
 	touch $@
 
 quickstart: setup
@@ -26,8 +30,15 @@ quickstart: setup
 test: setup
 	$(RUN) -m pytest $(PYTEST)
 
+oldest: $(VENV)-oldest/.complete
+	SAGE_ENV=$(CURDIR)/$(VENV)-oldest $(VENV)-oldest/bin/python -m pytest $(PYTEST)
+
 cluster: setup
 	$(RUN) -m pytest -m cluster tests/cluster $(PYTEST)
+
+.PHONY: gpu
+gpu: setup
+	$(RUN) -m benchmarks.gpu $(GPU)
 
 check: setup
 	$(RUN) -m ruff check .

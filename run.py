@@ -74,7 +74,7 @@ def find_worker(options: cli.Arguments, settings: RunSettings) -> Worker:
     worker = launch.find_worker(options.threads, options.data, *requested)
     if options.runs_whole_sweep and worker.rendezvous.launched:
         raise ValueError("--sweep: expected an --index too under a launcher, one point a launch")
-    check(settings, TASKS, REDUCERS, worker.data, worker.place.world_size)
+    check(settings, TASKS, REDUCERS, worker.data, worker.place.world_size, worker.simulated)
     return worker
 
 

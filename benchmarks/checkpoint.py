@@ -36,7 +36,7 @@ from sage.files import write_json
 from sage.interfaces import Place, Seeds
 from sage.runfolder import manifest
 from sage.runfolder.checkpoint import Checkpoints, CheckpointWriter, read_state
-from sage.training.agree import Agreement, wait_for_all
+from sage.training.agree import Agreement, Evidence, wait_for_all
 from sage.training.optim import SGD, Adam, build_optimizer
 from sage.training.state import Position, TrainingState
 from sage.workers.store import RendezvousStore
@@ -103,7 +103,12 @@ def measure(size: str, folder: Path, rank: int, world_size: int, store: dist.Sto
     saved, loaded = time_files(state, writer, folder, rank, wait)
     agreement, loss = Agreement(side, device, lambda: False), torch.zeros(())
     used = [True] * len(gradient.layout)
-    checked = seconds_of(lambda: agreement.agree(loss + gradient.flat.sum(), used), NUM_CHECKS, wait)
+
+    def check() -> None:
+        evidence = Evidence(0, 0, loss + torch.linalg.vector_norm(gradient.flat))
+        agreement.agree(evidence, used, waits=True)
+
+    checked = seconds_of(check, NUM_CHECKS, wait)
     floor = seconds_of(lambda: feedback.memory.add_(gradient.flat), NUM_CHECKS, wait)
     files = manifest.newest(folder).manifest.files
     return Row(

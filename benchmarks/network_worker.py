@@ -80,8 +80,8 @@ class TurnComm(DistComm):
         self._seconds, self._waited = 0.0, 0.0
 
     @contextmanager
-    def _turn_given_up(self) -> Iterator[None]:
-        """Around a collective: let others compute, begin when all are ready, end when all have the result."""
+    def around_collective(self) -> Iterator[None]:
+        """Let others compute, begin when all are ready, end when all have the result."""
         if self._taking_turns:
             started = time.perf_counter()
             fcntl.flock(self._lock, fcntl.LOCK_UN)
@@ -95,10 +95,6 @@ class TurnComm(DistComm):
             dist.barrier()
             fcntl.flock(self._lock, fcntl.LOCK_EX)
             self._waited += time.perf_counter() - started
-
-    def _call(self, name: str, collective: Any) -> None:
-        with self._turn_given_up():
-            super()._call(name, collective)
 
     def step(self, exchange: Exchange, grad: Tensor, *, alone: bool) -> ExchangeSeconds:
         """Time one exchange through this communicator; alone: while the workers take turns."""

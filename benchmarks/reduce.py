@@ -43,6 +43,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """What is measured, by label: a reducer and its settings. Density and threshold are added to them."""
 NUM_WARM_UP, NUM_MEASURED = 8, 15
+CPU = torch.device("cpu")
 NUM_GRADIENTS = 5
 """How many gradients are kept in memory; signs drawn for each step make a new one of them."""
 
@@ -75,24 +76,24 @@ class Row:
 class Gradients:
     """A worker's gradients (n,): a new one each step, without the cost of drawing n numbers each time."""
 
-    def __init__(self, layout: list[Slot], rank: int) -> None:
-        rng = torch.Generator().manual_seed(1000 + rank)
-        n = layout[-1].stop
-        scale = torch.empty(n)
+    def __init__(self, layout: list[Slot], rank: int, device: torch.device = CPU) -> None:
+        rng = torch.Generator(device).manual_seed(1000 + rank)
+        n, on_device = layout[-1].stop, dict[str, Any](generator=rng, device=device)
+        scale = torch.empty(n, device=device)
         for slot in layout:
-            scale[slot.start : slot.stop] = 10 ** (torch.rand((), generator=rng) - 3)
+            scale[slot.start : slot.stop] = 10 ** (torch.rand((), **on_device) - 3)
         self._pool = []
         for _ in range(NUM_GRADIENTS):
             # Student's t with 3 degrees of freedom: normal / sqrt(chi-squared(3) / 3).
-            chi = torch.randn(3, n, generator=rng).square_().sum(0)
-            self._pool.append(torch.randn(n, generator=rng) / (chi / 3).sqrt() * scale)
-        self._rng = rng
+            chi = torch.randn(3, n, **on_device).square_().sum(0)
+            self._pool.append(torch.randn(n, **on_device) / (chi / 3).sqrt() * scale)
+        self.device, self._on_device = device, on_device
 
     def fill(self, grad: Tensor) -> None:
         """Fill grad (n,) with a kept gradient, each block of 64 with a random sign: none comes twice."""
-        chosen = self._pool[int(torch.randint(NUM_GRADIENTS, (), generator=self._rng))]
+        chosen = self._pool[int(torch.randint(NUM_GRADIENTS, (), **self._on_device))]
         blocks = -(-grad.numel() // 64)
-        signs = torch.randint(2, (blocks,), generator=self._rng).float().mul_(2).sub_(1)
+        signs = torch.randint(2, (blocks,), **self._on_device).float().mul_(2).sub_(1)
         torch.mul(chosen, signs.repeat_interleave(64)[: grad.numel()], out=grad)
 
 
@@ -128,7 +129,7 @@ def fit_threshold(layout: list[Slot], gradients: Gradients, density: float) -> f
     It is the median of a quantile of |memory + gradient| over these steps; each sends what exceeds its own.
     """
     n, thresholds = layout[-1].stop, []
-    grad, memory = torch.empty(n), torch.zeros(n)
+    grad, memory = torch.empty(n, device=gradients.device), torch.zeros(n, device=gradients.device)
     for _ in range(NUM_WARM_UP + NUM_MEASURED):
         gradients.fill(grad)
         magnitude = memory.add_(grad).abs()
@@ -144,8 +145,10 @@ def fit_first_threshold(layout: list[Slot], gradients: Gradients, density: float
     """
     n, errors = layout[-1].stop, {}
     for fraction in (1.0, 0.7, 0.5, 0.35, 0.25, 0.18, 0.12):
-        entry = make_entry("sage", layout, density, fraction * constant, LocalComm.alone(), 0)
-        grad = torch.empty(n)
+        entry = make_entry(
+            "sage", layout, density, fraction * constant, LocalComm.alone(), 0, gradients.device
+        )
+        grad = torch.empty(n, device=gradients.device)
         for _ in range(NUM_WARM_UP + NUM_MEASURED):
             gradients.fill(grad)
             entry.step(grad)
@@ -155,14 +158,20 @@ def fit_first_threshold(layout: list[Slot], gradients: Gradients, density: float
 
 
 def make_entry(
-    label: str, layout: list[Slot], density: float, threshold: float, comm: CountingComm, rank: int
+    label: str,
+    layout: list[Slot],
+    density: float,
+    threshold: float,
+    comm: CountingComm,
+    rank: int,
+    device: torch.device = CPU,
 ) -> Entry:
     name, changes = VARIANTS[label]
     settings = REDUCERS[name].Settings
     given = {"density": density, "threshold": threshold, "densities": (density, density / 10)}
     config = settings(**{key: given[key] for key in given.keys() & settings.model_fields.keys()}, **changes)
-    reducer = reducers.build(config, layout, seeds=Seeds.derive(1, rank), device=torch.device("cpu"))
-    feedback = Residual(ResidualSettings(), torch.zeros(layout[-1].stop))
+    reducer = reducers.build(config, layout, seeds=Seeds.derive(1, rank), device=device)
+    feedback = Residual(ResidualSettings(), torch.zeros(layout[-1].stop, device=device))
     return Entry(Exchange(feedback, reducer, comm, layout), comm, [], [])
 
 

@@ -1,5 +1,6 @@
 """Accordion: low compression for the tensors whose gradient is changing, high for the others."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
@@ -82,8 +83,8 @@ class Accordion(Reducer):
     def begin_step(self, progress: Progress) -> None:
         self._progress = progress
 
-    def accumulate(self, send: Tensor, grad: Tensor) -> None:
-        self.inner.accumulate(send, grad)
+    def accumulate(self, send: Tensor, grad: Tensor, *, grad_is_mean: bool = False) -> None:
+        self.inner.accumulate(send, grad)  # reduce still reads the raw gradient in mean
 
     def reduce(self, send: Tensor, mean: Tensor, comm: Communicator) -> None:
         if self._progress is not None:
@@ -100,7 +101,7 @@ class Accordion(Reducer):
 
     def set_compression(self, low: Tensor) -> None:
         """Compress each tensor little or much from now on. low (tensors,) uint8: 1 for low compression."""
-        self.levels = low
+        self.levels = low.to(self.previous.device)
         choices = self.config.densities if self.config.inner == "topk" else self.config.ranks
         levels: list[float] = [choices[0] if is_low else choices[1] for is_low in low.tolist()]
         if self.config.inner == "topk" and self.config.vectors == "whole":
@@ -134,8 +135,9 @@ class Accordion(Reducer):
         calm = (self.previous - norms).abs() < self.config.change * self.previous
         low = (~calm).to(torch.uint8)
         comm.broadcast(low)
+        comm.read(low)  # host synchronisation, with a deadline: set_compression reads it too
         self.previous = norms
-        self.set_compression(low)
+        self.set_compression(comm.read(low))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         # The sizes of the inner reducer's state follow from the levels.
@@ -145,5 +147,5 @@ class Accordion(Reducer):
     def expected_payload_bytes(self, world_size: int) -> int:
         return self.inner.expected_payload_bytes(world_size)
 
-    def metrics(self) -> dict[str, float]:
-        return {**self.inner.metrics(), "low_compression": self.levels.float().mean().item()}
+    def metrics(self) -> Mapping[str, float | Tensor]:
+        return {**self.inner.metrics(), "low_compression": self.levels.float().mean()}

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from reducers.spectral import Spectral, SpectralSettings
 from sage.config import Named
+from sage.draws import Draws
 from sage.interfaces import Communicator, Seeds, Slot
 
 
@@ -45,13 +46,11 @@ class Atomo(Spectral):
         self, config: AtomoSettings, layout: list[Slot], *, seeds: Seeds, device: torch.device
     ) -> None:
         super().__init__(config, layout, device)
-        self.generator = torch.Generator(device).manual_seed(seeds.worker)
+        self.generator = Draws(seeds.worker)
 
     def weigh(self, squares: Tensor) -> Tensor:
         kept_with = probabilities(squares.sqrt(), self.rank)
-        drawn = torch.rand(
-            squares.shape, dtype=squares.dtype, generator=self.generator, device=squares.device
-        )
+        drawn = self.generator.uniform(squares.shape, squares.device)
         return torch.where(drawn < kept_with, 1 / kept_with, 0.0)
 
     def exchange(
@@ -60,7 +59,10 @@ class Atomo(Spectral):
         counted = torch.tensor(counts, dtype=torch.int32, device=values.device)
         message = torch.cat([counted, values.view(torch.int32)])
         return [
-            (theirs[: self.num_matrices].tolist(), theirs[self.num_matrices :].clone().view(values.dtype))
+            (
+                comm.read(theirs[: self.num_matrices]).tolist(),  # host synchronisation
+                theirs[self.num_matrices :].clone().view(values.dtype),
+            )
             for theirs in comm.all_gather_ragged(message)
         ]
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reducers.kernels import add_share, take
 from sage.config import Named
 from sage.interfaces import Communicator, Reducer
 
@@ -21,16 +22,19 @@ def average(send: Tensor, mean: Tensor, comm: Communicator) -> None:
     send.zero_()
 
 
-def average_at(indices: Tensor, send: Tensor, mean: Tensor, comm: Communicator) -> None:
+def average_at(
+    indices: Tensor, send: Tensor, mean: Tensor, comm: Communicator, *, mean_is_zero: bool = False
+) -> None:
     """mean = sum_i send_i / W at indices (k,), the same on all workers, and 0 elsewhere; send: 0 there.
 
-    One all-reduce of the k values. send, mean (n,).
+    One all-reduce of the k values. send, mean (n,); the indices are unique. mean_is_zero: it holds zeros.
     """
-    values = send[indices]
+    values = send.new_empty(len(indices))
+    take(send, indices, values)
     comm.all_reduce(values)
-    send[indices] = 0
-    mean.zero_()
-    mean[indices] = values / comm.world_size
+    if not mean_is_zero:
+        mean.zero_()
+    add_share(mean, indices, values, comm.world_size)
 
 
 class Leveled(Reducer):

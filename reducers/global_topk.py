@@ -4,7 +4,8 @@ from typing import ClassVar, Literal
 
 import torch
 
-from reducers.largest import LargestSparsifier, Part
+from reducers.largest import LargestSparsifier
+from reducers.search import Part
 from reducers.sparse import SparsifierSettings, target_count
 from sage.config import Named
 from sage.interfaces import Seeds, Slot

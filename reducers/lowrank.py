@@ -2,9 +2,11 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from math import inf
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from sage.interfaces import Slot
 
@@ -102,20 +104,44 @@ def each(blocks: Iterable[Tensor]) -> list[Tensor]:
     return [matrix for block in blocks for matrix in block]
 
 
-def multiply(a: list[Tensor], b: list[Tensor], out: list[Tensor]) -> None:
-    """out_i = a_i b_i.
+BLOCK = 262_144
+"""Elements of a matrix that subtract_products takes at a time on the CPU: they stay in cache between its two
+steps."""
 
-    One product per matrix: the big factor is a view of the flat gradient, and copying it into a batch costs
-    more than the product, which only reads it once.
+
+def multiply(matrices: list[Tensor], factors: list[Tensor], out: list[Tensor]) -> None:
+    """out_i = M_i F_i: matrices (n, m), factors (m, r), out (n, r).
+
+    One product per matrix: M_i is a view of the flat gradient, and copying it into a batch costs more than
+    the product, which only reads it once.
     """
-    for left, right, product in zip(a, b, out, strict=True):
-        torch.mm(left, right, out=product)
+    for matrix, factor, product in zip(matrices, factors, out, strict=True):
+        if matrix.device.type == "cpu":
+            # M F = (F^T M^T)^T: with the few rows first, the CPU's libraries take about half the time.
+            product.copy_(torch.mm(factor.T.contiguous(), matrix.T).T)
+        else:
+            torch.mm(matrix, factor, out=product)
 
 
-def add_products(out: list[Tensor], a: list[Tensor], b: list[Tensor], alpha: float) -> None:
-    """out_i += alpha a_i b_i^T."""
-    for total, left, right in zip(out, a, b, strict=True):
-        total.addmm_(left, right.T, alpha=alpha)
+def multiply_factors(ps: list[Tensor], qs: list[Tensor], out: list[Tensor]) -> None:
+    """out_i = P_i Q_i^T: ps (n, r), qs (m, r), out (n, m)."""
+    for p, q, product in zip(ps, qs, out, strict=True):
+        torch.mm(p, q.T, out=product)
+
+
+def subtract_products(ms: list[Tensor], ps: list[Tensor], qs: list[Tensor], out: list[Tensor]) -> None:
+    """out_i = P_i Q_i^T, then M_i = M_i - out_i: ps (n, r), qs (m, r), ms and out (n, m)."""
+    for m, p, q, product in zip(ms, ps, qs, out, strict=True):
+        rows = max(1, BLOCK // m.shape[1]) if m.device.type == "cpu" else len(m)
+        for part, left, total in zip(m.split(rows), p.split(rows), product.split(rows), strict=True):
+            torch.mm(left, q.T, out=total)
+            part.sub_(total)
+
+
+def add_products(out: list[Tensor], ps: list[Tensor], qs: list[Tensor], alpha: float) -> None:
+    """out_i += alpha P_i Q_i^T: ps (n, r), qs (m, r), out (n, m)."""
+    for total, p, q in zip(out, ps, qs, strict=True):
+        total.addmm_(p, q.T, alpha=alpha)
 
 
 def transposed(matrices: list[Tensor]) -> list[Tensor]:
@@ -130,8 +156,12 @@ def orthonormalize(blocks: list[Tensor], method: str) -> None:
     """Replace the columns of each matrix of batches (B, n, r), r <= n, by orthonormal ones, in place.
 
     They span the same space; where a column is zero or depends on those before it, another direction takes
-    its place, so that a factor can grow out of zero again. method: qr (Householder) or gram_schmidt.
+    its place, so that a factor can grow out of zero again. method: qr (Householder's on the CPU; on a GPU,
+    where that is slow for tall thin matrices, Gram-Schmidt) or gram_schmidt. No device is waited for.
     """
+    if blocks and blocks[0].device.type != "cpu":
+        gram_schmidt_together(blocks)
+        return
     for block in blocks:
         if method == "qr":
             block.copy_(torch.linalg.qr(block).Q)
@@ -139,7 +169,27 @@ def orthonormalize(blocks: list[Tensor], method: str) -> None:
             _gram_schmidt(block)
 
 
-def _gram_schmidt(block: Tensor) -> None:
+def gram_schmidt_together(blocks: list[Tensor]) -> None:
+    """Gram-Schmidt on batches (B, n, r) of like sizes at once, so that a GPU is given few operations.
+
+    Rows of zeros, which change nothing, make them as tall as the tallest: less than four times as tall.
+    """
+    alike: dict[tuple[int, int], list[Tensor]] = {}
+    for block in blocks:
+        alike.setdefault((block.shape[2], (block.shape[1] - 1).bit_length() // 2), []).append(block)
+    for members in alike.values():
+        rows = max(block.shape[1] for block in members)
+        batch = torch.cat([pad(block, (0, 0, 0, rows - block.shape[1])) for block in members])
+        masks = [
+            pad(torch.zeros_like(block[:, :, 0]), (0, rows - block.shape[1]), value=1) for block in members
+        ]
+        _gram_schmidt(batch, torch.cat(masks).bool())
+        for block, part in zip(members, batch.split([len(block) for block in members]), strict=True):
+            block.copy_(part[:, : block.shape[1]])
+
+
+def _gram_schmidt(block: Tensor, is_padding: Tensor | None = None) -> None:
+    """is_padding (B, n): the rows that stay zero."""
     scale = block.abs().amax(dim=1, keepdim=True)
     block.div_(torch.where(scale > 0, scale, 1.0))  # the squares of huge values would overflow
     for index in range(block.shape[2]):
@@ -147,7 +197,7 @@ def _gram_schmidt(block: Tensor) -> None:
         length = torch.linalg.vector_norm(column, dim=1, keepdim=True)
         rest = _project_out(column, before)
         dependent = torch.linalg.vector_norm(rest, dim=1, keepdim=True) <= DEPENDENT * length
-        rest = torch.where(dependent, _project_out(_freest_unit(before), before), rest)
+        rest = torch.where(dependent, _project_out(_freest_unit(before, is_padding), before), rest)
         column.copy_(rest / torch.linalg.vector_norm(rest, dim=1, keepdim=True))
 
 
@@ -158,10 +208,12 @@ def _project_out(column: Tensor, before: Tensor) -> Tensor:
     return column
 
 
-def _freest_unit(before: Tensor) -> Tensor:
+def _freest_unit(before: Tensor, is_padding: Tensor | None) -> Tensor:
     """(B, n, 1): the unit vector of the row in which the orthonormal columns (B, n, c), c < n, are least.
 
     Its squared length outside their span is at least 1 - c / n.
     """
-    row = before.square().sum(dim=2).argmin(dim=1)  # (B,)
-    return torch.nn.functional.one_hot(row, before.shape[1]).to(before.dtype).unsqueeze(2)
+    sizes = before.square().sum(dim=2)  # (B, n)
+    row = (sizes if is_padding is None else sizes.masked_fill(is_padding, inf)).argmin(dim=1)  # (B,)
+    rows = torch.arange(before.shape[1], device=before.device)
+    return (rows == row[:, None]).to(before.dtype).unsqueeze(2)

@@ -8,8 +8,18 @@ from pydantic import Field
 from torch import Tensor
 
 from reducers.common import Leveled, average
-from reducers.lowrank import Matrices, add_products, each, multiply, orthonormalize, transposed
+from reducers.lowrank import (
+    Matrices,
+    add_products,
+    each,
+    multiply,
+    multiply_factors,
+    orthonormalize,
+    subtract_products,
+    transposed,
+)
 from sage.config import Named
+from sage.draws import Draws
 from sage.interfaces import Communicator, Seeds, Slot
 
 
@@ -25,6 +35,7 @@ class PowerSGDSettings(Named):
     """two_sided: what is left in send is M - P Q_w^T of this worker's own Q_w, or (the published code) M
     minus the mean. The means that follow are the same; the local residual is smaller."""
     orthogonalization: Literal["qr", "gram_schmidt"] = "qr"
+    """qr: by Householder reflections on a CPU; on a GPU both are Gram-Schmidt, which is quicker there."""
     warm_start: bool = True
     """Start from the last step's factors; false: from new random ones each step."""
     min_compression_rate: float = Field(default=2.0, ge=0)
@@ -48,7 +59,7 @@ class PowerSGD(Leveled):
         self, config: PowerSGDSettings, layout: list[Slot], *, seeds: Seeds, device: torch.device
     ) -> None:
         self.config, self.layout, self.device, self.step = config, layout, device, 0
-        self.generator = torch.Generator(device).manual_seed(seeds.common)
+        self.generator = Draws(seeds.common)
         self.set_levels([config.rank] * len(layout))
 
     def set_levels(self, levels: Sequence[int]) -> None:
@@ -67,7 +78,7 @@ class PowerSGD(Leveled):
         return self.matrices.left_slices(layout) if name == "p" else self.matrices.right_slices(layout)
 
     def _draw(self, size: int) -> Tensor:
-        return torch.randn(size, generator=self.generator, device=self.device)
+        return self.generator.normal(size, self.device)
 
     def reduce(self, send: Tensor, mean: Tensor, comm: Communicator) -> None:
         compressed_steps = self.step - self.config.start_step
@@ -96,11 +107,12 @@ class PowerSGD(Leveled):
         self._sum(self.q, comm)
         self.q.div_(comm.world_size)
         # 3. mean = P Q^T;  send = M - P Q_w^T, or M - mean
-        multiply(each(left(self.p)), transposed(each(right(self.q))), out=self.matrices.of(mean))
+        ps, qs, means = each(left(self.p)), each(right(self.q)), self.matrices.of(mean)
         if self.config.residual == "local" and comm.world_size > 1:
-            add_products(ms, each(left(self.p)), each(right(own)), alpha=-1)
+            multiply_factors(ps, qs, out=means)
+            add_products(ms, ps, each(right(own)), alpha=-1)
         else:
-            send.sub_(mean)
+            subtract_products(ms, ps, qs, out=means)
 
     def _reduce_alternating(self, send: Tensor, mean: Tensor, comm: Communicator, count: int) -> None:
         """count: the iterations before this step's. At even ones P is given and Q found, else the reverse."""
@@ -119,7 +131,7 @@ class PowerSGD(Leveled):
             self._sum(found, comm, *((send, mean) if is_first else ()))
             found.div_(comm.world_size)
             if is_first:
-                multiply(ps, transposed(qs), out=means)
+                multiply_factors(ps, qs, out=means)
             else:
                 add_products(means, ps, qs, alpha=1)
 

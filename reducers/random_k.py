@@ -8,9 +8,11 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from reducers.common import average_at
+from reducers.kernels.distinct import DistinctDraw
 from reducers.schedule import DensitySchedule, DensitySettings, ScheduledReducer
 from reducers.sparse import target_count
 from sage.config import Named
+from sage.draws import Draws
 from sage.interfaces import Communicator, Seeds, Slot
 
 
@@ -37,7 +39,7 @@ class RandomBlockSettings(SharedDrawSettings):
 class SharedDraw(ScheduledReducer):
     """mean = sum_i a_i / W at S, 0 elsewhere; one all_reduce of the values at S, k_l = max(1, floor(d n_l)).
 
-    S is drawn on the CPU, whatever the device: all workers draw the same, and no device is waited for.
+    S is drawn where the gradient is, alike on every device and worker; no device is waited for.
     """
 
     state_names = ("generator",)
@@ -49,14 +51,15 @@ class SharedDraw(ScheduledReducer):
         self.slots = [slot for slot in layout if slot.size]
         self.n = layout[-1].stop
         self.rank = config.rank
-        self.generator = torch.Generator().manual_seed(seeds.common)
-        self.starts = torch.tensor([slot.start for slot in self.slots])  # (tensors,)
-        self.sizes = torch.tensor([slot.size for slot in self.slots])
+        self.generator, self.device = Draws(seeds.common), device
+        self.starts = torch.tensor([slot.start for slot in self.slots], dtype=torch.int64)  # (tensors,)
+        self.sizes = torch.tensor([slot.size for slot in self.slots], dtype=torch.int64)
         self.aim(config.density)
 
     def aim(self, density: float) -> None:
         super().aim(density)
-        self.counts = torch.tensor([self._count(slot, density) for slot in self.slots])  # (tensors,)
+        counts = [self._count(slot, density) for slot in self.slots]
+        self.counts = torch.tensor(counts, dtype=torch.int64)  # (tensors,)
         self.density = int(self.counts.sum()) / self.n
 
     def _count(self, slot: Slot, density: float) -> int:
@@ -67,10 +70,10 @@ class SharedDraw(ScheduledReducer):
 
     @abstractmethod
     def draw(self) -> Tensor:
-        """The indices S (k,) int64, on the CPU, unique, in the same order on all workers."""
+        """The indices S (k,) int64, on the device, unique, in the same order on all workers."""
 
     def reduce(self, send: Tensor, mean: Tensor, comm: Communicator) -> None:
-        indices = self.draw().to(send.device, non_blocking=True)  # (k,)
+        indices = self.draw()  # (k,)
         average_at(indices, send, mean, comm)
         self._sent = indices
 
@@ -84,10 +87,6 @@ class SharedDraw(ScheduledReducer):
             "union_density": self.density,
         }
 
-    def _draw_below(self, highs: Tensor) -> Tensor:
-        """One number in [0, high) for each of highs (count,), uniform up to a relative 2^-31."""
-        return torch.randint(2**62, highs.shape, generator=self.generator) % highs
-
 
 class RandomK(SharedDraw):
     """S_l: k_l elements of each tensor, uniform without replacement. NaN stays until it is drawn.
@@ -100,36 +99,10 @@ class RandomK(SharedDraw):
 
     def aim(self, density: float) -> None:
         super().aim(density)
-        # Where more than half of a tensor travels, what stays is drawn: a draw then misses at most half the
-        # time.
-        self._mostly = self.counts > self.sizes // 2  # (tensors,)
-        self._fewer = torch.where(self._mostly, self.sizes - self.counts, self.counts)
-        self._pool = _ranges(self.starts[self._mostly], self.sizes[self._mostly])
-        """Every element of those tensors."""
+        self._distinct = DistinctDraw(self.starts, self.sizes, self.counts)
 
     def draw(self) -> Tensor:
-        drawn = self._draw_distinct(self._fewer)
-        if not len(self._pool):
-            return drawn
-        stays = torch.isin(self._pool, drawn)
-        mostly = self._mostly[torch.bucketize(drawn, self.starts, right=True) - 1]
-        return torch.cat([drawn[~mostly], self._pool[~stays]])
-
-    def _draw_distinct(self, counts: Tensor) -> Tensor:
-        """counts (tensors,) distinct elements of each tensor, ascending.
-
-        What is missing is drawn and merged until none is: the first draws that are new are a sample without
-        replacement, in which every subset is as likely as any other of its size.
-        """
-        drawn = torch.empty(0, dtype=torch.int64)
-        missing = counts
-        while int(missing.sum()):
-            tensors = torch.arange(len(counts)).repeat_interleave(missing)
-            new = self.starts[tensors] + self._draw_below(self.sizes[tensors])
-            drawn = torch.cat([drawn, new]).unique()
-            owners = torch.bucketize(drawn, self.starts, right=True) - 1
-            missing = counts - torch.bincount(owners, minlength=len(counts))
-        return drawn
+        return self._distinct.draw(self.generator.key(), self.device)
 
 
 class RandomBlock(SharedDraw):
@@ -142,16 +115,14 @@ class RandomBlock(SharedDraw):
 
     def aim(self, density: float) -> None:
         super().aim(density)
-        self._tensors = torch.arange(len(self.counts)).repeat_interleave(self.counts)  # (k,)
-        self._within = _ranges(torch.zeros_like(self.counts), self.counts)  # (k,): 0, 1, ..., k_l - 1
+        tensors = torch.arange(len(self.counts)).repeat_interleave(self.counts)  # (k,)
+        within = (
+            torch.arange(len(tensors)) - (self.counts.cumsum(0) - self.counts)[tensors]
+        )  # 0, 1, ..., k_l - 1
+        self._tensors, self._within = tensors.to(self.device), within.to(self.device)
+        self._starts, self._sizes = self.starts[tensors].to(self.device), self.sizes[tensors].to(self.device)
+        self._sizes_of_all = self.sizes.to(self.device)  # (tensors,)
 
     def draw(self) -> Tensor:
-        offsets = self._draw_below(self.sizes)  # (tensors,)
-        places = (offsets[self._tensors] + self._within) % self.sizes[self._tensors]
-        return self.starts[self._tensors] + places
-
-
-def _ranges(starts: Tensor, sizes: Tensor) -> Tensor:
-    """start, start + 1, ..., start + size - 1 of every pair, one after the other."""
-    firsts = sizes.cumsum(0) - sizes
-    return (starts - firsts).repeat_interleave(sizes) + torch.arange(int(sizes.sum()))
+        offsets = self.generator.below(self._sizes_of_all)[self._tensors]  # (k,)
+        return self._starts + (offsets + self._within) % self._sizes

@@ -1,5 +1,6 @@
 """SAGE: a threshold that follows, every step, a target density."""
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import torch
@@ -13,6 +14,7 @@ from reducers.sparse import (
     resolve_threshold,
 )
 from sage.config import Named
+from sage.draws import Draws, modulo
 from sage.interfaces import Seeds, Slot
 
 SAMPLING_ERROR = 0.05
@@ -41,7 +43,7 @@ class Sampler:
     def __init__(self, layout: list[Slot], sampling: str, seed: int, device: torch.device) -> None:
         self.n = layout[-1].stop
         self.size = max(1, int(self.n / (1 + self.n * SAMPLING_ERROR**2)))
-        self.generator = torch.Generator(device).manual_seed(seed)
+        self.generator = Draws(seed)
         self._device = device
         self._starts: Tensor | None = None
         self._sizes: Tensor | None = None
@@ -55,13 +57,11 @@ class Sampler:
         if self._starts is None or self._sizes is None:
             return self._draw(self.n)
         tensors = self._draw(len(self._starts))  # (size,)
-        fractions = torch.rand(
-            (self.size,), dtype=torch.float64, generator=self.generator, device=self._device
-        )  # in [0, 1)
+        fractions = self.generator.uniform((self.size,), self._device)
         return self._starts[tensors] + (fractions * self._sizes[tensors]).long()
 
     def _draw(self, high: int) -> Tensor:
-        return torch.randint(high, (self.size,), generator=self.generator, device=self._device)
+        return modulo(self.generator.bits(self.size, self._device), high)
 
 
 class SageLaw(ThresholdLaw):
@@ -107,7 +107,9 @@ class SageLaw(ThresholdLaw):
 
     def lower_bound(self, send: Tensor, grad: Tensor | None) -> Tensor:
         indices = self.sampler.indices()
-        sample = send[indices] if grad is None else send[indices] + grad[indices]  # (size,)
+        sample = send.index_select(0, indices)  # (size,)
+        if grad is not None:
+            sample.add_(grad.index_select(0, indices))
         return self.begin(sample.abs().mean().float()).to(send.dtype)
 
     def begin(self, sampled_mean: Tensor) -> Tensor:
@@ -135,8 +137,8 @@ class SageLaw(ThresholdLaw):
         self._terms.update(beta=beta, gamma=gamma, density_exam=exam)
         return self.lam.to(magnitudes.dtype)
 
-    def metrics(self) -> dict[str, float]:
-        return {"threshold": self.lam.item(), **{name: term.item() for name, term in self._terms.items()}}
+    def metrics(self) -> Mapping[str, float | Tensor]:
+        return {"threshold": self.lam, **self._terms}
 
     def _beta(self, exam: Tensor) -> Tensor:
         return 2 / (1 + torch.exp(self.target - exam))

@@ -5,7 +5,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from reducers.quantize import num_bytes, vote
+from reducers.kernels.signs import num_bytes
+from reducers.quantize import vote
 from sage.config import Named
 from sage.interfaces import Communicator, Reducer, Seeds, Slot
 

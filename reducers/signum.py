@@ -6,7 +6,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from reducers.quantize import num_bytes, vote
+from reducers.kernels.signs import num_bytes
+from reducers.quantize import vote
 from sage.config import Named
 from sage.interfaces import Communicator, Reducer, Seeds, Slot
 

@@ -6,14 +6,15 @@ ThresholdSparsifier that passes a law, which sets the threshold.
 """
 
 from abc import ABC, abstractmethod
-from typing import Annotated, Generic, Literal, TypeVar
+from collections.abc import Callable, Iterable, Mapping
+from typing import Annotated, ClassVar, Generic, Literal, TypeVar
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from reducers.common import average_at
-from reducers.kernels.scan import scan
+from reducers.kernels import Division, Found, add_share, scan, take
 from reducers.schedule import DensitySettings, ScheduledReducer
 from sage.interfaces import Communicator, Place, Slot, Stateful
 
@@ -40,49 +41,68 @@ def resolve_threshold(threshold: float | Literal["auto"], density: float, n: int
 # --- the exchanges --------------------------------------------------------------------------------
 
 
-def pack(indices: Tensor, values: Tensor) -> Tensor:
-    """Indices (k,) and values (k,) as one message (m,) int32: the values' bits, so that no index travels as
-    a float."""
-    return torch.cat([indices.to(torch.int32), values.view(torch.int32)])
+def pack(send: Tensor, indices: Tensor) -> Tensor:
+    """Take what is sent out of send, where 0 remains: one message (m,) int32 of values and indices (k,).
+
+    It holds the values' bits, so that no index travels as a float; they come first, where they are aligned.
+    """
+    num_values = len(indices) * (send.itemsize // 4)  # in units of int32
+    message = torch.empty(num_values + len(indices), dtype=torch.int32, device=send.device)
+    take(send, indices, message[:num_values].view(send.dtype))
+    message[num_values:] = indices
+    return message
 
 
 def unpack(message: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The indices (k,) int32 and values (k,) of a message."""
-    k = message.numel() // (1 + dtype.itemsize // 4)
-    return message[:k], message[k:].clone().view(dtype)  # a copy of k: a view may be misaligned
+    k = len(message) // (1 + dtype.itemsize // 4)
+    bits = message[:-k] if k else message
+    if message.storage_offset() % (dtype.itemsize // 4):
+        bits = bits.clone()  # another worker's float64 may begin in the middle of one
+    return message[len(bits) :], bits.view(dtype)
 
 
+Gather = Callable[[Tensor], Iterable[Tensor]]
+"""How messages (m,) are gathered from all workers: with their sizes, or without where these are equal."""
 Exchanged = tuple[list[Tensor], Tensor]
 """Every worker's indices (k_i,) int32, and the indices (m,) int64 whose values left send."""
 
 
-def exchange_by_gather(send: Tensor, mean: Tensor, indices: Tensor, comm: Communicator) -> Exchanged:
-    """mean: the workers' selected values / W, added in rank order; send: 0 where this worker selected.
+def exchange_by_gather(
+    send: Tensor, mean: Tensor, indices: Tensor, comm: Communicator, gather: Gather
+) -> Exchanged:
+    """mean, which holds zeros: the workers' selected values / W; send: 0 where this worker selected.
 
-    Two collectives: sizes, then indices and values in one message.
+    One collective, of indices and values in one message; one more before it where sizes travel.
     """
-    message = pack(indices, send[indices])
-    send[indices] = 0
-    mean.zero_()
     gathered = []
-    for one in comm.all_gather_ragged(message):
-        places, values = unpack(one, send.dtype)
-        # Unique indices within a worker: no two threads add to one element, so the order of additions is
-        # the ranks'.
-        mean.index_add_(0, places, values / comm.world_size)
+    for message in gather(pack(send, indices)):
+        places, values = unpack(message, send.dtype)
+        add_share(mean, places, values, comm.world_size)  # in rank order: the same bits everywhere
         gathered.append(places)
     return gathered, indices
 
 
-def exchange_by_union(send: Tensor, mean: Tensor, indices: Tensor, comm: Communicator) -> Exchanged:
-    """mean: the workers' mean at every index that one of them selected; send: 0 there, on all workers.
+def exchange_by_union(
+    send: Tensor, mean: Tensor, indices: Tensor, comm: Communicator, gather: Gather
+) -> Exchanged:
+    """mean, which holds zeros: the workers' mean at every index that one of them selected; send: 0 there, on
+    all workers.
 
-    Three collectives: sizes, indices, values at the union.
+    Two collectives: indices, values at the union; one more before them where sizes travel.
     """
-    gathered = comm.all_gather_ragged(indices.to(torch.int32))
+    gathered = list(gather(indices.to(torch.int32)))
     union = torch.cat(gathered).unique().long()  # host synchronisation: the union's size
-    average_at(union, send, mean, comm)
+    average_at(union, send, mean, comm, mean_is_zero=True)
     return gathered, union
+
+
+def count_distinct(indices: Tensor) -> Tensor:
+    """How many different numbers there are among indices (m,): a float64 scalar, without waiting for it."""
+    ascending = indices.sort().values
+    firsts = ascending.new_ones(indices.shape, dtype=torch.bool)
+    torch.ne(ascending[1:], ascending[:-1], out=firsts[1:])
+    return firsts.sum().double()
 
 
 # --- the reducers' bases --------------------------------------------------------------------------
@@ -90,6 +110,9 @@ def exchange_by_union(send: Tensor, mean: Tensor, indices: Tensor, comm: Communi
 
 class Sparsifier(ScheduledReducer):
     """Sends selected elements only. What the select method does not name stays in send."""
+
+    count_is_fixed: ClassVar[bool] = False
+    """Whether all workers select equally many in a step: then no sizes travel."""
 
     def __init__(self, config: SparsifierSettings, layout: list[Slot]) -> None:
         self.n = layout[-1].stop
@@ -100,6 +123,7 @@ class Sparsifier(ScheduledReducer):
         super().__init__(config)
         self.exchange = config.exchange
         self._gathered: list[Tensor] = []
+        self._mean_is_zero = False
 
     @abstractmethod
     def select(self, send: Tensor, place: Place) -> Tensor:
@@ -107,8 +131,12 @@ class Sparsifier(ScheduledReducer):
 
     def reduce(self, send: Tensor, mean: Tensor, comm: Communicator) -> None:
         indices = self.select(send, Place(comm.rank, comm.world_size))
+        if not self._mean_is_zero:
+            mean.zero_()
+        self._mean_is_zero = False
+        gather: Gather = comm.all_gather if self.count_is_fixed else comm.all_gather_ragged
         exchange = exchange_by_gather if self.exchange == "gather" else exchange_by_union
-        self._gathered, self._sent = exchange(send, mean, indices, comm)
+        self._gathered, self._sent = exchange(send, mean, indices, comm, gather)
         num_selected = sum(places.numel() for places in self._gathered)
         self.density = num_selected / (comm.world_size * self.n)
 
@@ -120,12 +148,13 @@ class Sparsifier(ScheduledReducer):
         k = self.target_counts()
         if world_size == 1:
             return 0
+        sizes = 0 if self.count_is_fixed else 4
         if self.exchange == "gather":
-            return 4 + 8 * k
-        return 4 + 4 * k + 4 * min(self.n, world_size * k)
+            return sizes + 8 * k
+        return sizes + 4 * k + 4 * min(self.n, world_size * k)
 
-    def metrics(self) -> dict[str, float]:
-        union = torch.cat(self._gathered).unique().numel() if self._gathered else 0
+    def metrics(self) -> Mapping[str, float | Tensor]:
+        union = count_distinct(torch.cat(self._gathered)) if self._gathered else 0
         return {"target_density": self.target_density, "union_density": union / self.n}
 
 
@@ -140,20 +169,22 @@ class CandidateSparsifier(Sparsifier, Generic[Candidates]):
         self._candidates: Candidates | None = None
 
     @abstractmethod
-    def find_candidates(self, send: Tensor, grad: Tensor | None) -> Candidates:
-        """send += grad, where one is given; what select_among needs to know of the sum. Once a step."""
+    def find_candidates(self, send: Tensor, grad: Tensor | None, zeroes_grad: bool) -> Candidates:
+        """send += grad, where one is given, and grad = 0 where asked for; what select_among needs to know of
+        the sum. Once a step."""
 
     @abstractmethod
     def select_among(self, send: Tensor, candidates: Candidates) -> Tensor:
         """The indices (k,) int64 to send, unique, k may be 0."""
 
-    def accumulate(self, send: Tensor, grad: Tensor) -> None:
-        self._candidates = self.find_candidates(send, grad)
+    def accumulate(self, send: Tensor, grad: Tensor, *, grad_is_mean: bool = False) -> None:
+        self._candidates = self.find_candidates(send, grad, zeroes_grad=grad_is_mean)
+        self._mean_is_zero = grad_is_mean
 
     def select(self, send: Tensor, place: Place) -> Tensor:
         candidates, self._candidates = self._candidates, None
         if candidates is None:  # reduce without accumulate
-            candidates = self.find_candidates(send, None)
+            candidates = self.find_candidates(send, None, zeroes_grad=False)
         return self.select_among(send, candidates)
 
     def aim(self, density: float) -> None:
@@ -179,11 +210,11 @@ class ThresholdLaw(Stateful, ABC):
     def aim(self, density: float) -> None:
         """Called when the target density changes; a law may have no use for it."""
 
-    def metrics(self) -> dict[str, float]:
+    def metrics(self) -> Mapping[str, float | Tensor]:
         return {}
 
 
-class ThresholdSparsifier(CandidateSparsifier[Tensor]):
+class ThresholdSparsifier(CandidateSparsifier[Found]):
     """Selects |send| >= threshold, the threshold set by a law, in one pass that also adds the gradient."""
 
     state_names = ("law",)
@@ -191,19 +222,21 @@ class ThresholdSparsifier(CandidateSparsifier[Tensor]):
     def __init__(self, config: SparsifierSettings, layout: list[Slot], law: ThresholdLaw) -> None:
         super().__init__(config, layout)
         self.law = law
+        self._whole = Division([0, self.n])
 
     def aim(self, density: float) -> None:
         super().aim(density)
         self.law.aim(density)
 
-    def find_candidates(self, send: Tensor, grad: Tensor | None) -> Tensor:
-        """send += grad, where one is given; the indices (c,) of what can reach this step's threshold."""
-        return scan(send, grad, self.law.lower_bound(send, grad))
+    def find_candidates(self, send: Tensor, grad: Tensor | None, zeroes_grad: bool) -> Found:
+        """What can reach this step's threshold."""
+        bound = self.law.lower_bound(send, grad).view(1)
+        return scan(send, grad, bound, self._whole, zeroes_grad=zeroes_grad)
 
-    def select_among(self, send: Tensor, candidates: Tensor) -> Tensor:
-        magnitudes = send[candidates].abs()  # (c,)
-        threshold = self.law.threshold(magnitudes, self.n)
-        return candidates[magnitudes >= threshold]  # host synchronisation on a GPU: the selection's size
+    def select_among(self, send: Tensor, candidates: Found) -> Tensor:
+        threshold = self.law.threshold(candidates.magnitudes, self.n)
+        # host synchronisation on a GPU: the selection's size
+        return candidates.indices[candidates.magnitudes >= threshold]
 
-    def metrics(self) -> dict[str, float]:
+    def metrics(self) -> Mapping[str, float | Tensor]:
         return {**super().metrics(), **self.law.metrics()}

@@ -1,5 +1,6 @@
 """Hard threshold: every element whose magnitude reaches a constant."""
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal, Self
 
 import torch
@@ -50,8 +51,8 @@ class ConstantLaw(ThresholdLaw):
     def threshold(self, magnitudes: Tensor, n: int) -> Tensor:
         return self._value.to(magnitudes.dtype)
 
-    def metrics(self) -> dict[str, float]:
-        return {"threshold": self._value.item()}
+    def metrics(self) -> Mapping[str, float | Tensor]:
+        return {"threshold": self._value}
 
 
 class HardThreshold(ThresholdSparsifier):

@@ -6,7 +6,8 @@ from typing import ClassVar, Literal
 import torch
 
 from reducers.common import Leveled
-from reducers.largest import LargestSparsifier, Part
+from reducers.largest import LargestSparsifier
+from reducers.search import Part
 from reducers.sparse import SparsifierSettings, target_count
 from sage.config import Named
 from sage.interfaces import Seeds, Slot

@@ -7,7 +7,7 @@ metrics. This file imports nothing of ours, and every other part may import it.
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -81,7 +81,7 @@ class Seeds:
 class Stateful:
     """The base of everything whose state a checkpoint holds: the attributes named in state_names.
 
-    They may be tensors, Python numbers, torch.Generators, or Stateful themselves.
+    They may be tensors, Python numbers, torch.Generators, or Stateful themselves, as sage.draws.Draws is.
     """
 
     state_names: tuple[str, ...] = ()
@@ -129,10 +129,10 @@ class Stateful:
         """Restart a worker's own generators from a seed."""
         for name in self.state_names:
             value = getattr(self, name)
-            if isinstance(value, Stateful):
-                value.reseed(seed_of(seed, name))
-            elif name in self.worker_generators:
+            if name in self.worker_generators:
                 value.manual_seed(seed_of(seed, name))
+            elif isinstance(value, Stateful):
+                value.reseed(seed_of(seed, name))
 
 
 def _is_like(value: Any, old: Any) -> bool:
@@ -224,8 +224,12 @@ class Reducer(Stateful, ABC):
     def begin_step(self, progress: Progress) -> None:
         """Called before each step, for schedules."""
 
-    def accumulate(self, send: Tensor, grad: Tensor) -> None:
-        """send += grad. A sparsifier may fuse this with its scan; reduce must follow, with the same send."""
+    def accumulate(self, send: Tensor, grad: Tensor, *, grad_is_mean: bool = False) -> None:
+        """send += grad. A sparsifier may fuse this with its scan; reduce must follow, with the same send.
+
+        grad_is_mean: reduce gets this grad as mean, so that what it holds is the reducer's own from here on:
+        a sparsifier zeroes it while it reads it.
+        """
         send.add_(grad)
 
     @abstractmethod
@@ -234,7 +238,7 @@ class Reducer(Stateful, ABC):
 
         send (n,) float32 (sparsifiers: float64 too): what this worker wants to send. On return it holds what
         was not sent, so the caller decides whether to keep it (error feedback). mean holds this worker's raw
-        gradient on entry.
+        gradient on entry, unless the reducer's own accumulate has overwritten it.
         """
 
     @classmethod
@@ -254,8 +258,11 @@ class Reducer(Stateful, ABC):
         """What the user of these settings should know, a line each; said once, before training."""
         return []
 
-    def metrics(self) -> dict[str, float]:
-        """Threshold, controller terms, ...; read on logging steps only."""
+    def metrics(self) -> Mapping[str, float | Tensor]:
+        """Threshold, controller terms, ...; asked for on logging steps only.
+
+        What the device holds is a scalar tensor: the caller reads all of them at once.
+        """
         return {}
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from sage.config import Named
 from sage.interfaces import Place, Seeds
-from tasks.classification import Augmentation, ImageClassification, check_batch
+from tasks.classification import Augmentation, ClassificationSettings, ImageClassification, check_batch
 from tasks.data.cifar import CIFAR10, CIFAR100, CifarSet
 
 MODELS = {
@@ -28,7 +28,7 @@ def build_model(name: str, num_classes: int) -> nn.Module:
     return model
 
 
-class CifarSettings(Named):
+class CifarSettings(ClassificationSettings):
     model: Literal["resnet18", "vgg16_bn", "googlenet", "senet18"] = "resnet18"
     batch_per_worker: int = Field(default=256, ge=1)
     """Images a worker takes in a step."""
@@ -50,6 +50,7 @@ class Cifar(ImageClassification):
             seeds=seeds,
             device=device,
             augmentation=Augmentation(padding=4, flip=True),
+            memory_format=config.memory_format,
         )
 
     @classmethod

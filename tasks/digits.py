@@ -8,12 +8,12 @@ from pydantic import Field
 
 from sage.config import Named
 from sage.interfaces import Place, Seeds
-from tasks.classification import ImageClassification, check_batch
+from tasks.classification import ClassificationSettings, ImageClassification, check_batch
 from tasks.data import digits
 from tasks.models.small_cnn import small_cnn
 
 
-class DigitsSettings(Named):
+class DigitsSettings(ClassificationSettings):
     name: Literal["digits"] = "digits"
     model: Literal["small_cnn"] = "small_cnn"
     batch_per_worker: int = Field(default=32, ge=1)
@@ -29,7 +29,13 @@ class Digits(ImageClassification):
         self, config: DigitsSettings, data: Path, place: Place, *, seeds: Seeds, device: torch.device
     ) -> None:
         super().__init__(
-            small_cnn(10), digits.read(), config.batch_per_worker, place, seeds=seeds, device=device
+            small_cnn(10),
+            digits.read(),
+            config.batch_per_worker,
+            place,
+            seeds=seeds,
+            device=device,
+            memory_format=config.memory_format,
         )
 
     @classmethod

@@ -13,6 +13,7 @@ from pydantic import Field, Strict, model_validator
 from torch import Tensor
 
 from sage.config import Named
+from sage.draws import Draws, bits_at, modulo
 from sage.interfaces import Place, Seeds, Task, seed_of
 from tasks.models.neumf import NeuMF
 
@@ -77,34 +78,69 @@ class Shuffle:
     """A permutation of range(size) that is computed position by position, and never stored.
 
     An epoch of MovieLens 20M has 10^8 interactions: torch.randperm takes 8 s and 0.4 GB for them on every
-    worker, which needs only its own slices. A generalised Feistel network over pairs (left, right), the round
-    functions being tables of random numbers, with cycle walking: after Black & Rogaway 2002, "Ciphers with
-    arbitrary finite domains". Its bits depend on the generator alone, not on the device.
+    worker, which needs only its own slices. The numbers are laid out in rows of about sqrt(size), the last
+    one shorter; in turn each column and each row is rotated by a random offset of its own: a generalised
+    Feistel network (Black & Rogaway 2002, "Ciphers with arbitrary finite domains") in which no number falls
+    outside the range, so that no device is waited for. Its bits depend on the draws, not on the device.
     """
 
-    ROUNDS = 6
+    ROUNDS = 3
 
-    def __init__(self, size: int, rng: torch.Generator, device: torch.device) -> None:
-        """rng: a CPU generator. size: at most 46,340^2, so that pairs fit in int32."""
+    def __init__(self, size: int, draws: Draws, device: torch.device) -> None:
+        """size: at most 46,340^2, so that numbers fit in int32."""
         assert 0 < size <= 46_340**2
-        self.size, self._side = size, isqrt(size - 1) + 1  # the smallest side with side^2 >= size
-        tables = torch.randint(self._side, (self.ROUNDS, self._side), generator=rng, dtype=torch.int32)
-        self._tables = tables.to(device)
+        self._columns = isqrt(size - 1) + 1
+        rows = -(-size // self._columns)
+        last = size - (rows - 1) * self._columns  # columns of the last row
+        heights = torch.where(torch.arange(self._columns, device=device) < last, rows, rows - 1)
+        widths = torch.where(torch.arange(rows, device=device) < rows - 1, self._columns, last)
+        self._rotations = [(Rotation(heights, draws), Rotation(widths, draws)) for _ in range(self.ROUNDS)]
 
     def __call__(self, positions: Tensor) -> Tensor:
         """positions (B,) int32, each below size -> the numbers there, (B,) int32."""
-        numbers = self._permute(positions)
-        # Permute the few numbers in [size, side^2) again. nonzero: a host synchronisation.
-        while len(outside := (numbers >= self.size).nonzero().squeeze(1)):
-            numbers[outside] = self._permute(numbers[outside])
-        return numbers
+        rows, columns = positions // self._columns, positions % self._columns
+        for of_columns, of_rows in self._rotations:
+            rows = of_columns(rows, columns)
+            columns = of_rows(columns, rows)
+        return rows * self._columns + columns
 
-    def _permute(self, numbers: Tensor) -> Tensor:
-        left, right = numbers // self._side, numbers % self._side
-        for table in self._tables:
-            # (l, r) <- (r, (l + f(r)) mod side)
-            left, right = right, table.index_select(0, right).add_(left).remainder_(self._side)
-        return left * self._side + right
+
+class Rotation:
+    """Rotates each of several lines, of any lengths, by an offset that is drawn for it."""
+
+    def __init__(self, lengths: Tensor, draws: Draws) -> None:
+        """lengths (lines,) int64. A line of length 0 is never asked for."""
+        self._lengths = lengths.int()
+        self._shifts = (draws.below(lengths.clamp(min=1)) - lengths).int()
+
+    def __call__(self, places: Tensor, lines: Tensor) -> Tensor:
+        """Where the places (B,) int32 of the lines (B,) int32 come to lie in them."""
+        # place + offset - length, or place + offset where that is below 0
+        moved = self._shifts.index_select(0, lines).add_(places)
+        return torch.where(moved < 0, moved + self._lengths.index_select(0, lines), moved)
+
+
+class Untaken:
+    """The items that each user did not take, by their number among them."""
+
+    def __init__(self, users: Tensor, items: Tensor, num_users: int, num_items: int) -> None:
+        """users, items (N,) int32: who took what. Every user must have left an item."""
+        self._num_items = num_items
+        pairs = (users.long() * num_items + items).unique()  # ascending
+        owners, taken = pairs // num_items, pairs % num_items
+        self._firsts = torch.searchsorted(pairs, torch.arange(num_users, device=pairs.device) * num_items)
+        self.counts = num_items - owners.bincount(minlength=num_users)
+        """(users,): how many there are."""
+        assert (self.counts > 0).all()
+        # How many untaken items are before each taken one; ascending for each user, and so over all.
+        before = taken - torch.arange(len(pairs), device=pairs.device) + self._firsts[owners]
+        self._before = owners * num_items + before
+
+    def items(self, users: Tensor, numbers: Tensor) -> Tensor:
+        """users (B,) int32, numbers (B,) int64, each below its user's count -> the items (B,) int32."""
+        # The u-th untaken item is u + the number of taken ones that have at most u untaken ones before them.
+        ends = torch.searchsorted(self._before, users.long() * self._num_items + numbers, right=True)
+        return (numbers + ends - self._firsts[users]).int()
 
 
 def sum_ranks(scores: Tensor) -> tuple[float, float]:
@@ -174,8 +210,10 @@ class Recommendation(Task):
         self.steps_per_epoch = self.num_interactions // config.global_batch
         self._users = torch.from_numpy(found.users).to(device)  # (N,) int32
         self._items = torch.from_numpy(found.items).to(device)  # (N,) int32
-        self._taken = (
-            self._pairs(self._users, self._items).sort().values if config.exclude_positives else None
+        self._untaken = (
+            Untaken(self._users, self._items, found.num_users, found.num_items)
+            if config.exclude_positives
+            else None
         )
         shard = slice(place.rank, None, place.world_size)  # every user on exactly one worker
         self._test_users = torch.arange(found.num_users, dtype=torch.int32)[shard].to(device)
@@ -186,8 +224,8 @@ class Recommendation(Task):
 
         The randomness of a batch depends on seed, epoch and batch alone, so an epoch can start anywhere.
         """
-        rng = torch.Generator().manual_seed(seed_of(self.seeds.common, "order", epoch))
-        shuffle = Shuffle(self.num_interactions, rng, self.device)
+        order = Draws(seed_of(self.seeds.common, "order", epoch))
+        shuffle = Shuffle(self.num_interactions, order, self.device)
         size = self.batch_per_worker
         for batch in range(start, self.steps_per_epoch):
             first = (batch * self.place.world_size + self.place.rank) * size
@@ -195,34 +233,16 @@ class Recommendation(Task):
             numbers = shuffle(positions)
             positive, rows = numbers < len(self._users), numbers % len(self._users)
             users = self._users[rows]
-            items = torch.where(positive, self._items[rows], self._draw(epoch, batch, 0))
-            if self._taken is not None:
-                self._redraw(epoch, batch, users, items, positive)
+            items = torch.where(positive, self._items[rows], self._draw(epoch, positions, users))
             yield users, items, positive.float()
 
-    def _draw(self, epoch: int, batch: int, attempt: int) -> Tensor:
-        """This worker's slice (B,) int32 of items drawn for the whole global batch, alike on all workers."""
-        rng = torch.Generator().manual_seed(seed_of(self.seeds.common, "negatives", epoch, batch, attempt))
-        drawn = torch.randint(self.num_items, (self.config.global_batch,), generator=rng, dtype=torch.int32)
-        first = self.place.rank * self.batch_per_worker
-        return drawn[first : first + self.batch_per_worker].to(self.device)
-
-    def _redraw(self, epoch: int, batch: int, users: Tensor, items: Tensor, positive: Tensor) -> None:
-        """Replace, in place, the negatives that their user took; nobody took the items it is tested on."""
-        attempt = 0
-        while (taken := ~positive & self._is_taken(users, items)).any():  # a host synchronisation
-            attempt += 1
-            items.copy_(torch.where(taken, self._draw(epoch, batch, attempt), items))
-
-    def _is_taken(self, users: Tensor, items: Tensor) -> Tensor:
-        assert self._taken is not None
-        pairs = self._pairs(users, items)
-        nearest = torch.searchsorted(self._taken, pairs).clamp_(max=len(self._taken) - 1)
-        return self._taken[nearest] == pairs
-
-    def _pairs(self, users: Tensor, items: Tensor) -> Tensor:
-        """One int64 number for each user and item."""
-        return users.long() * self.num_items + items
+    def _draw(self, epoch: int, positions: Tensor, users: Tensor) -> Tensor:
+        """An item (B,) int32 for each of an epoch's positions (B,) and users (B,), alike on all workers."""
+        key = Draws(seed_of(self.seeds.common, "negatives", epoch)).key()
+        bits = bits_at(key, positions.long())
+        if self._untaken is None:
+            return modulo(bits, self.num_items).int()
+        return self._untaken.items(users, modulo(bits, self._untaken.counts[users]))
 
     def loss(self, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         users, items, labels = batch

@@ -13,6 +13,7 @@ from reducers import REDUCERS
 from sage.exchange.comm import CountingComm
 from sage.interfaces import Progress, Reducer, Seeds, Slot, lay_out
 
+CPU = torch.device("cpu")
 SHAPES = ((8, 3, 3, 3), (8,), (20, 11), (11,), (1,))
 Collectives = tuple[tuple[Literal["all_reduce", "all_gather", "broadcast"], int], ...]
 Law = Literal["conservation", "zeros", "one huge value", "one element", "a worker without gradient"]
@@ -48,6 +49,8 @@ class Case:
     """How many elements a worker selects, from send (n,) and its metrics; None: a dense reducer."""
     fixed_count: bool = False
     """The count is the same at every step."""
+    sends_sizes: bool = True
+    """A sparsifier's workers tell one another how long their messages are; not so where all know it."""
     collectives: Collectives | None = None
     """Every step's collectives and the bytes that a worker hands over, by hand from SHAPES; None: a
     sparsifier's, which follow from the counts."""
@@ -67,11 +70,15 @@ class Case:
         return "-".join([f"[{self.reducer}]", *(str(value) for value in self.settings.values())])
 
     def build(
-        self, layout: list[Slot] = LAYOUT, rank: int = 0, changes: Mapping[str, Any] | None = None
+        self,
+        layout: list[Slot] = LAYOUT,
+        rank: int = 0,
+        changes: Mapping[str, Any] | None = None,
+        device: torch.device = CPU,
     ) -> Reducer:
         settings = REDUCERS[self.reducer].Settings
         config = settings.model_validate({**self.settings, **(changes or {})})
-        return reducers.build(config, layout, seeds=Seeds.derive(1, rank), device=torch.device("cpu"))
+        return reducers.build(config, layout, seeds=Seeds.derive(1, rank), device=device)
 
 
 def layerwise(send: Tensor, metrics: dict[str, float]) -> int:
@@ -108,8 +115,8 @@ def nine_tenths(send: Tensor, metrics: dict[str, float]) -> int:
     return sum(max(1, int(0.9 * slot.size)) for slot in LAYOUT)
 
 
-TOPK = {"exact_with": {"density": 1.0}, "count": layerwise, "fixed_count": True}
-GLOBAL = {"exact_with": {"density": 1.0}, "count": overall, "fixed_count": True}
+BY_COUNT = {"exact_with": {"density": 1.0}, "fixed_count": True, "sends_sizes": False}
+TOPK, GLOBAL = {**BY_COUNT, "count": layerwise}, {**BY_COUNT, "count": overall}
 BY_THRESHOLD = {"exact_with": {"threshold": 1e-30}, "count": reached, "nan": "kept"}
 SAGE = {"density": 0.05, "threshold": 0.03}
 UNION = {"exchange": "union"}
@@ -170,7 +177,7 @@ def by_level(send: Tensor, metrics: dict[str, float]) -> int:
 # Two steps an epoch: the first decision, for low compression, comes with step 2, the second with step 4. No
 # norm changes tenfold, so all five tensors go to high compression.
 ACCORDION = {"interval_epochs": 1, "change": 10.0}
-LOW, HIGH = (("all_gather", 4), ("all_gather", 8 * 63)), (("all_gather", 4), ("all_gather", 8 * 28))
+LOW, HIGH = (("all_gather", 8 * 63),), (("all_gather", 8 * 28),)
 DECISION = (("broadcast", 5),)
 
 CASES = [
@@ -260,22 +267,28 @@ class Step:
 Gradient = Callable[[int, int], Tensor]
 
 
+def numbers(metrics: Mapping[str, float | Tensor]) -> dict[str, float]:
+    """A reducer's metrics, those on the device too, as numbers."""
+    return {name: float(value) for name, value in metrics.items()}
+
+
 def run_steps(
     reducer: Reducer, comm: CountingComm, steps: range, memory: Tensor, gradient_of: Gradient = gradient
 ) -> list[Step]:
-    """Steps of a worker with error feedback, two an epoch; memory (n,) is changed."""
+    """Steps of a worker with error feedback, two an epoch, on the memory's device; memory (n,) is changed."""
     seen = []
     for step in steps:
-        mean = gradient_of(comm.rank, step).clone()
+        mean = gradient_of(comm.rank, step).to(memory.device, copy=True)
         reducer.begin_step(Progress(epoch=step / 2, step=step, lr=0.1, steps_per_epoch=2))
         reducer.accumulate(memory, mean)
         before = memory.clone()
         reducer.reduce(memory, mean, comm)
         counted = comm.ledger.take()
-        seen.append(Step(before, memory.clone(), mean, counted, reducer.metrics(), reducer.density))
+        seen.append(Step(before, memory.clone(), mean, counted, numbers(reducer.metrics()), reducer.density))
     return seen
 
 
-def run_case(case: Case, comm: CountingComm, num_steps: int = 6) -> list[Step]:
+def run_case(case: Case, comm: CountingComm, num_steps: int = 6, device: torch.device = CPU) -> list[Step]:
     """A worker's first steps, from a fresh reducer and an empty memory."""
-    return run_steps(case.build(rank=comm.rank), comm, range(num_steps), torch.zeros(N))
+    memory = torch.zeros(N, device=device)
+    return run_steps(case.build(rank=comm.rank, device=device), comm, range(num_steps), memory)

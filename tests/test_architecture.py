@@ -17,6 +17,7 @@ SHARED = {
     "reducers.largest",
     "reducers.schedule",
     "reducers.quantize",
+    "reducers.search",
     "reducers.sparse",
     "reducers.spectral",
     "tasks.classification",
@@ -26,7 +27,7 @@ SHARED = {
 """What a family shares; also everything under reducers.kernels, tasks.models and tasks.data."""
 
 LEVELS = [
-    {"interfaces", "yamlfile", "config", "components", "files", "console", "locks", "sweep"},
+    {"interfaces", "draws", "yamlfile", "config", "components", "files", "console", "locks", "sweep"},
     {"exchange", "workers"},
     {"runfolder"},
     {"training"},
@@ -128,7 +129,7 @@ def test_a_reducer_or_task_imports_the_interfaces_and_what_its_family_shares(pat
     tables = {"sage.components"} if path.stem == "__init__" else set()
     if module_of(path) == "reducers.__init__":  # what a program of one's own calls
         tables |= {name for name in ours(path) if name.startswith("sage.exchange.")}
-    for name in ours(path) - {"sage", "sage.interfaces", "sage.config"} - tables:
+    for name in ours(path) - {"sage", "sage.interfaces", "sage.config", "sage.draws"} - tables:
         assert name.startswith(f"{family}."), f"{path} imports {name}"
         is_shared = name in SHARED or name.startswith(("reducers.kernels", "tasks.models", "tasks.data"))
         assert is_shared or path.stem == "__init__", f"{path} imports its sibling {name}"
@@ -160,14 +161,19 @@ def uses(path: Path, owner: str, attribute: str) -> bool:
     )
 
 
-def test_torch_distributed_appears_in_launch_comm_and_the_hook_only() -> None:
+def test_torch_distributed_appears_in_launch_group_comm_and_the_hook_only() -> None:
     users = {
         module_of(path)
         for path in SOURCES
         if uses(path, "torch", "distributed")
         or any(name.startswith("torch.distributed") for name in imports_of(path))
     }
-    assert users == {"sage.workers.launch", "sage.exchange.comm", "sage.exchange.ddp_hook"}
+    assert users == {
+        "sage.workers.launch",
+        "sage.workers.group",
+        "sage.exchange.comm",
+        "sage.exchange.ddp_hook",
+    }
 
 
 def test_the_environment_is_touched_by_those_who_launch_only() -> None:
@@ -176,7 +182,7 @@ def test_the_environment_is_touched_by_those_who_launch_only() -> None:
         for path in SOURCES
         if uses(path, "os", "environ") or uses(path, "os", "getenv") or "os.environ" in imports_of(path)
     }
-    assert users == {"sage.workers.environment", "sage.workers.launch", "sage.workers.shares"}
+    assert users == {f"sage.workers.{name}" for name in ("environment", "launch", "group", "shares")}
 
 
 def pins(text: str) -> set[str]:
@@ -187,3 +193,14 @@ def test_pip_and_conda_install_the_same_pins() -> None:
     requirements = pins((ROOT / "requirements.txt").read_text())
     assert requirements == pins((ROOT / "environment.yml").read_text())
     assert len(requirements) >= 8
+
+
+def test_the_oldest_environment_differs_in_torch_and_what_follows_from_it() -> None:
+    """And it lacks what only checks the code, under the newest torch."""
+    newest, oldest = (
+        dict(pin.split("==") for pin in pins((ROOT / name).read_text()))
+        for name in ("requirements.txt", "requirements-oldest.txt")
+    )
+    assert {name for name in oldest if oldest[name] != newest.get(name)} == {"torch", "torchvision", "numpy"}
+    assert newest.keys() - oldest.keys() == {"ruff", "mypy", "types-PyYAML"}
+    assert oldest["torch"] == "2.6.0"

@@ -493,7 +493,8 @@ def test_a_pickle_with_code_is_refused_and_its_code_does_not_run(
         read_state(manifest.read(folder), manifest.SHARED)
     assert resume(runs) == 2  # although the checksum is right
     assert re.search(
-        r"shared\.pt: expected only tensors and numbers \(Unsupported global: [^.;]*\); an older one is ",
+        r"shared\.pt: expected only tensors and numbers \(Unsupported global: GLOBAL \S+ was not an allowed "
+        r"global by default\); an older one is ",
         error_line(capsys),
     )
     assert not mark.exists()

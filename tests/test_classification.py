@@ -10,10 +10,14 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
+from reducers import build_reducer
+from sage.exchange.comm import LocalComm
+from sage.exchange.gradient import GradientBuffer
 from sage.interfaces import Place, Seeds
 from tasks.classification import Augmentation, ImageClassification, ImageSet
 from tasks.data import digits
 from tasks.data.cifar import CIFAR10
+from tasks.digits import Digits, DigitsSettings
 from tasks.models.resnet import resnet18
 
 CPU = torch.device("cpu")
@@ -322,6 +326,76 @@ def test_the_training_loss_is_the_mean_cross_entropy_of_the_batch() -> None:
     # As above, of 3 terms.
     assert abs(loss.item() - (2 * math.log(4 / 3) + math.log(4)) / 3) <= 50 * 2**-24
     assert loss.requires_grad
+
+
+# --- the memory format ----------------------------------------------------------------------------
+
+
+def digits_of(memory_format: str, seed: int = 1) -> Digits:
+    torch.manual_seed(seed)
+    config = DigitsSettings(batch_per_worker=16, memory_format=memory_format)  # type: ignore[arg-type]
+    return Digits(config, Path(), Place(0, 1), seeds=Seeds.derive(seed, 0), device=CPU)
+
+
+def gradients_of(task: Digits) -> tuple[GradientBuffer, dict[str, Tensor]]:
+    """The buffer after one backward pass, and its gradients, row by row."""
+    gradient = GradientBuffer(task.model)
+    gradient.zero()
+    task.loss(next(task.train_batches(0))).backward()
+    assert all(gradient.collect())
+    return gradient, {
+        name: p.grad.contiguous() for name, p in task.model.named_parameters() if p.grad is not None
+    }
+
+
+def test_channels_last_is_the_memory_of_images_and_weights_and_changes_no_result() -> None:
+    plain, last = digits_of("contiguous"), digits_of("channels_last")
+    weight = last.model.get_parameter("3.weight")  # (64, 32, 3, 3)
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    assert not weight.is_contiguous()
+    (images, _), (other, _) = next(plain.train_batches(0)), next(last.train_batches(0))
+    assert torch.equal(images, other)
+    # One channel has no order; that of three has.
+    colours = torch.arange(24, dtype=torch.uint8).view(1, 3, 2, 4)
+    last._mean = last._std = torch.ones(1, 3, 1, 1)
+    assert last._normalised(colours).is_contiguous(memory_format=torch.channels_last)
+    assert last._normalised(colours).tolist() == (colours.float() - 1).tolist()
+
+    (_, ours), (gradient, theirs) = (
+        gradients_of(digits_of("contiguous")),
+        gradients_of(digits_of("channels_last")),
+    )
+    assert [slot.shape for slot in gradient.layout if slot.name == "3.weight"] == [(64, 3, 3, 32)]
+    for name, value in ours.items():
+        # sums of at most 16 * 64 products in another order, and what BatchNorm makes of them
+        assert torch.allclose(value, theirs[name], rtol=1e-4, atol=1e-5 * value.abs().max().item())
+
+
+@pytest.mark.parametrize(
+    ("reducer", "settings", "rounding"),
+    [("topk", {"density": 0.02}, 0.0), ("global_topk", {"density": 0.02}, 0.0), ("svd", {"rank": 2}, 1e-5)],
+)
+def test_what_a_reducer_sends_does_not_depend_on_the_memory_format(
+    reducer: str, settings: dict[str, float], rounding: float
+) -> None:
+    """A low-rank method's matrix has its columns in another order; what is largest is largest in any."""
+    means = []
+    for memory_format in ("contiguous", "channels_last"):
+        task = digits_of(memory_format)
+        gradient, rng = GradientBuffer(task.model), torch.Generator().manual_seed(1)
+        for parameter in task.model.parameters():
+            assert parameter.grad is not None
+            parameter.grad.copy_(torch.randn(parameter.shape, generator=rng))
+        built = build_reducer(reducer, gradient.layout, worker=0, **settings)
+        send = gradient.flat.clone()
+        built.reduce(send, gradient.flat, LocalComm.alone())
+        means.append(
+            {name: p.grad.contiguous() for name, p in task.model.named_parameters() if p.grad is not None}
+        )
+    plain, last = means
+    assert all(value.count_nonzero() for value in plain.values()) or reducer == "global_topk"
+    for name, value in plain.items():
+        assert (value - last[name]).abs().max() <= rounding * value.abs().max()
 
 
 def test_evaluating_changes_no_weight_and_no_buffer_and_leaves_the_model_training() -> None:

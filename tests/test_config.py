@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from pydantic import ValidationError
 
@@ -31,7 +32,7 @@ seed: 7
 world_size: 2
 epochs: 3
 stop_at_score: 0.5
-task: {name: cifar10, model: resnet18, batch_per_worker: 5}
+task: {name: cifar10, model: resnet18, batch_per_worker: 5, memory_format: channels_last}
 reducer:
   {name: sage, density: 1e-3, threshold: 1e-7, exchange: union, sampling: by_tensor, terms: alpha,
   density_schedule: {warmup_epochs: 3}}
@@ -41,6 +42,7 @@ schedule: {warmup_epochs: 0.5, reference_batch: 64, decay_epochs: [1.5, 2], deca
 clip: {norm: 2.5, before_reduce: false}
 precision: bfloat16
 deterministic: false
+compile: true
 timeout_seconds: 12.5
 on_nonfinite: skip
 skip_limit: 4
@@ -230,7 +232,9 @@ MISTAKES = [  # path, value, what the line says was expected
     ("schedule.reference_batch", 0, "an integer in [1, inf) or null"),
     ("schedule.decay_epochs", 3, "a list, each a number"),
     ("schedule", 3, "a mapping with keys of warmup_epochs"),
-    ("precision", "float16", "float32, bfloat16"),
+    ("precision", "float16", "float32, tf32, bfloat16"),
+    ("compile", 1, "true or false"),
+    ("task.memory_format", "channels_first", "contiguous, channels_last"),
     ("optimizer", "sgd", "a mapping with a name, one of sgd, adam"),
     ("reducer.name", "sagee", "did you mean sage?"),
     ("reducer.name", 1, "one of exact, topk, global_topk, threshold, sage"),
@@ -380,7 +384,7 @@ def test_a_number_is_that_of_yaml_1_2_in_file_and_override(load: Load, text: str
 
 def test_decays_beyond_the_last_epoch_are_allowed_and_said(load: Load) -> None:
     settings = load("epochs=3", "schedule.decay_epochs=[1, 3, 7.5]")
-    assert notes(settings) == [
+    assert notes(settings, torch.device("cpu")) == [
         "schedule.decay_epochs: 3 has no effect, since training ends with epoch 3",
         "schedule.decay_epochs: 7.5 has no effect, since training ends with epoch 3",
     ]

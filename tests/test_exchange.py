@@ -64,7 +64,7 @@ class Noting(Reducer):
     def begin_step(self, progress: Progress) -> None:
         self.calls.append("reducer.begin_step")
 
-    def accumulate(self, send: Tensor, grad: Tensor) -> None:
+    def accumulate(self, send: Tensor, grad: Tensor, *, grad_is_mean: bool = False) -> None:
         self.calls.append("accumulate")
         super().accumulate(send, grad)
 

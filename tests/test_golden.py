@@ -13,7 +13,7 @@ from reducers.powersgd import PowerSGD
 from reducers.sage import Sage, SageLaw
 from sage.exchange.comm import LocalComm
 from sage.interfaces import Progress, Seeds
-from tests.cases import layout_of
+from tests.cases import layout_of, numbers
 
 GOLDEN = Path(__file__).parent / "golden"
 LAYOUT = layout_of(((64, 3, 3, 3), (64,), (128, 64), (128,), (10, 128), (10,)))
@@ -62,7 +62,7 @@ def run(name: str, comm: LocalComm, golden: dict) -> dict[str, np.ndarray | list
         reducer.reduce(memory, mean, comm)
         means.append(mean.numpy())
         selected.append((before != memory).numpy())
-        metrics.append(reducer.metrics())
+        metrics.append(numbers(reducer.metrics()))
         densities.append(int(selected[-1].sum()) / N)
     return {
         "out": np.stack(means),

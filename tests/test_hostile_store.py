@@ -15,7 +15,7 @@ import pytest
 import torch.distributed as dist
 
 from sage.interfaces import CommunicationError, Place
-from sage.workers import launch
+from sage.workers import group, launch
 from sage.workers.store import RendezvousStore
 from tests.test_launch import PATIENCE_SECONDS, free_port
 
@@ -75,7 +75,7 @@ def listeners() -> set[str]:
 
 
 def test_the_store_of_workers_on_this_machine_listens_on_the_loopback_only() -> None:
-    store = launch._open_local_store()
+    store = group.open_local_store()
     (address,) = [address for address in listeners() if address.endswith(f":{store.port:04X}")]
     assert address.split(":")[0] in ("0100007F", "0000000000000000FFFF00000100007F")
 
@@ -84,7 +84,7 @@ def test_workers_of_one_machine_get_a_secret_and_the_loopback(monkeypatch: pytes
     monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "eth9")
     found = launch._worker_environment(1, 2, 1234, "abc")
-    assert (found["MASTER_ADDR"], found[launch.SECRET]) == ("127.0.0.1", "abc")
+    assert (found["MASTER_ADDR"], found[group.SECRET]) == ("127.0.0.1", "abc")
     assert (found["GLOO_SOCKET_IFNAME"], found["NCCL_SOCKET_IFNAME"]) == ("lo", "eth9")
 
 

@@ -149,7 +149,8 @@ def test_the_terminal_has_a_points_start_and_end_and_its_log_the_rest(
     lines = said.out.splitlines()
     names = [f"point {index} of 2: {BASE_AND_SEED.format(index + 1)}" for index in range(2)]
     assert lines[:2] == names
-    ends = sorted(lines[2:])
+    assert lines[4:] == ["1 of 2 points were stopped and are not done: 0"]  # it left no summary
+    ends = sorted(lines[2:4])
     for index, code in enumerate((0, 3)):
         assert ends[index].startswith(f"point {index} of 2: ended with exit code {code} after ")
         assert ends[index].endswith(f" s: {folders[index]}")

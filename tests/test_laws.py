@@ -161,8 +161,8 @@ def counts_of(case: Case, steps: tuple[Step, ...]) -> list[int]:
 
 
 def expected_ledger(case: Case, number: int, steps: tuple[Step, ...], rank: int) -> dict[str, float]:
-    """The row's collectives; or 4 for the sizes and the longest ragged message; or 4, then 8 kmax (gather) or
-    4 kmax + 4 |union|; padding up to the longest; the ring's bytes."""
+    """The row's collectives; or 4 for the sizes and the longest ragged message; or 4 where sizes are sent,
+    then 8 kmax (gather) or 4 kmax + 4 |union|; padding up to the longest; the ring's bytes."""
     world_size = len(steps)
     ring_reduce, ring_gather = 2 * (world_size - 1) / world_size, world_size - 1
     if case.collectives is not None:
@@ -180,16 +180,22 @@ def expected_ledger(case: Case, number: int, steps: tuple[Step, ...], rank: int)
         padding, wire = max(lengths) - lengths[rank], payload * ring_gather
         return {"num_collectives": 2, "payload_bytes": payload, "padding_bytes": padding, "wire_bytes": wire}
     counts = counts_of(case, steps)
-    longest = max(counts)
+    longest, sizes = max(counts), 4 * case.sends_sizes
+    num_gathers = 1 + case.sends_sizes
     if case.settings.get("exchange") != "union":
-        payload = 4 + 8 * longest
+        payload = sizes + 8 * longest
         padding = 8 * (longest - counts[rank])
         wire = payload * ring_gather
-        return {"num_collectives": 2, "payload_bytes": payload, "padding_bytes": padding, "wire_bytes": wire}
+        return {
+            "num_collectives": num_gathers,
+            "payload_bytes": payload,
+            "padding_bytes": padding,
+            "wire_bytes": wire,
+        }
     union = int(steps[0].mean.count_nonzero())
-    gathered, reduced = 4 + 4 * longest, 4 * union
+    gathered, reduced = sizes + 4 * longest, 4 * union
     return {
-        "num_collectives": 3,
+        "num_collectives": num_gathers + 1,
         "payload_bytes": gathered + reduced,
         "padding_bytes": 4 * (longest - counts[rank]),
         "wire_bytes": gathered * ring_gather + reduced * ring_reduce,

@@ -7,11 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from reducers.lowrank import Matrices, matrix_shape, orthonormalize
+from reducers import powersgd
+from reducers.lowrank import Matrices, gram_schmidt_together, matrix_shape, orthonormalize
 from reducers.powersgd import PowerSGD, PowerSGDSettings
 from sage.exchange.comm import LocalComm
 from sage.interfaces import Seeds, Slot
 from tests.cases import LAYOUT, N, gradient, layout_of, run_steps
+from tests.waits import Waits
 
 ROWS, COLUMNS = 30, 40
 MATRIX = layout_of(((ROWS, COLUMNS),))
@@ -98,7 +100,7 @@ def test_before_the_start_step_the_mean_is_exact() -> None:
     assert not torch.equal(third.mean, third.before)
 
 
-@pytest.mark.parametrize("method", ["qr", "gram_schmidt"])
+@pytest.mark.parametrize("method", ["qr", "gram_schmidt", "together"])
 @pytest.mark.parametrize("kind", ["random", "zero", "one zero column", "equal columns", "huge", "square"])
 def test_columns_become_orthonormal_whatever_they_were(method: str, kind: str) -> None:
     rng = torch.Generator().manual_seed(3)
@@ -112,12 +114,30 @@ def test_columns_become_orthonormal_whatever_they_were(method: str, kind: str) -
     elif kind == "huge":
         block *= 1e37
     before = block.clone()
-    orthonormalize([block], method)
+    if method == "together":  # beside taller and wider ones
+        others = [torch.randn(2, rows, width, generator=rng) for rows, width in ((14, 4), (16, 3), (200, 4))]
+        gram_schmidt_together([others[0], block, *others[1:]])
+        for other in others:
+            # As below, of 200 terms.
+            assert (other.mT @ other - torch.eye(other.shape[2])).abs().max() <= 16 * 200 * 2.0**-24
+    else:
+        orthonormalize([block], method)
     # 2^-24 times the terms of a product and a few roundings of each
     assert (block.mT @ block - torch.eye(4)).abs().max() <= 16 * 9 * 2.0**-24
     if kind == "random":  # they span the same space
         inside = block @ (block.mT @ before)
         assert (inside - before).abs().max() <= 64 * 9 * 2.0**-24 * before.abs().max()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_step_does_not_wait_for_the_device(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(powersgd, "orthonormalize", lambda blocks, method: gram_schmidt_together(blocks))
+    reducer, send, mean = build(LAYOUT, rank=2, form=form, warm_start=False), torch.ones(N), torch.ones(N)
+    waits = Waits()
+    with waits.counted():
+        for _ in range(2):
+            reducer.reduce(send, mean, LocalComm.alone())
+    assert not waits.found
 
 
 def test_what_is_a_matrix_worth_compressing() -> None:

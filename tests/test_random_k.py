@@ -7,9 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from reducers.kernels.distinct import DistinctDraw, PlainDraw, num_tries
 from reducers.random_k import RandomBlock, RandomBlockSettings, RandomK, RandomKSettings, SharedDraw
 from sage.interfaces import Seeds
 from tests.cases import LAYOUT, layout_of
+from tests.waits import Waits
 
 NUM_DRAWS = 4000
 CPU = torch.device("cpu")
@@ -50,6 +52,45 @@ def test_every_subset_is_drawn_as_often_as_any_other(n: int, k: int) -> None:
     bound = 5.2 * (NUM_DRAWS * p * (1 - p)) ** 0.5
     assert len(seen) == comb(n, k)
     assert all(abs(count - NUM_DRAWS * p) <= bound for count in seen.values())
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 0.5, 0.7, 1.0])
+def test_both_forms_of_a_draw_have_the_same_elements(share: float) -> None:
+    sizes = torch.tensor([1, 2, 3, 7, 8, 1000, 1, 4099])
+    starts, counts = sizes.cumsum(0) - sizes + 10, (share * sizes).ceil().long()
+    parts = DistinctDraw(starts, sizes, counts)
+    plain = PlainDraw(parts, CPU)
+    for key in (0, 1, 2**63, 2**64 - 1):
+        drawn = parts.draw(key, CPU)
+        assert torch.equal(drawn, plain(key))
+        assert drawn.shape == (int(counts.sum()),)
+
+
+def test_the_form_for_a_device_does_not_wait_for_it() -> None:
+    plain = PlainDraw(DistinctDraw(*(torch.tensor(x) for x in ([0, 40], [40, 60], [10, 50]))), CPU)
+    block = random_block(0.3, ((50, 40), (7,)))
+    waits = Waits()
+    with waits.counted():
+        plain(3)
+        block.draw()
+    assert not waits.found
+
+
+def test_draws_that_do_not_suffice_send_an_element_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("reducers.kernels.distinct.num_tries", lambda count, size: count)
+    parts = DistinctDraw(torch.tensor([5]), torch.tensor([40]), torch.tensor([20]))
+    whole, cut = parts.draw(3, CPU), PlainDraw(parts, CPU)(3)
+    assert set(cut.tolist()) < {5, *whole.tolist()}
+    assert len(cut) == 20
+
+
+@pytest.mark.parametrize(("count", "size"), [(1, 2), (10, 20), (500, 1000), (1000, 10**6)])
+def test_the_number_of_draws_suffices(count: int, size: int) -> None:
+    """With 60 to spare, in 1,000 sequences of torch's own numbers."""
+    rng = torch.Generator().manual_seed(count)
+    drawn = torch.randint(size, (1000, num_tries(count, size)), generator=rng)
+    enough = drawn[:, : num_tries(count, size) - 60]
+    assert all(len(row.unique()) >= count for row in enough)
 
 
 def test_a_block_is_consecutive_wraps_around_and_starts_anywhere() -> None:

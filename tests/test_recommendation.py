@@ -5,12 +5,14 @@ from itertools import combinations
 import pytest
 import torch
 
+from sage.draws import Draws
 from sage.interfaces import Place
 from sage.training.optim import Adam, build_optimizer
 from tasks.models.neumf import NeuMF
 from tasks.movielens import MovieLens20M
-from tasks.recommendation import Shuffle
+from tasks.recommendation import Shuffle, Untaken
 from tests.ratings import CPU, Batch, interactions, make_task
+from tests.waits import Waits
 
 
 def same(some: list[Batch], others: list[Batch]) -> bool:
@@ -73,8 +75,7 @@ def test_the_published_betas_reach_adam() -> None:
 @pytest.mark.parametrize("size", [*range(1, 40), 1009, 2400])
 def test_a_shuffle_is_a_permutation_in_another_order_for_each_seed(size: int) -> None:
     def numbers(seed: int) -> list[int]:
-        found = Shuffle(size, torch.Generator().manual_seed(seed), CPU)(torch.arange(size, dtype=torch.int32))
-        return found.tolist()
+        return Shuffle(size, Draws(seed), CPU)(torch.arange(size, dtype=torch.int32)).tolist()
 
     assert sorted(numbers(1)) == sorted(numbers(2)) == list(range(size))
     if size > 1000:
@@ -161,6 +162,39 @@ def test_taken_items_are_drawn_as_negatives_unless_excluded() -> None:
     assert num_taken(exclude=True) == 0
     # Binomial of 1,920 draws and 12/60: mean 384, deviation 17.5.
     assert abs(num_taken(exclude=False) - 384) <= 5 * 17.6
+
+
+def test_the_untaken_items_are_numbered_in_their_order() -> None:
+    taken = {0: [0, 1, 4], 1: [], 2: [5, 3, 3], 3: [1, 2, 3, 4, 5]}
+    pairs = [(user, item) for user, items in taken.items() for item in items]
+    users, items = torch.tensor(pairs, dtype=torch.int32).T
+    untaken = Untaken(users, items, num_users=4, num_items=6)
+    for user, of_user in taken.items():
+        expected = [item for item in range(6) if item not in of_user]
+        assert untaken.counts[user] == len(expected)
+        asked = torch.full((len(expected),), user, dtype=torch.int32)
+        assert untaken.items(asked, torch.arange(len(expected))).tolist() == expected
+
+
+def test_untaken_items_are_drawn_uniformly() -> None:
+    found = interactions(num_users=400)
+    users, items, labels = joined(list(make_task(found, 2400, exclude=True).train_batches(0)))
+    # User u took 12 items from 7 u on: seen from there, the other 48 are alike for all.
+    seen_from = (items - 7 * users)[labels == 0] % 60
+    counts = seen_from.bincount(minlength=60)
+    assert not counts[:12].any()
+    # Binomial of 19,200 draws and 1/48: mean 400, deviation 19.8; 5 of them, 48 items: below 3e-5.
+    assert (counts[12:] - 400).abs().max() <= 5 * 19.8
+
+
+def test_no_operation_of_a_batch_waits_for_the_device() -> None:
+    for exclude in (False, True):
+        batches = make_task(interactions(), 240, exclude=exclude).train_batches(0)
+        waits = Waits()
+        with waits.counted():
+            next(batches)
+            next(batches)
+        assert not waits.found
 
 
 def test_batches_neither_follow_nor_move_the_global_generator() -> None:

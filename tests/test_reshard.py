@@ -33,14 +33,14 @@ OWN, COMMON = ("sage", "atomo"), ("powersgd", "random_k")
 """Reducers whose generators are a worker's own, and those whose generators are alike on all workers."""
 
 
-def generators_in(state: dict[str, Any]) -> list[bytes]:
+def generators_in(state: dict[str, Any]) -> list[str]:
     """The states of the generators in a reducer's state."""
     found = []
     for name, value in state.items():
-        if isinstance(value, dict):
+        if name == "generator":
+            found.append(str(value) if isinstance(value, dict) else str(value.tolist()))
+        elif isinstance(value, dict):
             found += generators_in(value)
-        elif name == "generator":
-            found.append(value.numpy().tobytes())
     return found
 
 

@@ -66,7 +66,7 @@ def test_a_term_that_is_left_out_is_one_and_the_others_stay(ratio: float, gamma:
         controller = SageLaw(config, LAYOUT, 0, CPU)
         step(controller, 2.0, MAGNITUDES)
         new = step(controller, 2.0 * ratio, MAGNITUDES)
-        seen[terms] = [controller.metrics()[name] for name in ("alpha", "beta", "gamma")]
+        seen[terms] = [float(controller.metrics()[name]) for name in ("alpha", "beta", "gamma")]
         # Three float32 roundings of the product, and alpha's own.
         assert new == pytest.approx(threshold * math.prod(seen[terms]), rel=4 * 2**-24)
     alpha, beta = seen["alpha_beta"][:2]
@@ -88,7 +88,7 @@ def test_a_mean_of_zero_or_nan_keeps_the_threshold(odd: float) -> None:
     controller = law(threshold=0.5)
     step(controller, 1.0, MAGNITUDES)
     assert step(controller, odd, MAGNITUDES) == 0.5
-    assert {controller.metrics()[term] for term in ("alpha", "beta", "gamma")} == {1.0}
+    assert {float(controller.metrics()[term]) for term in ("alpha", "beta", "gamma")} == {1.0}
 
 
 def test_after_a_mean_of_zero_alpha_is_one() -> None:

@@ -9,7 +9,7 @@ from reducers import REDUCERS
 from reducers.schedule import DensitySchedule
 from sage.exchange.comm import LocalComm
 from sage.interfaces import Progress, Reducer, Seeds
-from tests.cases import LAYOUT, N, gradient
+from tests.cases import LAYOUT, N, gradient, numbers
 
 LISTED = {"densities": [0.5, 0.2]}
 
@@ -25,7 +25,7 @@ def step(reducer: Reducer, epoch: float) -> dict[str, float]:
     reducer.begin_step(Progress(epoch, 0, 0.1, 10))
     reducer.accumulate(memory, mean)
     reducer.reduce(memory, mean, LocalComm.alone())
-    return reducer.metrics()
+    return numbers(reducer.metrics())
 
 
 def test_the_warm_up_is_the_published_one() -> None:

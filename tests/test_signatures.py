@@ -22,6 +22,18 @@ GRADIENTS = np.stack([[gradient(rank, step).double().numpy() for rank in range(2
 DENSITY, THRESHOLD = 0.05, 0.03
 
 
+def mixed(x: int) -> int:
+    """SplitMix64's output function."""
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
+    return x ^ (x >> 31)
+
+
+def number(seed: int, index: int) -> int:
+    """SplitMix64's 64 bits at an index."""
+    return mixed((seed + index * 0x9E3779B97F4A7C15) % 2**64)
+
+
 def with_feedback(grads: np.ndarray, sent: Callable[[np.ndarray, int, int], np.ndarray]) -> np.ndarray:
     """sent(send, step, rank) is what a worker sends of send (n,); the rest stays for its next step."""
     memory = np.zeros_like(grads[0])
@@ -61,11 +73,11 @@ def threshold(grads: np.ndarray) -> np.ndarray:
 
 
 def sage(grads: np.ndarray) -> np.ndarray:
-    generators = [torch.Generator().manual_seed(Seeds.derive(1, rank).worker) for rank in range(2)]
     samples = [0.0, 0.0]
 
     def sent(send: np.ndarray, step: int, rank: int) -> np.ndarray:
-        drawn = torch.randint(N, (int(N / (1 + N * 0.05**2)),), generator=generators[rank]).numpy()
+        key = number(Seeds.derive(1, rank).worker, step + 1)
+        drawn = [number(key, index) // 2 % N for index in range(int(N / (1 + N * 0.05**2)))]
         before, samples[rank] = samples[rank], np.abs(send[drawn]).mean()
         if step == 0:
             return np.where(np.abs(send) >= THRESHOLD, send, 0)
@@ -120,12 +132,7 @@ def accordion(grads: np.ndarray) -> np.ndarray:
     return with_feedback(grads, sent)
 
 
-def common_rng() -> torch.Generator:
-    return torch.Generator().manual_seed(Seeds.derive(1, 0).common)
-
-
-def draw(rng: torch.Generator, count: int) -> list[int]:
-    return torch.randint(2**62, (count,), generator=rng).tolist()
+COMMON = Seeds.derive(1, 0).common
 
 
 def at(places: set[int]) -> np.ndarray:
@@ -133,27 +140,26 @@ def at(places: set[int]) -> np.ndarray:
 
 
 def random_k(grads: np.ndarray) -> np.ndarray:
-    rng, masks = common_rng(), []
-    for _ in grads:
-        found: dict[int, set[int]] = {slot.start: set() for slot in LAYOUT[:-1]}  # the last: 1 of 1 element
-        while missing := [
-            slot
-            for slot in LAYOUT[:-1]
-            for _ in range(max(1, int(DENSITY * slot.size)) - len(found[slot.start]))
-        ]:
-            for slot, number in zip(missing, draw(rng, len(missing)), strict=True):
-                found[slot.start].add(slot.start + number % slot.size)
-        masks.append(at({N - 1}.union(*found.values())))
+    masks = []
+    for step in range(len(grads)):
+        found: set[int] = set()
+        for tensor, slot in enumerate(LAYOUT):
+            sequence, drawn, index = number(number(COMMON, step + 1), tensor), set[int](), 0
+            while len(drawn) < max(1, int(DENSITY * slot.size)):
+                drawn.add(slot.start + number(sequence, index) // 2 % slot.size)
+                index += 1
+            found |= drawn
+        masks.append(at(found))
     return with_feedback(grads, lambda send, step, rank: send * masks[step])
 
 
 def random_block(grads: np.ndarray) -> np.ndarray:
-    rng, masks = common_rng(), []
-    for _ in grads:
-        offsets = zip(LAYOUT, draw(rng, len(LAYOUT)), strict=True)
+    masks = []
+    for step in range(len(grads)):
+        key = number(COMMON, step + 1)
         places = {
-            slot.start + (offset + within) % slot.size
-            for slot, offset in offsets
+            slot.start + (number(key, tensor) // 2 + within) % slot.size
+            for tensor, slot in enumerate(LAYOUT)
             for within in range(max(1, int(DENSITY * slot.size)))
         }
         masks.append(at(places))
@@ -200,9 +206,7 @@ def svd(grads: np.ndarray) -> np.ndarray:
 
 
 def atomo(grads: np.ndarray) -> np.ndarray:
-    rngs = [torch.Generator().manual_seed(Seeds.derive(1, rank).worker) for rank in range(2)]
-
-    def approximate(matrix: np.ndarray, rng: torch.Generator) -> np.ndarray:
+    def approximate(matrix: np.ndarray, key: int) -> np.ndarray:
         u, values, v = np.linalg.svd(matrix, full_matrices=False)
         kept_with, left = np.ones_like(values), 2.0
         for index, value in enumerate(values):
@@ -210,11 +214,13 @@ def atomo(grads: np.ndarray) -> np.ndarray:
                 kept_with[index:] = values[index:] * left / values[index:].sum()
                 break
             left -= 1
-        kept = torch.rand(1, len(values), dtype=torch.float64, generator=rng).numpy()[0] < kept_with
+        kept = np.array([number(key, index) / 2**64 for index in range(len(values))]) < kept_with
         return (u * values * kept / kept_with) @ v
 
     def sent(send: np.ndarray, step: int, rank: int) -> np.ndarray:
-        return by_matrix(send, lambda matrix: approximate(matrix, rngs[rank]))
+        # Each matrix of LAYOUT has a shape of its own, so each is a draw of its own, in their order.
+        keys = iter(number(Seeds.derive(1, rank).worker, 2 * step + index) for index in (1, 2))
+        return by_matrix(send, lambda matrix: approximate(matrix, next(keys)))
 
     return with_feedback(grads, sent)
 

@@ -317,9 +317,11 @@ def test_a_finite_gradient_is_used_though_its_sum_may_be_too_large(
         with trainer_of(settings, comm, folder=tmp_path, task=task) as trainer:
             original = trainer.agreement.agree
 
-            def noted(total: Tensor, used: list[bool]) -> tuple[agree.Request, list[bool]]:
-                sums.append(total.item())
-                return original(total, used)
+            def noted(
+                evidence: agree.Evidence, *given: Any, **named: Any
+            ) -> tuple[agree.Request, list[bool]]:
+                sums.append(evidence.values.item())
+                return original(evidence, *given, **named)
 
             trainer.agreement.agree = noted  # type: ignore[method-assign]
             return states_between_steps(trainer), trainer

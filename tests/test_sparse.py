@@ -14,19 +14,45 @@ from tests.cases import LAYOUT, N, gradient
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_message_carries_indices_and_values_bit_for_bit(dtype: torch.dtype) -> None:
-    indices = torch.tensor([0, 2**24 + 1, 2**31 - 1])  # 2^24 + 1 is no float32
+    indices = torch.tensor([0, 2**24 + 1, 5])  # 2^24 + 1 is no float32
     values = torch.tensor([float("nan"), -0.0, 1e-40], dtype=dtype)
-    message = pack(indices, values)
+    send = torch.full((2**24 + 3,), 7.0, dtype=dtype)
+    send[indices] = values
+    message = pack(send, indices)
     assert message.dtype == torch.int32
     assert message.nbytes == 3 * (4 + dtype.itemsize)
-    got_indices, got_values = unpack(message, dtype)
-    assert got_indices.tolist() == indices.tolist()
-    assert got_values.numpy().tobytes() == values.numpy().tobytes()
+    assert send[indices].tolist() == [0, 0, 0]
+    assert send[[1, 2**24, -1]].tolist() == [7, 7, 7]
+    # As the second of two that were gathered: a float64 then begins in the middle of 8 bytes.
+    for one in torch.stack([message, message]):
+        got_indices, got_values = unpack(one, dtype)
+        assert got_indices.tolist() == indices.tolist()
+        assert got_values.numpy().tobytes() == values.numpy().tobytes()
 
 
-def test_an_empty_message_is_empty() -> None:
-    indices, values = unpack(pack(torch.empty(0, dtype=torch.int64), torch.empty(0)), torch.float32)
-    assert indices.numel() == values.numel() == 0
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_empty_message_is_empty(dtype: torch.dtype) -> None:
+    message = pack(torch.zeros(3, dtype=dtype), torch.empty(0, dtype=torch.int64))
+    indices, values = unpack(message, dtype)
+    assert indices.numel() == values.numel() == message.numel() == 0
+
+
+@pytest.mark.parametrize("name", ["threshold", "sage", "topk", "global_topk"])
+@pytest.mark.parametrize("exchange", ["gather", "union"])
+def test_a_gradient_that_may_be_overwritten_gives_the_same_bits(name: str, exchange: str) -> None:
+    def worker(comm: LocalComm, grad_is_mean: bool) -> list[Tensor]:
+        reducer, memory, seen = build(name, density=0.1, exchange=exchange), torch.zeros(N), []
+        for step in range(4):
+            mean = gradient(comm.rank, step)
+            reducer.accumulate(memory, mean, grad_is_mean=grad_is_mean)
+            assert bool((mean == 0).all()) == grad_is_mean
+            reducer.reduce(memory, mean, comm)
+            seen += [mean, memory.clone()]
+        return seen
+
+    kept, given = (LocalComm.run(2, lambda comm, own=own: worker(comm, own)) for own in (False, True))
+    for a, b in zip(kept[0] + kept[1], given[0] + given[1], strict=True):
+        assert a.numpy().tobytes() == b.numpy().tobytes()
 
 
 def test_k_is_the_floor_and_at_least_one() -> None:

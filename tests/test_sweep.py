@@ -294,7 +294,9 @@ def test_all_points_run_in_turn_but_the_finished_and_a_failed_one_stops_none(
     assert log.read_text().splitlines() == [f"--sweep --index {i}" for i in (0, 1, 3)]
     said = capsys.readouterr()
     assert said.err == "run.py: 1 of 4 points failed: 1\n"
-    assert [line.endswith("is done") for line in said.out.splitlines()] == [False, False, True, False]
+    *lines, last = said.out.splitlines()
+    assert [line.endswith("is done") for line in lines] == [False, False, True, False]
+    assert last == "2 of 4 points were stopped and are not done: 0, 3"  # they left no summary
 
 
 def test_a_point_whose_folder_cannot_be_made_fails_and_stops_none(tmp_path: Path, capsys: Capture) -> None:
@@ -432,6 +434,7 @@ def test_a_sweep_skips_what_is_being_run_and_says_at_its_end_what_still_is(
         f"point 1 of 3: {BASE} epochs=3 seed=1",
         f"point 2 of 3: {BASE} epochs=4 seed=1",
         "1 of 3 points are being run by other processes: 0",
+        "1 of 3 points were stopped and are not done: 2",  # it left no summary
     ]
 
 

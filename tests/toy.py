@@ -103,16 +103,17 @@ def trainer_of(
     keeps: bool = False,
     stop_at: int | None = None,
     resumed: Checkpoint | None = None,
+    reads_late: bool = False,
 ) -> Iterator[Trainer]:
     """A trainer of the toy for one worker of comm; rank 0 writes metrics.jsonl into folder.
 
     keeps: write checkpoints there, too; unless one is resumed, folder is made. stop_at: the step from which
-    on the last worker requests to stop. resumed: what the trainer goes on from.
+    on the last worker requests to stop. resumed: what the trainer goes on from. reads_late: as on a GPU.
     """
     place = Place(comm.rank, comm.world_size)
     task = task or ToyTask(batch_per_worker, place, dtype)
     gradient = GradientBuffer(task.model)
-    seeds, device = Seeds.derive(settings.seed, comm.rank), torch.device("cpu")
+    seeds, device = Seeds.derive(settings.seed, comm.rank), gradient.flat.device
     reducer = reducers.build(settings.reducer, gradient.layout, seeds=seeds, device=device)
     feedback = FEEDBACKS[settings.feedback.name](settings.feedback, gradient.flat)
     optimizer = build_optimizer(settings.optimizer, task.model)
@@ -128,7 +129,8 @@ def trainer_of(
     steps = settings.epochs * task.steps_per_epoch
     with Recorder(folder if comm.rank == 0 else None, steps, settings.log) as recorder:
         parts = TrainingParts(task, reducer, feedback, gradient, optimizer)
-        trainer = Trainer(settings, parts, RunServices(comm, side, clock, recorder, store, writer))
+        services = RunServices(comm, side, clock, recorder, store, writer, reads_late)
+        trainer = Trainer(settings, parts, services)
         if resumed:
             trainer.restore(resumed)
         if stop_at is not None and comm.rank == comm.world_size - 1:

@@ -1,4 +1,4 @@
-"""Where the time goes: seconds by phase, with no synchronisation per phase. Imports nothing of ours."""
+"""Where the time goes: seconds by phase, with no synchronisation per phase."""
 
 import time
 from collections import defaultdict
@@ -7,16 +7,20 @@ from contextlib import contextmanager
 
 import torch
 
+from sage.exchange.deadline import Deadline
+
 
 class Clock:
     """Adds up the seconds spent in named phases.
 
-    On a GPU a phase is a pair of CUDA events, read by take(), which synchronises once; elsewhere it is wall
+    On a GPU a phase is a pair of CUDA events, read by take(), which waits for them; elsewhere it is wall
     time. Phases may nest (communicate inside reduce); each counts its own whole time.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, deadline: Deadline | None = None) -> None:
+        """deadline: for waiting for a GPU; None: take() waits for ever."""
         self.on_gpu = device.type == "cuda"
+        self._deadline = deadline
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
@@ -35,11 +39,17 @@ class Clock:
             self._seconds[name] += time.perf_counter() - started
 
     def take(self) -> dict[str, float]:
-        """The seconds by phase since the last call. On a GPU this waits for the work queued so far."""
-        if self._events:
-            torch.cuda.synchronize()
-            for name, begin, end in self._events:
-                self._seconds[name] += begin.elapsed_time(end) / 1000
-            self._events.clear()
+        """The seconds by phase since the last call. On a GPU this waits for the work of these phases, and
+        raises CommunicationError where it does not end in time."""
+        for name, begin, end in self._events:
+            self._wait(end)
+            self._seconds[name] += begin.elapsed_time(end) / 1000
+        self._events.clear()
         taken, self._seconds = dict(self._seconds), defaultdict(float)
         return taken
+
+    def _wait(self, event: torch.cuda.Event) -> None:
+        if self._deadline is None:
+            event.synchronize()
+        else:
+            self._deadline.wait(event)

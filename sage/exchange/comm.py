@@ -12,19 +12,22 @@ from abc import abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from sage.exchange.clock import Clock
+from sage.exchange.deadline import Deadline
 from sage.exchange.threads import ThreadRoom
 from sage.interfaces import CommunicationError, Communicator
 
 Result = TypeVar("Result")
 WhileWaiting = Callable[[], AbstractContextManager[None]]
 """Entered by a worker while it waits for the others."""
+_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+"""The older name is deprecated where torch has the newer one."""
 
 
 @dataclass
@@ -75,7 +78,7 @@ class CountingComm(Communicator):
         if self.world_size == 1:
             return [x]
         lengths = self.all_gather(torch.full((1,), x.numel(), dtype=torch.int32, device=x.device))
-        counts: list[int] = lengths.flatten().tolist()  # host synchronisation: the workers' sizes
+        counts: list[int] = self.read(lengths).flatten().tolist()  # host synchronisation: the workers' sizes
         longest = max(counts)
         if longest == 0:
             return [x] * self.world_size
@@ -106,37 +109,59 @@ class CountingComm(Communicator):
 
 
 class DistComm(CountingComm):
-    """Over the processes of a group of torch.distributed. Raises CommunicationError when a collective
-    fails."""
+    """Over the processes of a group of torch.distributed. Raises CommunicationError when a collective fails;
+    on a GPU, where it is only enqueued, when what it has computed is read."""
 
     _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
+    _last_given: ClassVar[Tensor | None] = None
+    """What the process's last collective was given. gloo's threads let go of it a little later than the
+    caller: if they were the last, torch 2.6 would need Python's lock (GIL) for that, which
+    destroy_process_group holds while it waits for these threads."""
 
-    def __init__(self, clock: Clock | None = None, *, group: dist.ProcessGroup | None = None) -> None:
-        """group: None is the default one. rank is this process's in the group."""
+    def __init__(
+        self,
+        clock: Clock | None = None,
+        deadline: Deadline | None = None,
+        *,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        """deadline: for reading from a GPU; None: such a read waits until torch itself ends the process.
+        group: None is the default one. rank is this process's in the group."""
         super().__init__(dist.get_rank(group), dist.get_world_size(group), clock)
-        self.group = group
+        self._deadline, self.group = deadline, group
 
     def another(self, clock: Clock | None = None) -> "DistComm":
-        return DistComm(clock, group=self.group)
+        return DistComm(clock, self._deadline, group=self.group)
+
+    def read(self, x: Tensor) -> Tensor:
+        return self._deadline.read(x) if self._deadline else x.cpu()
+
+    def around_collective(self) -> AbstractContextManager[None]:
+        """Entered around each collective: for a subclass that measures or orders them."""
+        return nullcontext()
 
     def _all_reduce(self, x: Tensor, op: str) -> None:
-        self._call("all_reduce", lambda: dist.all_reduce(x, self._OPS[op], group=self.group))
+        self._call("all_reduce", x, lambda: dist.all_reduce(x, self._OPS[op], group=self.group))
 
     def _all_gather(self, x: Tensor) -> Tensor:
         gathered = x.new_empty(self.world_size * x.numel())
-        self._call("all_gather", lambda: dist.all_gather_single(gathered, x.reshape(-1), self.group))
+        self._call("all_gather", x, lambda: _all_gather_single(gathered, x.reshape(-1), self.group))
         return gathered.view(self.world_size, *x.shape)
 
     def _broadcast(self, x: Tensor, source: int) -> None:
-        self._call("broadcast", lambda: dist.broadcast(x, group=self.group, group_src=source))
+        self._call("broadcast", x, lambda: dist.broadcast(x, group=self.group, group_src=source))
 
-    def _call(self, name: str, collective: Callable[[], Any]) -> None:
+    def _call(self, name: str, x: Tensor, collective: Callable[[], Any]) -> None:
+        DistComm._last_given = x
         try:
-            collective()
+            with self.around_collective():
+                collective()
         except RuntimeError as error:  # gloo raises RuntimeError, NCCL its subclasses
             # Without the source line before it and the advice after it.
             reason = re.sub(r"^\[\S+\] ", "", str(error).strip().splitlines()[0]).split(". ")[0]
             raise CommunicationError(f"{name} failed: {reason}") from error
+        if self._deadline is not None and self._deadline.applies_to(x):
+            self._deadline.enqueued(name)
 
 
 class LocalComm(CountingComm):
@@ -240,9 +265,11 @@ def _max(xs: list[Tensor]) -> Tensor:
     return torch.stack(xs).amax(dim=0)
 
 
-def connect_comm(world_size: int, clock: Clock | None = None) -> CountingComm:
+def connect_comm(
+    world_size: int, clock: Clock | None = None, deadline: Deadline | None = None
+) -> CountingComm:
     """The communicator of this process: of the default process group, or of a single worker."""
-    return DistComm(clock) if world_size > 1 else LocalComm.alone(clock)
+    return DistComm(clock, deadline) if world_size > 1 else LocalComm.alone(clock)
 
 
 def current_comm() -> CountingComm:

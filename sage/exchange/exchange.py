@@ -1,6 +1,6 @@
 """One step between backward and the optimizer: error feedback, reducer and communicator in one object."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -21,8 +21,9 @@ class Gradient(Protocol):
     flat: Tensor
     """(n,): valid between collect and distribute."""
 
-    def collect(self) -> list[bool]:
-        """Bring the gradients into flat; returns, for each slot, whether its parameter has one."""
+    def collect(self, read: Callable[[Tensor], Tensor] = Tensor.cpu) -> list[bool]:
+        """Bring the gradients into flat; returns, for each slot, whether its parameter has one. read: how
+        the host learns a device's numbers."""
 
     def distribute(self, used: Sequence[bool]) -> None:
         """Give flat back as the parameters' gradients."""
@@ -39,37 +40,54 @@ class ExchangeNorms:
     left_is_error: bool
     """Whether what was left is send - sent (not so where a method sends signs)."""
 
-    def read(self) -> dict[str, float]:
-        """residual_norm, and compression_error = ||send - sent||^2 / ||send||^2 where there is one. Waits for
-        the device."""
-        send, left = self.send.item(), self.left.item()
+    def values(self) -> dict[str, Tensor]:
+        """residual_norm, and compression_error = ||send - sent||^2 / ||send||^2 where there is one: float64
+        scalars on the device."""
+        send, left = self.send.double(), self.left.double()
         if not self.left_is_error:
             return {"residual_norm": left}
-        return {"residual_norm": left, "compression_error": 0.0 if send == 0 else (left / send) ** 2}
+        return {
+            "residual_norm": left,
+            "compression_error": torch.where(send == 0, 0.0, (left / send).square()),
+        }
+
+    def read(self) -> dict[str, float]:
+        """The same as numbers. Waits for the device."""
+        return {name: value.item() for name, value in self.values().items()}
 
 
-def norm(values: Tensor) -> Tensor:
-    """The 2-norm, a scalar; in float64 where the sum of squares is too large for the values' type. Waits for
-    the device."""
-    found: Tensor = torch.linalg.vector_norm(values)
-    if not found.isfinite():  # host synchronisation
-        found = torch.linalg.vector_norm(values, dtype=torch.float64)
-    return found
+def norm(values: Tensor, found: Tensor | None = None, *, waits: bool = True) -> Tensor:
+    """The 2-norm, a scalar; in float64 where the sum of squares is too large for the values' type.
 
-
-def agree_on_step(
-    side: Communicator, total: Tensor, used: Sequence[bool], request: int = 0, request_to_skip: int = 1
-) -> tuple[int, list[bool]]:
-    """Agree over all workers before anything of a step is changed: one all-reduce of 4 (1 + slots) bytes.
-
-    total: a scalar on the device that is finite where this worker's gradient is. used: for each slot, whether
-    this worker has a gradient of it. Returns the largest request of all workers, where one whose total is not
-    finite requests request_to_skip, and for each slot whether any worker uses it. Waits for the device.
+    found: the norm in the values' type, where it is known. waits: look whether it is finite, which on a GPU
+    waits for the device; false: compute in float64 at once.
     """
-    flags = torch.tensor([request, *used], dtype=torch.int32).to(total.device)  # (1 + slots,)
-    flags[0] = torch.where(total.isfinite(), flags[0], request_to_skip)
+    if waits:
+        narrow: Tensor = torch.linalg.vector_norm(values) if found is None else found
+        if narrow.isfinite():
+            return narrow
+    wide: Tensor = torch.linalg.vector_norm(values, dtype=torch.float64)
+    return wide
+
+
+def start_agreement(
+    side: Communicator, is_finite: Tensor, used: Sequence[bool], request: int = 0, request_to_skip: int = 1
+) -> Tensor:
+    """Agree over all workers on a step: one all-reduce of 4 (1 + slots) bytes. Waits for no device.
+
+    is_finite: a scalar on the device, whether this worker's gradient is. used: for each slot, whether this
+    worker has a gradient of it. Returns flags (1 + slots,) int32: the largest request of all workers, where
+    one whose gradient is not finite requests request_to_skip; then for each slot whether any worker uses it.
+    """
+    flags = torch.tensor([request, *used], dtype=torch.int32).to(is_finite.device, non_blocking=True)
+    flags[0] = torch.where(is_finite, flags[0], request_to_skip)
     side.all_reduce(flags, "max")
-    agreed, *any_uses = flags.tolist()  # host synchronisation
+    return flags
+
+
+def read_agreement(side: Communicator, flags: Tensor) -> tuple[int, list[bool]]:
+    """The request and the slots' uses of start_agreement's flags. Waits for the device."""
+    agreed, *any_uses = side.read(flags).tolist()  # host synchronisation
     return agreed, [bool(flag) for flag in any_uses]
 
 
@@ -88,10 +106,12 @@ class Exchange:
         comm: Communicator,
         layout: Sequence[Slot],
         clock: Clock | None = None,
+        reads_late: bool = False,
     ) -> None:
-        """layout: the parameters in the flat gradient. clock: counts the step as its phase "reduce"."""
+        """layout: the parameters in the flat gradient. clock: counts the step as its phase "reduce".
+        reads_late: norms are computed without waiting for the device."""
         self.feedback, self.reducer, self.comm, self.layout = feedback, reducer, comm, list(layout)
-        self._side = comm.another()
+        self._side, self._waits = comm.another(), not reads_late
         self._backup: State = {}
         self._clock = clock or Clock(torch.device("cpu"))
 
@@ -123,10 +143,13 @@ class Exchange:
         self, gradient: Gradient, progress: Progress, scaler: torch.amp.GradScaler | None, has_batch: bool
     ) -> bool | None:
         scale = _scale_of(scaler)
-        used, grad = gradient.collect(), gradient.flat
-        # the largest magnitude: NaN where an element is, and no finite gradient gives infinity
-        largest = torch.linalg.vector_norm(grad, torch.inf)
-        is_bad, (any_has_batch, *used) = agree_on_step(self._side, largest, [has_batch, *used])
+        used, grad = gradient.collect(self._side.read), gradient.flat
+        # Both are NaN where an element is. (A norm of order infinity takes ten times as long on a CPU.)
+        low, high = grad.aminmax()
+        is_finite = low.isfinite() & high.isfinite()
+        # All agree before anything is changed: the one time that a step waits for the device.
+        flags = start_agreement(self._side, is_finite, [has_batch, *used])
+        is_bad, (any_has_batch, *used) = read_agreement(self._side, flags)
         if not any_has_batch:
             return None
         if is_bad:
@@ -168,7 +191,7 @@ class Exchange:
         # 2. memory = what this worker wants to send
         with self._clock.phase("reduce"):
             self.feedback.compensate(self.reducer, grad)
-        send_norm = norm(memory) if measure else None
+        send_norm = norm(memory, waits=self._waits) if measure else None
 
         # 3. grad = the mean; memory = what was not sent
         with self._clock.phase("reduce"):
@@ -176,7 +199,7 @@ class Exchange:
             self.feedback.after_reduce(self.reducer)
         if send_norm is None:
             return None
-        return ExchangeNorms(send_norm, norm(memory), self.reducer.takes_feedback)
+        return ExchangeNorms(send_norm, norm(memory, waits=self._waits), self.reducer.takes_feedback)
 
     @contextmanager
     def _kept_for_later(self, used: list[bool]) -> Iterator[None]:

@@ -59,7 +59,8 @@ class Feedback(Stateful, ABC):
     @abstractmethod
     def compensate(self, reducer: Reducer, grad: Tensor) -> None:
         """Make memory what this worker wants to send. The last addition goes through the reducer, which may
-        scan the sum in the same pass. grad (n,) is not changed."""
+        scan the sum in the same pass. grad (n,) is what reduce gets as mean: nothing but the reducer changes
+        it."""
 
     def after_reduce(self, reducer: Reducer) -> None:
         """Called when memory holds what was not sent."""
@@ -76,7 +77,7 @@ class NoFeedback(Feedback):
 
     def compensate(self, reducer: Reducer, grad: Tensor) -> None:
         self.memory.zero_()
-        reducer.accumulate(self.memory, grad)
+        reducer.accumulate(self.memory, grad, grad_is_mean=True)
 
 
 class Residual(Feedback):
@@ -108,7 +109,7 @@ class Residual(Feedback):
     def compensate(self, reducer: Reducer, grad: Tensor) -> None:
         if self._scale != 1:
             self.memory.mul_(self._scale)
-        reducer.accumulate(self.memory, grad)
+        reducer.accumulate(self.memory, grad, grad_is_mean=True)
 
 
 class Momentum(Feedback):
@@ -155,7 +156,7 @@ class Momentum(Feedback):
 
     def after_reduce(self, reducer: Reducer) -> None:
         if self.config.masking:
-            self.velocity[reducer.sent_indices()] = 0
+            self.velocity.index_fill_(0, reducer.sent_indices(), 0)  # sorts nothing, unlike an assignment
 
 
 FEEDBACKS: dict[str, type[Feedback]] = {"none": NoFeedback, "residual": Residual, "momentum": Momentum}

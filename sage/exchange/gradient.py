@@ -1,7 +1,7 @@
 """One flat gradient of a model: where autograd can write into it, every param.grad is a view of it."""
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -78,18 +78,29 @@ class GradientBuffer:
         for part in self._parts:
             part.parameter.grad = part.view if part.parameter.requires_grad else None
 
-    def collect(self) -> list[bool]:
+    def collect(self, read: Callable[[Tensor], Tensor] = Tensor.cpu) -> list[bool]:
         """Bring the gradients into flat; returns, for each slot, whether its parameter has one.
 
-        Copies those that are not views. Raises RuntimeError, which names the parameter, where the model's
-        parameters are no longer those that the buffer was made of.
+        Copies those that are not views. Where backward has left a view alone, waits once for the device, by
+        read, to learn whether somebody else has written into it. Raises RuntimeError, which names the
+        parameter, where the model's parameters are no longer those that the buffer was made of.
         """
         self._check_parameters()
         used = [self._collect_one(index, part) for index, part in enumerate(self._parts)]
+        unknown = [index for index, is_used in enumerate(used) if is_used is None]
+        if unknown:
+            written = read(torch.stack([self._parts[index].view.any() for index in unknown])).tolist()
+            used = [written.pop(0) if is_used is None else is_used for is_used in used]
         self._was_written = [False] * len(self._parts)
         if self.flat is not self._grads:
             self.flat.copy_(self._grads)
-        return used
+        return [bool(is_used) for is_used in used]
+
+    def largest_magnitudes(self) -> list[Tensor]:
+        """For each slot a scalar on the device: NaN where an element is, infinite only where one is."""
+        largest = iter(torch._foreach_norm([part.view for part in self._parts if part.slot.size], torch.inf))
+        zero = torch.zeros((), device=self.flat.device)
+        return [next(largest) if part.slot.size else zero for part in self._parts]
 
     def distribute(self, used: Sequence[bool]) -> None:
         """Make flat the parameters' gradients; those that are not used get None, so that the optimizer leaves
@@ -99,14 +110,14 @@ class GradientBuffer:
         for part, is_used in zip(self._parts, used, strict=True):
             part.parameter.grad = part.view if is_used else None
 
-    def _collect_one(self, index: int, part: _Part) -> bool:
+    def _collect_one(self, index: int, part: _Part) -> bool | None:
+        """Whether a parameter has a gradient; None: its view may have been written without a backward."""
         grad = part.parameter.grad
         if grad is None:
             part.view.zero_()
             return False
         if _is_view(grad, part.view):
-            # Without a backward: somebody may have written into it all the same. Waits for the device.
-            return self._was_written[index] or bool(part.view.any())
+            return self._was_written[index] or (None if part.slot.size else False)
         part.view.copy_(grad.to_dense() if grad.is_sparse else grad)
         return True
 

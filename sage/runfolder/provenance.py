@@ -1,6 +1,5 @@
 """Where a result comes from: the commit, the versions, the machine."""
 
-import os
 import platform
 import re
 import subprocess
@@ -54,12 +53,10 @@ def _git(*arguments: str) -> str | None:
 
     Neither another repository that git's variables name, nor one that this program only lies in, counts.
     """
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
-    if not (ROOT / ".git").exists():
-        return None
+    here = [f"--git-dir={ROOT / '.git'}", f"--work-tree={ROOT}"]
     try:
         done = subprocess.run(
-            ["git", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+            ["git", *here, *arguments], cwd=ROOT, capture_output=True, text=True, check=True
         )
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -2,13 +2,15 @@
 watch for: numbers that are not finite, replicas that differ."""
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from enum import IntEnum
 from signal import Signals
 
 import torch
 from torch import Tensor
 
-from sage.exchange.exchange import agree_on_step
+from sage.exchange.exchange import read_agreement, start_agreement
 from sage.interfaces import Communicator
 from sage.workers.signals import WATCH
 
@@ -34,34 +36,137 @@ def requested_by_signal() -> Request:
     return Request.QUIT if WATCH.received == Signals.SIGINT else Request.STOP
 
 
+@dataclass(frozen=True)
+class Evidence:
+    """By what a worker knows whether the loss and gradient of a step are finite."""
+
+    epoch: int
+    step: int
+    values: Tensor
+    """Finite where they are. A scalar, which may be too large all the same; or, to be read after the gradient
+    is gone, (1 + slots,): the loss, and the largest magnitude of each slot's gradient."""
+    norm: Tensor | None = None
+    """The gradient's norm in the gradient's type, where it was computed."""
+
+
 class Agreement:
     """Lets all workers do what one of them asks for: one small all-reduce a step, and on a GPU one host
     synchronisation."""
+
+    reads_late = False
 
     def __init__(self, side: Communicator, device: torch.device, is_due: Callable[[], bool]) -> None:
         """side: a communicator that does not count. is_due: whether this worker wants a checkpoint."""
         self.requested = requested_by_signal
         self._side, self._device, self._is_due = side, device, is_due
 
-    def agree(self, total: Tensor, used: Sequence[bool]) -> tuple[Request, list[bool]]:
-        """What all workers do, and which slots have a gradient on any of them. total: a scalar; where a
-        worker's is not finite, all skip the step. used: which slots have one on this worker."""
-        agreed, used = agree_on_step(self._side, total, used, self._request(), Request.SKIP)
+    def agree(self, evidence: Evidence, used: Sequence[bool], waits: bool) -> tuple[Request, list[bool]]:
+        """What all workers do, and which slots have a gradient on any of them.
+
+        evidence: where a worker's is not finite, all skip the step. used: which slots have a gradient on this
+        worker. waits: whether the answer must be of this step (here it is always).
+        """
+        agreed, used = read_agreement(self._side, self._start(evidence, used))
         return Request(agreed), used
+
+    def settle(self) -> Request:
+        """What was agreed on in steps that have not been answered; none may be left where something of them
+        is written or scored."""
+        return Request.NOTHING
 
     def agree_between_steps(self) -> Request:
         """What all workers do at the end of an epoch."""
-        agreed, _ = agree_on_step(self._side, torch.zeros((), device=self._device), [], self._request())
+        is_finite = torch.ones((), dtype=torch.bool, device=self._device)
+        agreed, _ = read_agreement(self._side, start_agreement(self._side, is_finite, [], self._request()))
         return Request(agreed)
+
+    def _start(self, evidence: Evidence, used: Sequence[bool]) -> Tensor:
+        """The agreed flags (1 + slots,) of a step, on the device."""
+        is_finite = evidence.values.isfinite().all()
+        return start_agreement(self._side, is_finite, used, self._request(), Request.SKIP)
 
     def _request(self) -> Request:
         """What this worker requests."""
         return self.requested() or (Request.SAVE if self._is_due() else Request.NOTHING)
 
 
+class LateAgreement(Agreement):
+    """Answers a step later, so that no step waits for the device.
+
+    For runs that end at a number that is not finite: such a step is found out one step later, before
+    anything of it is written or scored. A worker without a gradient in some slot waits, to learn whether
+    another has one there; to one that has a gradient in all slots the others' make no difference.
+    """
+
+    reads_late = True
+
+    def __init__(
+        self,
+        side: Communicator,
+        device: torch.device,
+        is_due: Callable[[], bool],
+        fail: Callable[[Evidence], None],
+    ) -> None:
+        """fail: raises the error of a step that is not finite on some worker; called on all of them."""
+        super().__init__(side, device, is_due)
+        self._fail = fail
+        self._waiting: list[tuple[Evidence, _LateNumber]] = []
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def agree(self, evidence: Evidence, used: Sequence[bool], waits: bool) -> tuple[Request, list[bool]]:
+        """What all workers do, as agreed on a step before where this does not wait."""
+        flags = self._start(evidence, used)
+        self._waiting.append((evidence, _LateNumber(flags[0], self._stream)))
+        if not all(used):
+            _, used = read_agreement(self._side, flags)
+        if waits:
+            return self.settle(), list(used)
+        request = Request.NOTHING
+        while len(self._waiting) > 1:
+            earlier, number = self._waiting.pop(0)
+            request = self._answer([earlier], [number.read(self._side)])
+        return request, list(used)
+
+    def settle(self) -> Request:
+        if not self._waiting:
+            return Request.NOTHING
+        steps, numbers = zip(*self._waiting, strict=True)
+        self._waiting = []
+        return self._answer(
+            steps, self._side.read(torch.stack([number.value for number in numbers])).tolist()
+        )
+
+    def _answer(self, steps: Sequence[Evidence], agreed: Sequence[int]) -> Request:
+        """The largest of the requests that were agreed on in these steps."""
+        for evidence, request in zip(steps, agreed, strict=True):
+            if request == Request.SKIP:
+                self._fail(evidence)
+        return Request(max(agreed))
+
+
+class _LateNumber:
+    """A number of the device that the host reads later, without waiting for what the device was given to do
+    since."""
+
+    def __init__(self, value: Tensor, stream: torch.cuda.Stream | None) -> None:
+        """value: a scalar, never changed. stream: on which it is read; None: the device is no GPU."""
+        self.value, self._stream = value, stream
+        self._ready = torch.cuda.Event() if stream else None
+        if self._ready:
+            self._ready.record()
+
+    def read(self, side: Communicator) -> int:
+        if self._stream and self._ready:
+            self._stream.wait_event(self._ready)
+        with torch.cuda.stream(self._stream) if self._stream else nullcontext():
+            return int(side.read(self.value))
+
+
 def wait_for_all(side: Communicator, device: torch.device) -> None:
     """Wait until every worker has called this."""
-    side.all_reduce(torch.zeros(1, device=device))
+    flag = torch.zeros(1, device=device)
+    side.all_reduce(flag)
+    side.read(flag)  # on a GPU the call above has only enqueued it
 
 
 def find_nonfinite(named: Iterable[tuple[str, Tensor]]) -> str:
@@ -77,8 +182,8 @@ def find_difference(named: Sequence[tuple[str, Tensor]], side: Communicator) -> 
     """Name the first tensor whose bits are not the same on all workers, and two of these; or ""."""
     if not named:
         return ""
-    checksums = side.all_gather(torch.stack([_checksum(tensor) for _, tensor in named]))  # (W, tensors)
-    differs = (checksums != checksums[0]).nonzero()
+    checksums = side.read(side.all_gather(torch.stack([_checksum(tensor) for _, tensor in named])))
+    differs = (checksums != checksums[0]).nonzero()  # checksums (W, tensors)
     if not len(differs):
         return ""
     rank, index = differs[0].tolist()

@@ -18,6 +18,8 @@ from sage.runfolder.manifest import Checkpoint
 from sage.runfolder.record import Recorder
 from sage.runfolder.resume import ResumePoint, ResumeRequest, choose
 from sage.training.agree import wait_for_all
+from sage.training.compiled import check_compiles
+from sage.training.precision import set_up_arithmetic
 from sage.training.settings import RunSettings, notes
 from sage.training.simulate import WorkerContext, run_single, simulate
 from sage.training.train import RunServices, Trainer, TrainingParts
@@ -85,6 +87,7 @@ def start(plan: RunPlan, build: Build, worker: Worker) -> int:
         if speaks:
             say(f"{plan.finished_run}: done already")
         return 0
+    set_up_arithmetic(settings.deterministic)
     train = partial(run_worker if plan.load_settings is None else run_point, plan, build)
     run = partial(simulate if worker.simulated else run_single, train, worker, settings.timeout_seconds)
     return launch.supervise(worker, settings.timeout_seconds, settings.deterministic, run)
@@ -104,7 +107,7 @@ def run_worker(
 ) -> None:
     """Train what build makes, on one worker, and leave a run's folder; unless such a run is done."""
     settings, world_size, speaks = plan.settings, worker.place.world_size, worker.place.rank == 0
-    clock = Clock(worker.device)
+    clock = Clock(worker.device, context.deadline)
     comm, side = context.connect(world_size, clock), context.connect(world_size)
     if _is_done(plan, worker, store):
         wait_for_all(side, worker.device)  # rank 0 may host the store: no worker exits before it is done
@@ -113,6 +116,8 @@ def run_worker(
     # 1. what is trained
     parts = build(settings, worker)
     context.share(parts.task)
+    if settings.compile:
+        _on_all_workers("compiled", lambda: check_compiles(worker.device), store)
 
     # 2. where, and from which step on
     resumed = _agree_on_checkpoint(plan, store)
@@ -129,7 +134,8 @@ def run_worker(
         first_step,
         keep_waiting=not settings.checkpoint.required,
     )
-    services = RunServices(comm, side, clock, recorder, store, writer)
+    reads_late = worker.device.type == "cuda"
+    services = RunServices(comm, side, clock, recorder, store, writer, reads_late)
     trainer = context.trainer(settings, parts, services)
     if resumed:
         _on_all_workers("restored", lambda: trainer.restore(resumed), store)
@@ -148,7 +154,7 @@ def _train_in(folder: Path, trainer: Trainer, plan: RunPlan, worker: Worker, sto
             if not speaks:
                 return
             say(f"{folder}: {worker.describe(workers)}")
-            for note in (*notes(plan.settings), *trainer.exchange.reducer.notes()):
+            for note in (*notes(plan.settings, worker.device), *trainer.exchange.reducer.notes()):
                 say(note)
             held.enter_context(lock(folder))
             environment = provenance.environment(**worker.facts(), workers=workers)

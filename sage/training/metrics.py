@@ -1,7 +1,7 @@
 """What a run measures: means over workers, totals, the lines of metrics.jsonl."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,12 +12,19 @@ from sage.interfaces import Communicator, Stateful, TrainingError
 
 
 def mean_over_workers(
-    values: Mapping[str, float], comm: Communicator, device: torch.device
-) -> dict[str, float]:
-    """Each value's mean over workers, which all have the same names in the same order."""
-    packed = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
+    values: Sequence[float | Tensor], comm: Communicator, device: torch.device
+) -> list[float]:
+    """Each value's mean over workers, of which all have as many, in float64: one all-reduce, and on a GPU one
+    host synchronisation. A tensor is a scalar on the device."""
+    tensors = [value.to(device, non_blocking=True) for value in values if isinstance(value, Tensor)]
+    numbers = [value for value in values if not isinstance(value, Tensor)]
+    packed = torch.tensor(numbers, dtype=torch.float64).to(device, non_blocking=True)
+    if tensors:
+        packed = torch.cat([packed, torch.stack([tensor.double() for tensor in tensors])])  # (values,)
     comm.all_reduce(packed)
-    return dict(zip(values, (packed / comm.world_size).tolist(), strict=True))
+    means = comm.read(packed / comm.world_size).tolist()  # host synchronisation
+    of_numbers, of_tensors = iter(means[: len(numbers)]), iter(means[len(numbers) :])
+    return [next(of_tensors if isinstance(value, Tensor) else of_numbers) for value in values]
 
 
 def density_summary(densities: list[float]) -> dict[str, float]:
@@ -65,27 +72,25 @@ class Meter(Stateful):
         counted = self._take_bytes()
         self._add({f"{name}_bytes": float(counted[f"{name}_bytes"]) for name in self.BYTES})
 
-    def step_line(self, values: Mapping[str, float]) -> dict[str, Any]:
+    def step_line(self, values: Mapping[str, float | Tensor]) -> dict[str, Any]:
         """Means over workers: of values, and of bytes and seconds per step since the last step line. On a GPU
         this waits for its work."""
-        count, losses = len(self._losses), self._mean_losses()
+        count = len(self._losses)
         self._drain()
         per_step = {name: total / count for name, total in self._line.items()}
         self._line = {}
-        means = mean_over_workers({**values, **per_step}, self._side, self._device)
+        means = self._means({**values, **per_step})
         seconds = {name: means.pop(f"seconds.{name}") for name in self._seconds_of(per_step)}
-        return {"loss": losses[-1], **means, "seconds": seconds}
+        return {"loss": self._epoch_losses[-1], **means, "seconds": seconds}
 
     def epoch_line(self) -> dict[str, Any]:
         """The totals since the last epoch line. Raises TrainingError where no step was used."""
-        if self._losses:  # a step line was due at a step that was skipped
-            self._mean_losses()
-        if not self._epoch_losses:
+        if not self._losses and not self._epoch_losses:
             raise TrainingError("every step of an epoch was skipped")
         self._drain()
         self._line = {}
         wall, self._started = time.monotonic() - self._started, time.monotonic()
-        totals = mean_over_workers({**self._epoch, "seconds.wall": wall}, self._side, self._device)
+        totals = self._means({**self._epoch, "seconds.wall": wall})
         for name, total in totals.items():
             self._totals[name] = self._totals.get(name, 0.0) + total
         line = {
@@ -112,7 +117,8 @@ class Meter(Stateful):
         self._drain()
         wall = time.monotonic() - self._started
         kept = {name: getattr(self, f"_{name}") for name in self.KEPT}
-        return {"losses": [loss.item() for loss in self._losses], "wall": wall, **kept}
+        losses = self._side.read(torch.stack(self._losses)).tolist() if self._losses else []
+        return {"losses": losses, "wall": wall, **kept}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name in self.KEPT:
@@ -125,15 +131,15 @@ class Meter(Stateful):
         for name in self.KEPT:
             setattr(self, f"_{name}", state[name])
 
-    def _mean_losses(self) -> list[float]:
-        """Average the losses since the last step line over the workers, add them to the epoch's, and forget
-        them."""
-        losses = torch.stack(self._losses)
-        self._side.all_reduce(losses)
-        means: list[float] = (losses / self._side.world_size).tolist()
+    def _means(self, values: Mapping[str, float | Tensor]) -> dict[str, float]:
+        """The means of values over the workers. In the same message the losses since the last step line are
+        averaged, which then are the epoch's (some are left at its end where a step line was due at a step
+        that was skipped)."""
+        means = mean_over_workers([*self._losses, *values.values()], self._side, self._device)
+        count = len(self._losses)
         self._losses.clear()
-        self._epoch_losses += means
-        return means
+        self._epoch_losses += means[:count]
+        return dict(zip(values, means[count:], strict=True))
 
     def _drain(self) -> None:
         """Move the clock's seconds into the sums of the line and of the epoch."""

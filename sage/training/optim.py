@@ -50,12 +50,13 @@ class Clip(Settings):
     """Clip each worker's gradient before the exchange (true) or the mean after it (false)."""
 
 
-def clip_norm(grad: Tensor, max_norm: float) -> None:
+def clip_norm(grad: Tensor, max_norm: float, norm: Tensor | None = None) -> None:
     """grad *= min(1, max_norm / (norm + 1e-6)), in place and without a host synchronisation.
 
-    The 1e-6 is torch.nn.utils.clip_grad_norm_'s.
+    norm: grad's, where it is known. The 1e-6 is torch.nn.utils.clip_grad_norm_'s.
     """
-    grad.mul_((max_norm / (torch.linalg.vector_norm(grad) + 1e-6)).clamp(max=1.0))
+    norm = torch.linalg.vector_norm(grad) if norm is None else norm
+    grad.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
 
 
 class PublishedNesterov(torch.optim.Optimizer):

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar, Literal
 
+import torch
 from pydantic import Field, SerializeAsAny
 
 from sage.config import Named, Settings
@@ -12,6 +13,7 @@ from sage.interfaces import Reducer, Task
 from sage.runfolder.checkpoint import Checkpoints
 from sage.runfolder.record import Log
 from sage.training.optim import Clip, Schedule
+from sage.training.precision import Precision, precision_notes
 
 
 class Resume(Settings):
@@ -35,10 +37,15 @@ class RunSettings(Settings):
     optimizer: SerializeAsAny[Named]
     schedule: Schedule = Schedule()
     clip: Clip = Clip()
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16: autocast with float32 parameters and gradients."""
+    precision: Precision = "float32"
+    """Of forward and backward; scores and all else are float32. tf32: a GPU's matrix products and
+    convolutions round their inputs to 10 bits, which is faster (with float32 neither does). bfloat16:
+    autocast, with float32 parameters and gradients."""
     deterministic: bool = True
-    """Repeat bit for bit on a GPU too; slower there."""
+    """Repeat bit for bit on a GPU too; slower there. false: cuDNN also tries which algorithm is fastest."""
+    compile: bool = False
+    """Compile each worker's forward pass and loss with torch.compile: some minutes before the first step, and
+    quicker steps on a GPU. Sums are rounded otherwise, so numbers differ by that from those without it."""
     timeout_seconds: float = Field(default=300.0, gt=0, le=1e6)
     """How long a collective waits for a worker before the run is given up."""
     world_size: int | None = Field(default=None, ge=1)
@@ -59,13 +66,14 @@ class RunSettings(Settings):
     """What may differ from the checkpoint that a run resumes: none of it changes the numbers of a step."""
 
 
-def notes(settings: RunSettings) -> list[str]:
-    """What the user of these settings should know, a line each."""
+def notes(settings: RunSettings, device: torch.device) -> list[str]:
+    """What the user of these settings should know, on this device, a line each."""
     late = [epoch for epoch in settings.schedule.decay_epochs if epoch >= settings.epochs]
-    return [
+    decays = [
         f"schedule.decay_epochs: {epoch:g} has no effect, since training ends with epoch {settings.epochs}"
         for epoch in late
     ]
+    return [*decays, *precision_notes(settings.precision, device)]
 
 
 def _check_target(target: float | None, task: type[Task]) -> None:
@@ -82,8 +90,13 @@ def check(
     reducers: Mapping[str, type[Reducer]],
     data: Path,
     world_size: int,
+    simulated: bool = False,
 ) -> None:
     """Raise ValueError, in one line, where the chosen parts cannot run, or not together; cheap."""
+    if settings.compile and simulated:
+        raise ValueError(
+            "compile: expected false with --simulate, whose workers would each compile their own"
+        )
     task = tasks[settings.task.name]
     _check_target(settings.stop_at_score, task)
     task.check(settings.task, data, world_size)

@@ -9,6 +9,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Self
 
 import torch
@@ -16,9 +17,11 @@ from torch import Tensor
 
 from sage.exchange.clock import Clock
 from sage.exchange.comm import CountingComm, LocalComm, connect_comm
+from sage.exchange.deadline import Deadline
 from sage.interfaces import CommunicationError, Place, Stopped, Task, TrainingError
 from sage.training.agree import wait_for_all
 from sage.training.train import Trainer
+from sage.workers import launch
 from sage.workers.store import RendezvousStore
 from sage.workers.worker import Worker
 
@@ -27,10 +30,12 @@ class WorkerContext:
     """What depends on how many workers a process has: here one."""
 
     trainer: type[Trainer] = Trainer
+    deadline: Deadline | None = None
+    """For waiting for the device, where other processes can let it wait for ever."""
 
     def connect(self, world_size: int, clock: Clock | None = None) -> CountingComm:
         """A new communicator of this worker."""
-        return connect_comm(world_size, clock)
+        return connect_comm(world_size, clock, self.deadline)
 
     def share(self, task: Task) -> None:
         """Hold once what is the same for all workers of this process."""
@@ -137,8 +142,14 @@ class SimulatedStore(RendezvousStore):
 
 
 def run_single(train: TrainWorker, worker: Worker, timeout_seconds: float, store: RendezvousStore) -> None:
-    """Call train(worker, store, context) for the only worker of this process."""
-    train(worker, store, WorkerContext())
+    """Call train(worker, store, context) for the only worker of this process. Where another process is lost
+    while this one waits for its GPU, the process ends."""
+    context = WorkerContext()
+    if worker.place.world_size == 1 or worker.device.type == "cpu":
+        return train(worker, store, context)
+    context.deadline = Deadline(timeout_seconds)
+    with context.deadline.watched(partial(launch.end_process, worker, store)):
+        train(worker, store, context)
 
 
 def simulate(train: TrainWorker, worker: Worker, timeout_seconds: float, store: RendezvousStore) -> None:

@@ -18,9 +18,19 @@ from sage.interfaces import Communicator, Place, Progress, Reducer, Stateful, St
 from sage.runfolder.checkpoint import CheckpointWriter
 from sage.runfolder.manifest import Checkpoint
 from sage.runfolder.record import Recorder
-from sage.training.agree import Agreement, Request, find_difference, find_nonfinite, wait_for_all
+from sage.training.agree import (
+    Agreement,
+    Evidence,
+    LateAgreement,
+    Request,
+    find_difference,
+    wait_for_all,
+)
+from sage.training.compiled import compiled_loss
 from sage.training.metrics import Meter
+from sage.training.nonfinite import NonFiniteFinder
 from sage.training.optim import clip_norm
+from sage.training.precision import tf32
 from sage.training.settings import RunSettings
 from sage.training.state import Position, TaskSnapshot, TrainingState
 from sage.workers.store import RendezvousStore
@@ -52,6 +62,9 @@ class RunServices:
     store: RendezvousStore
     writer: CheckpointWriter | None = None
     """Writes the run's checkpoints; None: there are none."""
+    reads_late: bool = False
+    """Whether the host has to wait for the device to learn its numbers, as for a GPU: then it does so as
+    seldom as it can."""
 
 
 class Trainer:
@@ -64,17 +77,25 @@ class Trainer:
         self.task, self.gradient, self.optimizer = parts.task, parts.gradient, parts.optimizer
         self.comm, self.side, self.clock = services.comm, services.side, services.clock
         self.recorder, self.store, self.writer = services.recorder, services.store, services.writer
+        self.reads_late = services.reads_late
         self.exchange = Exchange(
-            parts.feedback, parts.reducer, self.comm, self.gradient.layout, clock=self.clock
+            parts.feedback,
+            parts.reducer,
+            self.comm,
+            self.gradient.layout,
+            clock=self.clock,
+            reads_late=self.reads_late,
         )
 
         self.base_lrs = [group["lr"] for group in self.optimizer.param_groups]
         self.global_batch = self.task.batch_per_worker * self.comm.world_size
         self.device = self.gradient.flat.device
         self.meter = Meter(self.comm.ledger.take, self.clock, self.side, self.device)
-        self.agreement = Agreement(self.side, self.device, self.writer.is_due if self.writer else _never)
+        self.agreement = self._make_agreement()
+        self._compiled_loss = compiled_loss(self.task) if settings.compile else None
 
         self.position = Position(self.task.steps_per_epoch)
+        self.finder = NonFiniteFinder(self.gradient, parts.feedback, self.position, self.store)
         own: dict[str, Exchange | Stateful]
         own = {"exchange": self.exchange, "meter": self.meter, "task": self.task}
         self.state = TrainingState(self.task.model, self.optimizer, self.position, own, self.device)
@@ -86,26 +107,29 @@ class Trainer:
         """Fill the flat gradient with this worker's. Returns its loss, a scalar, detached, and for each slot
         whether its parameter has a gradient."""
         self.gradient.zero()
-        autocast = torch.autocast(
-            self.device.type, torch.bfloat16, enabled=self.settings.precision == "bfloat16"
-        )
-        with self.clock.phase("forward"), autocast:
-            loss = self.task.loss(batch)
-        with self.clock.phase("backward"):
-            loss.backward()
-            used = self.gradient.collect()
+        precision, device = self.settings.precision, self.device
+        with tf32(precision == "tf32"):
+            autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+            with self.clock.phase("forward"), autocast:
+                loss = (self._compiled_loss or self.task.loss)(batch)
+            with self.clock.phase("backward"):
+                loss.backward()
+                used = self.gradient.collect(self.side.read)
         return loss.detach(), used
 
-    def exchange_gradient(self, progress: Progress, used: list[bool], measure: bool) -> dict[str, float]:
-        """Replace the flat gradient by the estimate of the workers' mean; returns norms, if measure.
+    def exchange_gradient(
+        self, progress: Progress, used: list[bool], measure: bool, found: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Replace the flat gradient by the estimate of the workers' mean; returns norms, scalars on the
+        device, if measure.
 
-        used: which slots have a gradient on any worker.
+        used: which slots have a gradient on any worker. found: the flat gradient's norm, where it is known.
         """
         grad, clip = self.gradient.flat, self.settings.clip
-        raw_norm = norm(grad) if measure else None
+        raw_norm = norm(grad, found, waits=not self.reads_late) if measure else None
 
         if clip.norm is not None and clip.before_reduce:
-            clip_norm(grad, clip.norm)
+            clip_norm(grad, clip.norm, found)
         norms = self.exchange.average(grad, progress, used=used, measure=measure)
         if clip.norm is not None and not clip.before_reduce:
             clip_norm(grad, clip.norm)
@@ -113,7 +137,7 @@ class Trainer:
 
         if raw_norm is None or norms is None:
             return {}
-        return {"gradient_norm": raw_norm.item(), **norms.read()}
+        return {"gradient_norm": raw_norm, **norms.values()}
 
     def apply(self, lr_factor: float) -> None:
         """One step of the optimizer, with the base learning rates times lr_factor."""
@@ -152,6 +176,7 @@ class Trainer:
     def _end_epoch(self) -> None:
         """Evaluate, check that the replicas are equal, log, and move on to the next epoch."""
         position, task = self.position, self.task
+        self.agreement.settle()
         values = self._evaluate(task.evaluate)
         for name, value in values.items():
             if not math.isfinite(value):
@@ -175,11 +200,12 @@ class Trainer:
 
         loss, used = self.compute_gradient(batch)
         with self.clock.phase("agree"):
-            request, used = self.agreement.agree(loss + self.gradient.flat.sum(), used)
+            evidence = self.finder.evidence(loss, late=self.agreement.reads_late)
+            request, used = self.agreement.agree(evidence, used, waits=logging)
         if request is Request.SKIP and self._skip_nonfinite(loss, logging):
             return request
 
-        norms = self.exchange_gradient(progress, used, measure=logging)
+        norms = self.exchange_gradient(progress, used, logging, evidence.norm)
         self.apply(lr_factor)
 
         self.meter.add_step(loss, self.exchange.reducer.density)
@@ -213,11 +239,9 @@ class Trainer:
         """Find what is not finite, on any worker, and undo what this step's forward pass changed; False where
         all is finite and only the sum was too large. Raises TrainingError where steps are not skipped."""
         position = self.position
-        found = self.store.collect(f"bad/{position.step}", find_nonfinite(self._gradients(loss)))
-        bad = [f"{what} on rank {rank}" for rank, what in enumerate(found) if what]
-        if not bad:
+        message = self.finder.find(loss)
+        if not message:
             return False
-        message = f"{bad[0]} at epoch {position.epoch}, step {position.step}"
         if self._snapshot is None:
             raise TrainingError(message)
 
@@ -232,10 +256,17 @@ class Trainer:
             say(message)
         return True
 
-    def _gradients(self, loss: Tensor) -> Iterator[tuple[str, Tensor]]:
-        yield "the loss", loss
-        for slot in self.gradient.layout:
-            yield f"the gradient of {slot.name}", self.gradient.flat[slot.start : slot.stop]
+    def _make_agreement(self) -> Agreement:
+        """One that answers late where the host would have to wait for the device, unless steps are skipped:
+        that is decided before anything of a step has changed."""
+        is_due = self.writer.is_due if self.writer else _never
+        if self.reads_late and self.settings.on_nonfinite == "stop":
+            return LateAgreement(self.side, self.device, is_due, self._fail_late)
+        return Agreement(self.side, self.device, is_due)
+
+    def _fail_late(self, evidence: Evidence) -> None:
+        """Raise TrainingError, on all workers, for an earlier step that was not finite on one of them."""
+        raise TrainingError(self.finder.find_late(evidence))
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Take everything from a checkpoint. Raises ValueError where its files cannot be used."""
@@ -249,6 +280,8 @@ class Trainer:
 
     def _act_on(self, request: Request, due: bool = False) -> None:
         """Write a checkpoint where one is due or requested; raise Stopped where the run is to end."""
+        if request is not Request.NOTHING or due:
+            request = max(request, self.agreement.settle())
         ends = request in (Request.STOP, Request.QUIT)
         if self.writer is not None and (ends or due or request is Request.SAVE):
             position = self.position
@@ -262,14 +295,13 @@ class Trainer:
 
     # --- what is logged -------------------------------------------------------------------------------
 
-    def _log_step(self, progress: Progress, norms: dict[str, float]) -> None:
+    def _log_step(self, progress: Progress, norms: dict[str, Tensor]) -> None:
         reducer, position = self.exchange.reducer, self.position
         values = {"lr": progress.lr, "density": reducer.density, **reducer.metrics(), **norms}
         line = self.meter.step_line(values)
         if not all(math.isfinite(line[name]) for name in norms):
-            raise TrainingError(
-                f"{self._find_nonfinite_memory()} at epoch {position.epoch}, step {position.step}"
-            )
+            where = f"at epoch {position.epoch}, step {position.step}"
+            raise TrainingError(self.finder.find_in_memory() or f"a norm became infinite {where}")
         for name in values:
             if not math.isfinite(line[name]):  # of a reducer; a mean, so all workers find it
                 where = f"at epoch {position.epoch}, step {position.step}"
@@ -277,15 +309,6 @@ class Trainer:
         line = {"kind": "step", "epoch": position.epoch, "step": position.step, **line}
         self.recorder.write(line)
         self.recorder.show_step(line)
-
-    def _find_nonfinite_memory(self) -> str:
-        """Which parameter's memory, on which rank: it has grown beyond the largest number, since the
-        gradients that it was made of were all finite."""
-        layout, memory = self.gradient.layout, self.exchange.feedback.memory
-        named = ((f"what was not sent of {slot.name}", memory[slot.start : slot.stop]) for slot in layout)
-        found = self.store.collect(f"memory/{self.position.step}", find_nonfinite(named))
-        bad = [f"{what} on rank {rank}" for rank, what in enumerate(found) if what]
-        return bad[0] if bad else "a norm became infinite"
 
     def _log_epoch(self, values: dict[str, float]) -> None:
         position = self.position
@@ -312,7 +335,7 @@ class Trainer:
                 return {}
             packed = torch.tensor(list(sums.values()), dtype=torch.float64, device=self.device)
             self.side.all_reduce(packed)  # (values, 2)
-        values = dict(zip(sums, (packed[:, 0] / packed[:, 1]).tolist(), strict=True))
+        values = dict(zip(sums, self.side.read(packed[:, 0] / packed[:, 1]).tolist(), strict=True))
         return self.task.derive(values)
 
     def replicated(self) -> list[tuple[str, Tensor]]:

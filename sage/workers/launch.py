@@ -1,4 +1,4 @@
-"""From an environment to a running worker: which rank, which device, which process group.
+"""From an environment to a running worker: which rank, which device.
 
 A run is one process, for one worker or for all of a simulation; or a worker that a launcher started
 (sage/workers/rendezvous.py knows which launchers); or, with --workers N, the parent of N processes, which it
@@ -9,32 +9,25 @@ import logging
 import os
 import secrets
 import signal
-import socket
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from datetime import timedelta
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn
 
 import torch
-import torch.distributed as dist
-from torch.distributed import Store
 
 from sage.console import complain, readable_bytes, say
 from sage.interfaces import CommunicationError, Stopped, TrainingError
-from sage.workers import rendezvous
-from sage.workers.rendezvous import Rendezvous
+from sage.workers import group, rendezvous
+from sage.workers.group import LOOPBACK, SECRET
 from sage.workers.signals import WATCH
-from sage.workers.store import PATIENCE_SECONDS, STORE_SECONDS, RendezvousStore, reason_of
-from sage.workers.worker import Worker, check_identities
+from sage.workers.store import PATIENCE_SECONDS, RendezvousStore
+from sage.workers.worker import Worker
 
 BYTES_PER_WORKER = 400_000_000
 """What torch and this program take in each process (measured: 450 MB on a CPU)."""
-LOOPBACK = "127.0.0.1"
-SECRET = "SAGE_SECRET"
-"""The variable by which --workers hands its workers a secret of the run."""
 POLL_SECONDS = 0.2
 """How often the parent looks whether its workers have ended."""
 
@@ -112,7 +105,7 @@ def spawn(command: Sequence[str], num_workers: int) -> int:
 
     _quiet_torch_launcher()
     # The store belongs to this process, so it outlives every worker: survivors can tell who fell behind.
-    store = _open_local_store()
+    store = group.open_local_store()
     secret = secrets.token_hex(16)
     ranks, pids = range(num_workers), list[int]()
 
@@ -148,16 +141,6 @@ def _quiet_torch_launcher() -> None:
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ""
 
 
-def _open_local_store() -> dist.TCPStore:
-    """A rendezvous store that only this machine can reach: given an address, TCPStore listens on all of
-    them."""
-    listener = socket.create_server((LOOPBACK, 0))
-    port = listener.getsockname()[1]
-    return dist.TCPStore(
-        LOOPBACK, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
-    )
-
-
 def _worker_environment(rank: int, num_workers: int, port: int, secret: str) -> dict[str, str]:
     """The variables that torchrun sets for a worker, the secret of this run, and that all talk through the
     loopback interface (unless the user has named another)."""
@@ -184,99 +167,7 @@ def _report_failure(rank: int, code: int) -> int:
     return code if code > 0 else 1
 
 
-# --- the process group ----------------------------------------------------------------------------
-
-
-@contextmanager
-def connect(worker: Worker, timeout_seconds: float, *, deterministic: bool) -> Iterator[RendezvousStore]:
-    """Set up this process (threads, device, determinism) and, with several workers, the process group."""
-    _set_up_torch(worker, deterministic)
-    if worker.place.world_size == 1 or worker.simulated:
-        yield RendezvousStore(worker.place, None)
-        return
-    try:
-        store = _meet(worker, timeout_seconds)
-    except TrainingError:
-        raise
-    except RuntimeError as error:  # DistError and its kind
-        where = f"{worker.rendezvous.address}:{worker.rendezvous.port}"
-        raise CommunicationError(
-            f"could not meet the other workers at {where}: {reason_of(error)}"
-        ) from error
-    yield store
-    dist.destroy_process_group()
-
-
-def _set_up_torch(worker: Worker, deterministic: bool) -> None:
-    torch.set_num_threads(worker.num_threads)
-    if worker.device.type == "cuda":
-        torch.cuda.set_device(worker.device)
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs to be deterministic
-        torch.use_deterministic_algorithms(True)
-        # Filling new tensors with NaN costs a pass over each.
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-
-
-def _meet(worker: Worker, timeout_seconds: float) -> RendezvousStore:
-    """Meet the other workers, and form the process group with them. Raises RuntimeError; TrainingError where
-    the workers cannot form one."""
-    tcp_store: Store = _open_store(worker.rendezvous, timeout_seconds)
-    # The store has no password, so its keys start with the run's secret. Only --workers can hand one to its
-    # workers; other launches need a network that is trusted.
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's store outlives the workers
-    tcp_store = dist.PrefixStore(f"{os.environ.get(SECRET, 'no secret')}/{attempt}", tcp_store)
-    run_store = dist.PrefixStore("run", tcp_store)
-    store = RendezvousStore(worker.place, run_store, min(timeout_seconds, PATIENCE_SECONDS))
-    check_identities(store.collect_messages("identity", worker.identity()))
-    _join_group(worker, tcp_store, timedelta(seconds=timeout_seconds))
-    return store
-
-
-def _open_store(found: Rendezvous, timeout_seconds: float) -> Store:
-    """Connect to the rendezvous store; rank 0 holds it, unless torchrun does. Raises RuntimeError.
-
-    In a thread: the store's own timeout has no effect where another program listens at the port and sends
-    nothing.
-    """
-    opened: list[Store | RuntimeError] = []
-
-    def open_store() -> None:
-        try:
-            opened.append(
-                dist.TCPStore(
-                    found.address,
-                    found.port,
-                    found.place.world_size,
-                    is_master=found.place.rank == 0
-                    and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
-                    timeout=timedelta(seconds=timeout_seconds),
-                )
-            )
-        except RuntimeError as error:
-            opened.append(error)
-
-    thread = threading.Thread(target=open_store, daemon=True)
-    thread.start()
-    thread.join(timeout_seconds + STORE_SECONDS)
-    if not opened:
-        raise CommunicationError(f"what listens there did not answer within {timeout_seconds:g} s")
-    if isinstance(opened[0], RuntimeError):
-        raise opened[0]
-    return opened[0]
-
-
-def _join_group(worker: Worker, tcp_store: Store, timeout: timedelta) -> None:
-    """Set up the default process group."""
-    if worker.backend == "nccl":  # a collective that times out is an error here, not the end of the process
-        os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
-    dist.init_process_group(
-        worker.backend,
-        store=dist.PrefixStore("group", tcp_store),
-        rank=worker.place.rank,
-        world_size=worker.place.world_size,
-        timeout=timeout,
-    )
+# --- one worker ------------------------------------------------------------------------------------
 
 
 def supervise(
@@ -292,19 +183,40 @@ def supervise(
     """
     store = None
     try:
-        with connect(worker, timeout_seconds, deterministic=deterministic) as store:
+        with group.connect(worker, timeout_seconds, deterministic=deterministic) as store:
             return _train(train, store)
     except CommunicationError as error:
         # The launcher ends the survivors when it sees a worker dead; they print what they know before.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        who = f"; {store.blame()}" if store else ""
-        complain(f"rank {worker.place.rank}: {error}{who}")
+        _complain_of_others(worker, store, error)
     except TrainingError as error:
         if worker.place.rank == 0:
             complain(str(error))
     except OSError as error:  # a full disk, say
         complain(f"rank {worker.place.rank}: {error}")
+    if worker.backend == "nccl" and worker.place.world_size > 1:
+        _end_process()
     return 1
+
+
+def end_process(worker: Worker, store: RendezvousStore | None, error: CommunicationError) -> NoReturn:
+    """Print an error and which worker fell behind, and end the process, whatever its other threads wait
+    for."""
+    _complain_of_others(worker, store, error)
+    _end_process()
+
+
+def _end_process() -> NoReturn:
+    """End this process at once: at Python's own end it would wait for its GPU, which may wait for a lost
+    worker."""
+    group.abort()
+    sys.stdout.flush()
+    os._exit(1)
+
+
+def _complain_of_others(worker: Worker, store: RendezvousStore | None, error: CommunicationError) -> None:
+    who = f"; {store.blame()}" if store else ""
+    complain(f"rank {worker.place.rank}: {error}{who}")
 
 
 def _train(train: Callable[[RendezvousStore], None], store: RendezvousStore) -> int:

@@ -76,6 +76,8 @@ class PointRunner:
         self._waiting = list(points)
         self._jobs: list[Job] = []
         self._failed: list[Point] = []
+        self._stopped: list[Point] = []
+        """Points that a signal of their own ended early."""
         self._skipped: set[int] = set()
         """The indices of points that were said to be run elsewhere."""
         self._starting = threading.Lock()
@@ -171,14 +173,17 @@ class PointRunner:
                 seconds = time.monotonic() - job.started
                 code = f"exit code {job.process.returncode} after {seconds:.1f} s"
                 self._say(job.point, f"ended with {code}: {job.log.parent}")
-            if job.process.returncode != 0 and WATCH.received is None:
-                self._note_failure(job)
+            if WATCH.received is None:
+                self._note_end(job)
             os.close(job.lock)
         return bool(ended)
 
-    def _note_failure(self, job: Job) -> None:
-        """Count a point as failed, unless it is done, or another process runs it."""
+    def _note_end(self, job: Job) -> None:
+        """Count a point that is not done as failed or stopped, unless another process runs it."""
         if self._is_done(job.point):
+            return
+        if job.process.returncode == 0:
+            self._stopped.append(job.point)
             return
         if sweep.holder(self._runs / job.point.folder, [RUN_LOCK]):
             self._waiting.append(job.point)
@@ -193,6 +198,9 @@ class PointRunner:
         if self._waiting:
             count = f"{len(self._waiting)} of {total} points"
             print(f"{count} are being run by other processes: {_indices(self._waiting)}", flush=True)
+        if self._stopped:
+            count = f"{len(self._stopped)} of {total} points"
+            print(f"{count} were stopped and are not done: {_indices(self._stopped)}", flush=True)
         if self._failed:
             count = f"{len(self._failed)} of {total} points"
             print(f"run.py: {count} failed: {_indices(self._failed)}", file=sys.stderr)

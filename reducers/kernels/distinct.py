@@ -1,0 +1,120 @@
+"""Different elements of each part of a vector, drawn without waiting for the device."""
+
+from importlib import import_module
+from math import ceil, log, sqrt
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from sage.draws import bits_at, modulo
+
+
+class DistinctDraw:
+    """count different elements of each part [start, start + size) of a vector, every subset as likely.
+
+    A part has a sequence of numbers below its size, uniform and independent: the first count different ones
+    are a sample without replacement. Where more than half of a part is drawn, what stays is.
+    """
+
+    def __init__(self, starts: Tensor, sizes: Tensor, counts: Tensor) -> None:
+        """starts, sizes, counts (parts,) int64, on the CPU; 0 <= count <= size, 0 < size."""
+        self.starts, self.sizes, self.counts = starts, sizes, counts
+        self.total = int(counts.sum())
+        self.marks = np.zeros(int(sizes.max()) if len(sizes) else 0, np.bool_)
+        """Of the form for the CPU: what it has drawn of a part; False between two calls."""
+        self._plain: dict[torch.device, PlainDraw] = {}
+
+    def draw(self, key: int, device: torch.device) -> Tensor:
+        """The elements (total,) int64, part by part. key: of a draw (sage.draws)."""
+        if device.type == "cpu":
+            drawn: Tensor = import_module("reducers.kernels.distinct_cpu").draw(self, key)
+            return drawn
+        if device not in self._plain:
+            self._plain[device] = PlainDraw(self, device)
+        return self._plain[device](key)
+
+
+class PlainDraw:
+    """The form for any device, in torch operations.
+
+    It computes a fixed number of draws. Should they not suffice (less than once in 10^15 draws of a part, see
+    num_tries), the part's first element stands for what is missing, besides its other elements.
+    """
+
+    def __init__(self, parts: DistinctDraw, device: torch.device) -> None:
+        drawn = torch.minimum(parts.counts, parts.sizes - parts.counts)
+        pairs = zip(drawn.tolist(), parts.sizes.tolist(), strict=True)
+        tries = torch.tensor([num_tries(*pair) for pair in pairs], dtype=torch.int64)  # (parts,)
+        mostly = drawn < parts.counts  # (parts,)
+        pooled = torch.where(mostly, parts.sizes, 0)
+        outs = parts.counts.cumsum(0) - parts.counts  # (parts,): where their elements go in the result
+        indices = torch.arange(len(tries))
+        self._total, self._indices = parts.total, indices.to(device)
+
+        # The draws (m,): their parts, their numbers in them, and of each what follows from the part.
+        owners = indices.repeat_interleave(tries)
+        firsts = tries.cumsum(0) - tries
+        self._numbers = (torch.arange(len(owners)) - firsts[owners]).to(device)
+        self._owners, self._firsts = owners.to(device), firsts[owners].to(device)
+        self._starts, self._sizes = parts.starts[owners].to(device), parts.sizes[owners].to(device)
+        self._drawn, self._outs = drawn[owners].to(device), outs[owners].to(device)
+        self._mostly = mostly[owners].to(device)
+
+        # The pool (p,): every element of the parts of which most are drawn.
+        owners = indices.repeat_interleave(pooled)
+        pool_firsts = pooled.cumsum(0) - pooled
+        self._pool = (parts.starts[owners] + torch.arange(len(owners)) - pool_firsts[owners]).to(device)
+        self._pool_offsets = (pool_firsts - parts.starts)[self._owners.cpu()].to(device)  # (m,)
+        self._pool_firsts, self._pool_counts = pool_firsts[owners].to(device), parts.counts[owners].to(device)
+        self._pool_outs = outs[owners].to(device)
+        self._spare = pad(parts.starts.repeat_interleave(parts.counts), (0, 1)).to(device)  # (total + 1,)
+
+    def __call__(self, key: int) -> Tensor:
+        """The elements (total,) int64."""
+        found = self._spare.clone()  # its last place takes what is not wanted
+        # 1. The draws, and those that are new in their part and not too many.
+        keys = bits_at(key, self._indices)[self._owners]
+        places = self._starts + modulo(bits_at(keys, self._numbers), self._sizes)  # (m,)
+        new = _is_first(places)
+        ranks = _ranks(new, self._firsts)
+        new &= ranks < self._drawn
+        # 2. Where few are drawn, they are the result;
+        targets = torch.where(new & ~self._mostly, self._outs + ranks, self._total)
+        found.scatter_(0, targets, places)
+        if not len(self._pool):
+            return found[:-1]
+        # 3. elsewhere what stays is drawn, and the result is the rest of the pool.
+        goes = torch.ones(len(self._pool) + 1, dtype=torch.bool, device=found.device)
+        stays = torch.where(new & self._mostly, self._pool_offsets + places, len(self._pool))
+        goes = goes.scatter_(0, stays, torch.zeros_like(new))[:-1]
+        ranks = _ranks(goes, self._pool_firsts)
+        targets = torch.where(goes & (ranks < self._pool_counts), self._pool_outs + ranks, self._total)
+        return found.scatter_(0, targets, self._pool)[:-1]
+
+
+def _is_first(places: Tensor) -> Tensor:
+    """Whether no earlier one of places (m,) is equal: (m,) bool."""
+    ordered, origins = places.sort(stable=True)
+    differs = torch.ones_like(ordered, dtype=torch.bool)
+    differs[1:] = ordered[1:] != ordered[:-1]
+    return torch.empty_like(differs).scatter_(0, origins, differs)
+
+
+def _ranks(chosen: Tensor, firsts: Tensor) -> Tensor:
+    """How many are chosen before each one, from its part's first on. chosen, firsts (m,)."""
+    before = pad(chosen.cumsum(0), (1, 0))  # (m + 1,)
+    return before[:-1] - before[firsts]
+
+
+def num_tries(count: int, size: int) -> int:
+    """How many draws below size have count <= size / 2 different ones, but for less than once in 10^15 times.
+
+    The draws between two new ones are geometric numbers. Together they have a mean of
+    size ln(size / (size - count)) - count, a variance of at most twice that, and an exponential tail.
+    """
+    if not count:
+        return 0
+    repeats = size * log(size / (size - count)) - count
+    return count + ceil(repeats + 10 * sqrt(2 * repeats)) + 80
