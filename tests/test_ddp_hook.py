@@ -222,5 +222,5 @@ def test_two_hundred_steps_on_digits_reach_the_flat_loops_score_within_its_sprea
 ) -> None:
     (found,) = run(2, tmp_path, [f"learns:{name}"]).values()
     flat, hook = torch.tensor(found[0]["flat"]), torch.tensor(found[0]["hook"])  # (5 seeds,)
-    assert flat.min() > 0.8  # guessing gives 0.1
+    assert flat.min() > 0.5  # guessing gives 0.1
     assert hook.mean() >= flat.mean() - (flat.max() - flat.min())
