@@ -10,8 +10,13 @@ from sage.config import Named, Settings, validate
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor, nn
+    from torch.nn.parallel import DistributedDataParallel
 
-    from sage.interfaces import Reducer, Seeds, Slot
+    from sage.exchange.attached import AttachedExchange
+    from sage.exchange.ddp_hook import DDPHook
+    from sage.exchange.exchange import Exchange
+    from sage.interfaces import Communicator, Reducer, Seeds, Slot
 
 REDUCERS: "ComponentTable[Reducer]" = ComponentTable(
     "sage.interfaces:Reducer",
@@ -37,6 +42,17 @@ _SETTINGS = SettingsTable(REDUCERS)
 
 class _Chosen(Settings):
     reducer: Named
+
+
+class _ChosenFeedback(Settings):
+    feedback: Named
+
+
+class _OwnOptimizer(Named):
+    """Somebody's own, of which nothing is known: that it has no momentum beside the feedback's is theirs."""
+
+    name: str = "own"
+    momentum: float = 0.0
 
 
 def build(config: Named, layout: "list[Slot]", *, seeds: "Seeds", device: "torch.device") -> "Reducer":
@@ -70,6 +86,94 @@ def build_reducer(
 
     config = _settings({"name": name, **settings})
     return build(config, layout, seeds=Seeds.derive(seed, worker), device=torch.device(device))
+
+
+def attach(
+    model: "nn.Module",
+    name: str,
+    *,
+    feedback: str | dict[str, Any] | None = None,
+    seed: int = 1,
+    steps_per_epoch: int | None = None,
+    comm: "Communicator | None" = None,
+    **settings: Any,
+) -> "AttachedExchange":
+    """A reducer in a training loop of your own: call .step() between backward and the optimizer.
+
+        exchange = reducers.attach(model, "sage", density=0.001)
+
+    name and settings: a reducer's, as in a configuration. feedback: none, residual or momentum (then the
+    optimizer has none), or such a section of a configuration; None is residual, or none for a reducer that
+    leaves no error. steps_per_epoch: for schedules that follow the epoch. comm: which workers; None is the
+    default process group where there is one, else this process alone. Every worker gets rank 0's weights.
+    Raises ValueError where a value or the model cannot be served.
+    """
+    from sage.exchange.attached import AttachedExchange
+    from sage.exchange.comm import current_comm
+
+    workers = comm or current_comm()
+
+    def build_one(layout: "list[Slot]", like: "Tensor") -> "Exchange":
+        return build_exchange(name, layout, like, workers, seed=seed, feedback=feedback, **settings)
+
+    return AttachedExchange(model, build_one, steps_per_epoch)
+
+
+def hook(
+    ddp: "DistributedDataParallel",
+    name: str,
+    *,
+    feedback: str | dict[str, Any] | None = None,
+    seed: int = 1,
+    steps_per_epoch: int | None = None,
+    overlap: bool = True,
+    scaler: "torch.amp.GradScaler | None" = None,
+    **settings: Any,
+) -> "DDPHook":
+    """A reducer in place of DistributedDataParallel's all-reduce; it registers itself.
+
+        hook = reducers.hook(ddp, "powersgd", rank=4)
+
+    Call it before the first backward. overlap: exchange while backward goes on. scaler: the loop's
+    GradScaler, where it has one. The rest is as for attach, but each bucket of DDP has its own exchange.
+    """
+    from sage.exchange.ddp_hook import DDPHook
+    from sage.interfaces import seed_of
+
+    def build_one(layout: "list[Slot]", like: "Tensor", comm: "Communicator") -> "Exchange":
+        own_seed = seed_of(seed, *(slot.name for slot in layout))  # two buckets draw differently
+        return build_exchange(name, layout, like, comm, seed=own_seed, feedback=feedback, **settings)
+
+    return DDPHook(ddp, build_one, overlap=overlap, scaler=scaler, steps_per_epoch=steps_per_epoch)
+
+
+def build_exchange(
+    name: str,
+    layout: "list[Slot]",
+    like: "Tensor",
+    comm: "Communicator",
+    *,
+    feedback: str | dict[str, Any] | None = None,
+    seed: int = 1,
+    **settings: Any,
+) -> "Exchange":
+    """An Exchange of a reducer and its error feedback, which attach and hook describe.
+
+    like (n,): a tensor of the flat gradient's type and device. Raises ValueError.
+    """
+    from sage.exchange.exchange import Exchange
+    from sage.exchange.feedback import FEEDBACKS
+
+    config = _settings({"name": name, **settings})
+    kind = REDUCERS[config.name]
+    if feedback is None:
+        feedback = "residual" if kind.takes_feedback else "none"
+    section = {"name": feedback} if isinstance(feedback, str) else feedback
+    table = {key: value.Settings for key, value in FEEDBACKS.items()}
+    kept = validate({"feedback": section}, _ChosenFeedback, {"feedback": table}).feedback
+    FEEDBACKS[kept.name].check(kind, config, _OwnOptimizer())
+    reducer = build_reducer(name, layout, worker=comm.rank, seed=seed, device=like.device, **settings)
+    return Exchange(FEEDBACKS[kept.name](kept, like), reducer, comm, layout)
 
 
 def _settings(section: dict[str, Any]) -> Named:

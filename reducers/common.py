@@ -4,6 +4,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from reducers.kernels import add_share, take
@@ -12,11 +13,12 @@ from sage.interfaces import Communicator, Reducer
 
 
 def average(send: Tensor, mean: Tensor, comm: Communicator) -> None:
-    """mean = sum_i send_i / W by one all-reduce; send: zeros. Both (n,)."""
-    mean.copy_(send)
+    """mean = sum_i (send_i 1/W) by one all-reduce; send: zeros. Both (n,).
+
+    Multiplied by 1/W before it is added, as DistributedDataParallel does: the same bits.
+    """
+    torch.mul(send, 1 / comm.world_size, out=mean)
     comm.all_reduce(mean)
-    if comm.world_size > 1:
-        mean.div_(comm.world_size)
     send.zero_()
 
 

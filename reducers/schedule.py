@@ -57,6 +57,8 @@ class ScheduledReducer(Reducer):
         return self._sent
 
     def begin_step(self, progress: Progress) -> None:
+        if self.config.density_schedule == DensitySchedule():
+            return  # a loop without epochs has no progress.epoch
         density = self.config.density_schedule.at(progress.epoch, self.config.density)
         if density != self.target_density:
             self.aim(density)

@@ -141,6 +141,8 @@ def test_the_engine_imports_what_comes_before_it(path: Path) -> None:
 def test_a_reducer_or_task_imports_the_interfaces_and_what_its_family_shares(path: Path) -> None:
     family = module_of(path).split(".")[0]
     tables = {"sage.components"} if path.stem == "__init__" else set()
+    if module_of(path) == "reducers.__init__":  # what a program of one's own calls
+        tables |= {name for name in ours(path) if name.startswith("sage.exchange.")}
     for name in ours(path) - {"sage", "sage.interfaces", "sage.config", "sage.draws"} - tables:
         assert name.startswith(f"{family}."), f"{path} imports {name}"
         is_shared = name in SHARED or name.startswith(("reducers.kernels", "tasks.models", "tasks.data"))
@@ -173,14 +175,19 @@ def uses(path: Path, owner: str, attribute: str) -> bool:
     )
 
 
-def test_torch_distributed_appears_in_launch_group_and_comm_only() -> None:
+def test_torch_distributed_appears_in_launch_group_comm_and_the_hook_only() -> None:
     users = {
         module_of(path)
         for path in SOURCES
         if uses(path, "torch", "distributed")
         or any(name.startswith("torch.distributed") for name in imports_of(path))
     }
-    assert users == {"sage.workers.launch", "sage.workers.group", "sage.exchange.comm"}
+    assert users == {
+        "sage.workers.launch",
+        "sage.workers.group",
+        "sage.exchange.comm",
+        "sage.exchange.ddp_hook",
+    }
 
 
 def test_the_environment_is_touched_by_those_who_launch_only() -> None:

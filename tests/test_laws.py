@@ -42,11 +42,12 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 def assert_is_mean(mean: Tensor, parts: list[Tensor], slack: float = 0.0) -> None:
     """mean is the average of parts up to float32 rounding, and an absolute slack.
 
-    W divisions and W - 1 additions, or W - 1 additions and one division, each of relative error EPSILON:
-    at most W EPSILON sum|x_i| / W to first order; the second order is below 1 % of it.
+    A division, or a multiplication by 1/W, which is rounded itself, and W - 1 additions, each of relative
+    error EPSILON: at most (W + 1) EPSILON sum|x_i| / W to first order; the second order is below 1 % of it.
     """
     exact = torch.stack(parts).double().mean(0)
-    bound = 1.01 * EPSILON * torch.stack(parts).double().abs().sum(0) + slack
+    count = (len(parts) + 1) / len(parts)
+    bound = 1.01 * count * EPSILON * torch.stack(parts).double().abs().sum(0) + slack
     assert ((mean.double() - exact).abs() <= bound).all()
 
 

@@ -109,8 +109,8 @@ class CountingComm(Communicator):
 
 
 class DistComm(CountingComm):
-    """Over the processes of torch.distributed's default group. Raises CommunicationError when a collective
-    fails; on a GPU, where it is only enqueued, when what it has computed is read."""
+    """Over the processes of a group of torch.distributed. Raises CommunicationError when a collective fails;
+    on a GPU, where it is only enqueued, when what it has computed is read."""
 
     _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
     _last_given: ClassVar[Tensor | None] = None
@@ -118,13 +118,20 @@ class DistComm(CountingComm):
     caller: if they were the last, torch 2.6 would need Python's lock (GIL) for that, which
     destroy_process_group holds while it waits for these threads."""
 
-    def __init__(self, clock: Clock | None = None, deadline: Deadline | None = None) -> None:
-        """deadline: for reading from a GPU; None: such a read waits until torch itself ends the process."""
-        super().__init__(dist.get_rank(), dist.get_world_size(), clock)
-        self._deadline = deadline
+    def __init__(
+        self,
+        clock: Clock | None = None,
+        deadline: Deadline | None = None,
+        *,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        """deadline: for reading from a GPU; None: such a read waits until torch itself ends the process.
+        group: None is the default one. rank is this process's in the group."""
+        super().__init__(dist.get_rank(group), dist.get_world_size(group), clock)
+        self._deadline, self.group = deadline, group
 
     def another(self, clock: Clock | None = None) -> "DistComm":
-        return DistComm(clock, self._deadline)
+        return DistComm(clock, self._deadline, group=self.group)
 
     def read(self, x: Tensor) -> Tensor:
         return self._deadline.read(x) if self._deadline else x.cpu()
@@ -134,15 +141,15 @@ class DistComm(CountingComm):
         return nullcontext()
 
     def _all_reduce(self, x: Tensor, op: str) -> None:
-        self._call("all_reduce", x, lambda: dist.all_reduce(x, self._OPS[op]))
+        self._call("all_reduce", x, lambda: dist.all_reduce(x, self._OPS[op], group=self.group))
 
     def _all_gather(self, x: Tensor) -> Tensor:
         gathered = x.new_empty(self.world_size * x.numel())
-        self._call("all_gather", x, lambda: _all_gather_single(gathered, x.reshape(-1)))
+        self._call("all_gather", x, lambda: _all_gather_single(gathered, x.reshape(-1), self.group))
         return gathered.view(self.world_size, *x.shape)
 
     def _broadcast(self, x: Tensor, source: int) -> None:
-        self._call("broadcast", x, lambda: dist.broadcast(x, source))
+        self._call("broadcast", x, lambda: dist.broadcast(x, group=self.group, group_src=source))
 
     def _call(self, name: str, x: Tensor, collective: Callable[[], Any]) -> None:
         DistComm._last_given = x
@@ -263,3 +270,9 @@ def connect_comm(
 ) -> CountingComm:
     """The communicator of this process: of the default process group, or of a single worker."""
     return DistComm(clock, deadline) if world_size > 1 else LocalComm.alone(clock)
+
+
+def current_comm() -> CountingComm:
+    """The communicator of this process: of the default process group where there is one, else of a single
+    worker."""
+    return DistComm() if dist.is_available() and dist.is_initialized() else LocalComm.alone()

@@ -1,19 +1,32 @@
 """One step between backward and the optimizer: error feedback, reducer and communicator in one object."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from sage.exchange.clock import Clock
 from sage.exchange.feedback import Feedback
-from sage.exchange.gradient import GradientBuffer
 from sage.interfaces import Communicator, Progress, Reducer, Slot, Stateful
 
 State = dict[str, Any]
+
+
+class Gradient(Protocol):
+    """A flat gradient and where it comes from: a GradientBuffer, or a bucket of somebody else's."""
+
+    flat: Tensor
+    """(n,): valid between collect and distribute."""
+
+    def collect(self, read: Callable[[Tensor], Tensor] = Tensor.cpu) -> list[bool]:
+        """Bring the gradients into flat; returns, for each slot, whether its parameter has one. read: how
+        the host learns a device's numbers."""
+
+    def distribute(self, used: Sequence[bool]) -> None:
+        """Give flat back as the parameters' gradients."""
 
 
 @dataclass(frozen=True)
@@ -99,10 +112,11 @@ class Exchange:
         reads_late: norms are computed without waiting for the device."""
         self.feedback, self.reducer, self.comm, self.layout = feedback, reducer, comm, list(layout)
         self._side, self._waits = comm.another(), not reads_late
+        self._backup: State = {}
         self._clock = clock or Clock(torch.device("cpu"))
 
     def step(
-        self, gradient: GradientBuffer, progress: Progress, *, scaler: torch.amp.GradScaler | None = None
+        self, gradient: Gradient, progress: Progress, *, scaler: torch.amp.GradScaler | None = None
     ) -> bool:
         """Replace a model's gradients by the estimate of their mean over the workers.
 
@@ -117,13 +131,27 @@ class Exchange:
         Raises CommunicationError, and RuntimeError where the parameters have changed, or the scaler has
         already unscaled the gradients.
         """
+        return bool(self._step(gradient, progress, scaler, has_batch=True))
+
+    def step_of_others(
+        self, gradient: Gradient, progress: Progress, *, scaler: torch.amp.GradScaler | None = None
+    ) -> bool | None:
+        """The same for a worker that has no batch left, and no gradients; None where no worker has."""
+        return self._step(gradient, progress, scaler, has_batch=False)
+
+    def _step(
+        self, gradient: Gradient, progress: Progress, scaler: torch.amp.GradScaler | None, has_batch: bool
+    ) -> bool | None:
         scale = _scale_of(scaler)
         used, grad = gradient.collect(self._side.read), gradient.flat
         # Both are NaN where an element is. (A norm of order infinity takes ten times as long on a CPU.)
         low, high = grad.aminmax()
         is_finite = low.isfinite() & high.isfinite()
         # All agree before anything is changed: the one time that a step waits for the device.
-        is_bad, used = read_agreement(self._side, start_agreement(self._side, is_finite, used))
+        flags = start_agreement(self._side, is_finite, [has_batch, *used])
+        is_bad, (any_has_batch, *used) = read_agreement(self._side, flags)
+        if not any_has_batch:
+            return None
         if is_bad:
             grad.fill_(torch.nan)
         else:
@@ -238,6 +266,18 @@ class Exchange:
         for prefix, owner in self._owners().items():
             owner.load_state_dict(_unite(bucket[prefix], parameters, f"{prefix}."))
 
+    def back_up(self) -> None:
+        """Keep a copy of the state for restore(), in memory that is kept: as much as the state has."""
+        self._backup = {
+            prefix: _copy_into(self._backup.get(prefix, {}), owner)
+            for prefix, owner in self._owners().items()
+        }
+
+    def restore(self) -> None:
+        """Put back what the last back_up() has kept."""
+        for prefix, owner in self._owners().items():
+            owner.load_state_dict(self._backup[prefix])
+
     def reseed(self, seed: int) -> None:
         """Restart this worker's own generators from a seed."""
         for owner in self._owners().values():
@@ -300,3 +340,19 @@ def _unite(rest: State, parameters: list[State], prefix: str) -> State:
 def _copied(value: Any) -> Any:
     """A mapping that can be added to without changing the first."""
     return {key: _copied(part) for key, part in value.items()} if isinstance(value, dict) else value
+
+
+def _copy_into(kept: State, owner: Stateful) -> State:
+    """An owner's state, its tensors copied into those of kept where they have the same shapes."""
+    return {name: _copy_part(kept.get(name), getattr(owner, name)) for name in owner.state_names}
+
+
+def _copy_part(kept: Any, value: Any) -> Any:
+    if isinstance(value, Stateful):
+        return _copy_into(kept or {}, value)
+    if isinstance(value, torch.Generator):
+        return value.get_state()
+    if isinstance(value, Tensor):
+        is_like = isinstance(kept, Tensor) and kept.shape == value.shape
+        return kept.copy_(value) if is_like else value.clone()
+    return list(value) if isinstance(value, list) else value

@@ -57,7 +57,7 @@ class GradientBuffer:
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         dtype, device = _common_kind(named)
         self._model = model
-        self.layout = lay_out((name, _memory_shape(parameter)) for name, parameter in named)
+        self.layout = lay_out((name, memory_shape(parameter)) for name, parameter in named)
         n = self.layout[-1].stop
         self._grads = torch.zeros(n, dtype=dtype, device=device)  # what the views are of
         self.flat = torch.zeros(n, device=device) if dtype in HALVES else self._grads
@@ -174,7 +174,7 @@ def _is_dense(parameter: Tensor) -> bool:
     return True
 
 
-def _memory_shape(parameter: Tensor) -> tuple[int, ...]:
+def memory_shape(parameter: Tensor) -> tuple[int, ...]:
     """The shape with the dimensions in the order of the memory: that of a channels_last weight is (O, H, W,
     I)."""
     if parameter.is_contiguous() or not _is_dense(parameter):

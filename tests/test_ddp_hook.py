@@ -1,0 +1,226 @@
+"""Every reducer inside DistributedDataParallel keeps the laws of a flat exchange, bucket for bucket."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.cases import CASES, Case
+from tests.ddp_worker import BAD_STEP, LEARNED, REFERENCES
+from tests.toy import bits_of
+
+ROOT = Path(__file__).parent.parent
+EPSILON = 2.0**-24
+every_case = pytest.mark.parametrize("case", CASES, ids=str)
+Seen = list[Any]
+"""What a scenario has seen, by rank."""
+
+
+def run(world_size: int, folder: Path, scenarios: list[str]) -> dict[str, Seen]:
+    """Run scenarios of tests/ddp_worker.py in a group of processes."""
+    command = [sys.executable, "-m", "tests.ddp_worker"]
+    processes = [
+        subprocess.Popen(
+            [*command, str(rank), str(world_size), str(folder / "rendezvous"), str(folder), *scenarios],
+            cwd=ROOT,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(world_size)
+    ]
+    errors = [process.communicate(timeout=500)[1] for process in processes]
+    assert all(process.returncode == 0 for process in processes), errors
+    return {
+        scenario: [
+            torch.load(path, weights_only=False)
+            if (path := folder / f"{number}-{rank}.pt").exists()
+            else None
+            for rank in range(world_size)
+        ]
+        for number, scenario in enumerate(scenarios)
+    }
+
+
+@pytest.fixture(scope="module")
+def cases(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Seen]:
+    """What the rows that are selected have seen: one pair of processes runs them all."""
+    users = [item for item in request.session.items if "cases" in getattr(item, "fixturenames", ())]
+    rows = sorted({str(item.callspec.params["case"]) for item in users})  # type: ignore[attr-defined]
+    seen = run(2, tmp_path_factory.mktemp("cases"), [f"case:{row}" for row in rows])
+    return {name.removeprefix("case:"): found for name, found in seen.items()}
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Seen]:
+    references = [f"reference:{name}" for name in REFERENCES]
+    scenarios = [*references, "unused", "half", "scaled", "joined", "errors", "primed"]
+    return run(2, tmp_path_factory.mktemp("others"), scenarios)
+
+
+# --- every reducer --------------------------------------------------------------------------------
+
+
+@every_case
+def test_replicas_are_alike_and_several_buckets_are_exchanged(case: Case, cases: dict[str, Seen]) -> None:
+    first, second = (seen["threaded"] for seen in cases[str(case)])
+    assert bits_of(first["means"]) == bits_of(second["means"])
+    assert all(mean.isfinite().all() for step in first["means"] for mean in step.values())
+    assert first["buckets"] == [1, 3, 3, 3, 3, 3]  # DDP arranges them anew after the first backward
+
+
+@every_case
+def test_threaded_is_inline_bit_for_bit(case: Case, cases: dict[str, Seen]) -> None:
+    for seen in cases[str(case)]:
+        assert bits_of(seen["threaded"]) == bits_of(seen["inline"])
+
+
+def residuals_of(seen: dict[str, Any], step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What waited before and after a step."""
+    after = seen["waiting"][step]
+    before = seen["waiting"][step - 1] if step else {name: torch.zeros_like(after[name]) for name in after}
+    return before, after
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if "conservation" not in c.unpromised], ids=str)
+def test_what_left_the_memory_arrives_by_name_also_when_the_buckets_change(
+    case: Case, cases: dict[str, Seen]
+) -> None:
+    for step in range(6):
+        workers = [seen["threaded"] for seen in cases[str(case)]]
+        waited = [residuals_of(worker, step) for worker in workers]
+        largest = max(
+            (before[name] + worker["own"][step][name].flatten()).abs().max().item()
+            for worker, (before, _) in zip(workers, waited, strict=True)
+            for name in before
+        )
+        for name, mean in workers[0]["means"][step].items():
+            wanted = [
+                before[name].double() + worker["own"][step][name].flatten().double()
+                for worker, (before, _) in zip(workers, waited, strict=True)
+            ]
+            sent = [want - after[name] for want, (_, after) in zip(wanted, waited, strict=True)]
+            # As in test_laws.py, 1.5 EPSILON sum|x| for two workers, and one addition more, of the gradient
+            # to the memory.
+            bound = 2.02 * EPSILON * torch.stack(wanted).abs().sum(0) + case.rounding * largest
+            assert ((mean.flatten() - torch.stack(sent).mean(0)).abs() <= bound).all()
+
+
+@every_case
+def test_six_steps_are_three_and_a_reload_and_three_after_priming(case: Case, cases: dict[str, Seen]) -> None:
+    for seen in cases[str(case)]:
+        assert seen["straight"]["buckets"] == [3] * 6
+        assert bits_of(seen["straight"]) == bits_of(seen["reloaded"])
+
+
+@every_case
+def test_a_bad_gradient_in_the_last_bucket_moves_nothing(case: Case, cases: dict[str, Seen]) -> None:
+    for seen in cases[str(case)]:
+        skipped = seen["skipped"]
+        assert skipped["usable"] == [step != BAD_STEP for step in range(BAD_STEP + 2)]
+        assert skipped["is_same"][BAD_STEP]
+        assert len(skipped["bad"]) == 8
+        assert all(grad.isnan().all() for grad in skipped["bad"].values())
+        assert all(skipped["after"])
+
+
+# --- what DDP can do ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+def test_exact_through_the_hook_is_plain_ddp_bit_for_bit(name: str, others: dict[str, Seen]) -> None:
+    for seen in others[f"reference:{name}"]:
+        assert [set(step) for step in seen["hook"]] == [set(step) for step in seen["ddp"]]
+        for ours, theirs in zip(seen["hook"], seen["ddp"], strict=True):
+            assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+        assert any(mean.any() for mean in seen["ddp"][0].values())
+
+
+def test_with_three_workers_exact_divides_as_ddp_does(tmp_path: Path) -> None:
+    """There a division before and one after the sum, or a product with 1/3, differ."""
+    (found,) = run(3, tmp_path, ["reference:plain"]).values()
+    for seen in found:
+        for ours, theirs in zip(seen["hook"], seen["ddp"], strict=True):
+            assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_what_waits_for_a_parameter_that_no_worker_uses_goes_on_waiting(others: dict[str, Seen]) -> None:
+    assert others["unused"][0][0]["first.weight"].any()  # of rank 0, which alone has used it
+    for seen in others["unused"]:
+        assert torch.equal(seen[1]["first.weight"], seen[0]["first.weight"])  # at odd steps nobody uses it
+        assert not torch.equal(seen[1]["trunk.weight"], seen[0]["trunk.weight"])
+        assert not any(step["second.weight"].any() for step in seen)
+
+
+def test_sixteen_bit_buckets_are_exchanged_in_float32(others: dict[str, Seen]) -> None:
+    first, second = others["half"]
+    for mean, one, other in zip(first["mean"], first["own"], second["own"], strict=True):
+        assert mean.dtype == torch.bfloat16
+        assert torch.equal(mean, ((one.float() + other.float()) / 2).bfloat16())
+    assert all(memory.dtype == torch.float32 for memory in first["memory"].values())
+
+
+def test_under_a_grad_scaler_the_memory_is_in_unscaled_units_and_one_step_is_skipped(
+    others: dict[str, Seen],
+) -> None:
+    """A scale of a power of two changes no bit of a normal number."""
+    for seen in others["scaled"]:
+        assert seen["with"].pop("scale") == 512.0  # halved once
+        seen["without"].pop("scale")
+        assert bits_of(seen["with"]) == bits_of(seen["without"])
+        assert all(weight.isfinite().all() for weight in seen["with"]["weights"].values())
+
+
+def test_uneven_inputs_under_join_are_those_of_ddp(others: dict[str, Seen]) -> None:
+    first, second = others["joined"]
+    assert bits_of(first["hook"]) == bits_of(first["ddp"])
+    assert bits_of(first["topk"]) == bits_of(second["topk"])
+    assert bits_of(first["topk"]) != bits_of(first["ddp"])
+
+
+def test_priming_changes_nothing_but_the_buckets(others: dict[str, Seen]) -> None:
+    for seen in others["primed"]:
+        assert seen["is_same"]
+        assert seen["names"][0] == seen["names"][1]
+        assert seen["step"] == 2
+
+
+# --- errors ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("what", "told"),
+    [
+        ("reducer", "ArithmeticError: the factors do not fit"),
+        ("epoch", "ValueError: epoch: expected steps_per_epoch where the exchange is made"),
+        ("state", "KeyError: '0.weight'"),
+        ("join", "ValueError: join: expected divide_by_initial_world_size=True, got False"),
+        ("model", "ValueError: expected a model in DistributedDataParallel, got Sequential"),
+    ],
+)
+def test_what_cannot_work_is_an_error_of_backward_with_its_text(
+    what: str, told: str, others: dict[str, Seen]
+) -> None:
+    for seen in others["errors"]:
+        assert seen[what].startswith(told)
+
+
+def test_a_lost_worker_is_an_error_of_backward(tmp_path: Path) -> None:
+    (found,) = run(2, tmp_path, ["lost"]).values()
+    assert found[0].startswith("CommunicationError: all_reduce failed: ")
+
+
+# --- training -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_two_hundred_steps_on_digits_reach_the_flat_loops_score_within_its_spread(
+    name: str, tmp_path: Path
+) -> None:
+    (found,) = run(2, tmp_path, [f"learns:{name}"]).values()
+    flat, hook = torch.tensor(found[0]["flat"]), torch.tensor(found[0]["hook"])  # (5 seeds,)
+    assert flat.min() > 0.5  # guessing gives 0.1
+    assert hook.mean() >= flat.mean() - (flat.max() - flat.min())
