@@ -43,8 +43,8 @@ class LastWork:
         return self._work.is_completed()
 
 
-def enqueue(x: torch.Tensor, op: Any) -> None:
-    works.append(all_reduce(x, op, async_op=True))
+def enqueue(x: torch.Tensor, op: Any, group: dist.ProcessGroup | None) -> None:
+    works.append(all_reduce(x, op, group, async_op=True))
 
 
 def join_over_gloo(backend: str, *, device_id: torch.device, timeout: Any, **given: Any) -> None:
