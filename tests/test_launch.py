@@ -86,6 +86,7 @@ def test_two_processes_train_and_agree_with_torchrun(tmp_path: Path) -> None:
     assert theirs.returncode == 0, output
     folders = [next((tmp_path / name / "digits").iterdir()) for name in ("ours", "theirs")]
     names = {"config.yaml", "environment.json", "metrics.jsonl", "summary.json", "checkpoints", "tensorboard"}
+    names.add(".lock")
     assert [{entry.name for entry in folder.iterdir()} for folder in folders] == [names, names]
     weights = [(folder / "checkpoints" / "final.pt").read_bytes() for folder in folders]
     assert weights[0] == weights[1]
