@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from reducers import REDUCERS
+from reducers import REDUCERS, kernels, largest
+from reducers.kernels import plain
+from reducers.search import FixedSearch
 from sage.config import Named
 from sage.exchange.comm import LocalComm
 from sage.training.agree import Request
@@ -17,8 +19,9 @@ from tests.toy import settings_of, trainer_of
 from tests.waits import Waits
 
 WORLD_SIZE, EVERY = 2, 3
-DEVICE_FREE = ("exact", "powersgd", "random_block")
-"""The methods that wait for no device on any path; others have paths of the CPU's own."""
+DEVICE_FREE = ("exact", "powersgd", "random_block", "topk", "global_topk")
+"""The methods that wait for no device on a GPU's path, in torch operations; the others have paths of the
+CPU's own that are not replaced here."""
 
 
 @pytest.fixture(autouse=True)
@@ -52,6 +55,14 @@ def waits_of(name: str, **changes: Any) -> tuple[list[Counter[str]], list[Counte
     return LocalComm.run(WORLD_SIZE, worker)[0]
 
 
+@pytest.fixture
+def device_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's search and kernels, in torch operations."""
+    monkeypatch.setattr(largest, "search_for", lambda _: FixedSearch)
+    monkeypatch.setattr(kernels, "form_for", lambda _: plain)
+
+
+@pytest.mark.usefixtures("device_path")
 @pytest.mark.parametrize("clip", [{}, {"norm": 0.5}, {"norm": 0.5, "before_reduce": False}])
 @pytest.mark.parametrize("name", DEVICE_FREE)
 def test_a_plain_step_reads_only_what_the_step_before_has_left(name: str, clip: dict[str, Any]) -> None:

@@ -63,8 +63,8 @@ class _Operators(TorchDispatchMode):
         self._waits = waits
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = str(func)
-        if name.startswith(OPERATORS):
+        name, size_is_given = str(func), (kwargs or {}).get("output_size") is not None
+        if name.startswith(OPERATORS) and not size_is_given:
             self._waits.note(name, args[0])
         elif name.startswith(("aten.index.", "aten.index_put")) and any(
             index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
