@@ -250,7 +250,7 @@ def alter(folder: Path) -> None:
 
 
 DAMAGES: dict[str, tuple[Damage, str]] = {
-    "another version": (other_format, r"manifest\.json: format: expected 2, got 7; another version"),
+    "another version": (other_format, r"manifest\.json: format: expected 3, got 7; another version"),
     "cut off": (
         lambda folder: os.truncate(folder / "rank0.pt", 1000),
         r"rank0\.pt: expected \d+ bytes, as manifest\.json says, got 1000",

@@ -21,7 +21,7 @@ from pydantic import Field, ValidationError
 from sage import files
 from sage.config import Settings, one_line
 
-FORMAT = 2
+FORMAT = 3
 """The version of this format; a program reads no other."""
 NAME = "manifest.json"
 SHARED = "shared.pt"
