@@ -163,6 +163,7 @@ def build_exchange(
     """
     from sage.exchange.exchange import Exchange
     from sage.exchange.feedback import FEEDBACKS
+    from sage.interfaces import Seeds
 
     config = _settings({"name": name, **settings})
     kind = REDUCERS[config.name]
@@ -172,7 +173,7 @@ def build_exchange(
     table = {key: value.Settings for key, value in FEEDBACKS.items()}
     kept = validate({"feedback": section}, _ChosenFeedback, {"feedback": table}).feedback
     FEEDBACKS[kept.name].check(kind, config, _OwnOptimizer())
-    reducer = build_reducer(name, layout, worker=comm.rank, seed=seed, device=like.device, **settings)
+    reducer = build(config, layout, seeds=Seeds.derive(seed, comm.rank), device=like.device)
     return Exchange(FEEDBACKS[kept.name](kept, like), reducer, comm, layout)
 
 

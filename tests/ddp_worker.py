@@ -7,7 +7,6 @@ import gc
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from reducers.exact import Exact
 from sage.exchange.ddp_hook import DDPHook
 from sage.interfaces import CommunicationError, Communicator
 from tests.cases import CASES, Case
+from tests.gloo_worker import join_group
 from tests.test_own_loops import Branches, filled
 from tests.toy import bits_of
 
@@ -396,14 +396,7 @@ def run(scenario: str) -> Any:
 
 
 def main(rank: int, world_size: int, rendezvous: str, out: str, scenarios: list[str]) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{rendezvous}",
-        rank=rank,
-        world_size=world_size,
-        timeout=timedelta(seconds=60),
-    )
+    join_group(rank, world_size, rendezvous)
     for number, scenario in enumerate(scenarios):
         torch.save(run(scenario), f"{out}/{number}-{rank}.pt")
         gc.collect()

@@ -14,7 +14,8 @@ from sage.exchange.comm import DistComm
 from tests.cases import CASES, run_case
 
 
-def main(rank: int, world_size: int, rendezvous: str, out: str, rows: list[str]) -> None:
+def join_group(rank: int, world_size: int, rendezvous: str) -> None:
+    """Form the default process group over gloo, with one thread a process."""
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
@@ -23,6 +24,10 @@ def main(rank: int, world_size: int, rendezvous: str, out: str, rows: list[str])
         world_size=world_size,
         timeout=timedelta(seconds=60),
     )
+
+
+def main(rank: int, world_size: int, rendezvous: str, out: str, rows: list[str]) -> None:
+    join_group(rank, world_size, rendezvous)
     comm = DistComm()
     chosen = [case for case in CASES if str(case) in rows]
     steps = {str(case): [astuple(step) for step in run_case(case, comm)] for case in chosen}

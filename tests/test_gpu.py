@@ -98,10 +98,10 @@ def record(case: Case, comm: LocalComm) -> list[Recorded]:
 
 def replay(case: Case, comm: LocalComm, recorded: list[Recorded], device: torch.device) -> list[Step]:
     """The same steps on a device, each from the recorded state, so that rounding is not fed back."""
-    with DrawnOnCpu() as draws:
+    with DrawnOnCpu():
         reducer, steps = case.build(rank=comm.rank, device=device), []
         for number, (state, memory, _) in enumerate(recorded):
-            draws.load(reducer, state)
+            reducer.load_state_dict(state)
             steps += run_steps(reducer, comm, range(number, number + 1), memory.to(device, copy=True))
         return steps
 

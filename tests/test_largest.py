@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from reducers import REDUCERS, kernels, largest
 from reducers.kernels import plain
@@ -15,6 +14,7 @@ from reducers.search import FixedSearch, Part, Sample, SampledSearch, Search
 from sage.exchange.comm import LocalComm
 from sage.interfaces import Place, Seeds
 from tests.cases import layout_of
+from tests.waits import Waits
 
 LAYOUT = layout_of(((7,), (300, 200), (0,), (7,), (50,), (90, 1000), (3,)))
 """Two tensors that are sampled at a density of 0.01, among small ones, two of one size, and one of none."""
@@ -213,24 +213,6 @@ def test_a_gpu_that_has_too_many_candidates_takes_the_first_that_fit(monkeypatch
     assert reducer.inexact_steps == 1
 
 
-class CountingWaits(TorchDispatchMode):
-    """Counts the operations for which a host would wait for a GPU."""
-
-    WAITS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::_unique2", "aten::masked_select")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.num_waits = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.name().split(".")[0]
-        is_mask = name == "aten::index" and any(
-            one is not None and one.dtype == torch.bool for one in args[1]
-        )
-        self.num_waits += name in self.WAITS or is_mask
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize(("name", "waits"), [("topk", 0), ("global_topk", 0), ("threshold", 2)])
 def test_a_step_of_fixed_k_waits_for_no_device(
     name: str, waits: int, monkeypatch: pytest.MonkeyPatch
@@ -239,10 +221,11 @@ def test_a_step_of_fixed_k_waits_for_no_device(
     reducer = build(name, 0.01)
     for _ in range(2):
         send, mean = torch.zeros(N), heavy(torch.Generator().manual_seed(0)).float()
-        with CountingWaits() as counter:
+        counter = Waits()
+        with counter.counted():
             reducer.accumulate(send, mean, grad_is_mean=True)
             reducer.reduce(send, mean, LocalComm.alone())
-        assert counter.num_waits == waits
+        assert counter.found.total() == waits
 
 
 def test_the_sample_is_the_same_in_every_object_and_has_no_period() -> None:

@@ -121,11 +121,10 @@ class LateAgreement(Agreement):
             _, used = read_agreement(self._side, flags)
         if waits:
             return self.settle(), list(used)
-        request = Request.NOTHING
-        while len(self._waiting) > 1:
-            earlier, number = self._waiting.pop(0)
-            request = self._answer([earlier], [number.read(self._side)])
-        return request, list(used)
+        if len(self._waiting) == 1:
+            return Request.NOTHING, list(used)
+        earlier, number = self._waiting.pop(0)  # of the step before
+        return self._answer([earlier], [number.read(self._side)]), list(used)
 
     def settle(self) -> Request:
         if not self._waiting:
