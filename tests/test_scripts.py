@@ -171,6 +171,15 @@ def test_a_requeued_job_without_a_run_begins(repository: Path) -> None:
     assert (done.returncode, words_of(done)) == (0, ["a.yaml"])
 
 
+def test_a_restarted_jobs_training_has_another_step_number_than_before(repository: Path) -> None:
+    """SLURM numbers a job's steps from 0 at each start, and repeats late what was meant for the last start's."""
+    for restarts in range(4):
+        done = call(repository, "pararun", "a.yaml", **job(repository, SLURM_RESTART_COUNT=str(restarts)))
+        steps = [line for line in done.stdout.splitlines() if line.startswith("srun ")]
+        assert len(steps) == 1 + restarts % 2
+        assert words_of(done) == ["a.yaml"]
+
+
 def call_with_a_run_that_is_ended(
     repository: Path, code: int = 0, files: tuple[str, ...] = ("requeue",), requeues: bool = True
 ) -> subprocess.CompletedProcess:

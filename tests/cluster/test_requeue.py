@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +189,10 @@ def test_a_job_whose_host_loses_its_link_waits_for_it_and_resumes(
     cluster.tool("heal", "n3")
     wait_for_words(tmp_path, "resumed after")
     assert cluster.fact(endless_job, "Restarts") == "1"
+    # SLURM tells the host again, each 60 s, what it could not tell it: that its old step is to end.
+    time.sleep(75)
+    assert cluster.state(endless_job) == "RUNNING", log_of(tmp_path)
+    assert len([pid for host in HOSTS for pid in cluster.workers(host)]) >= len(HOSTS)
 
 
 # --- cancelled ------------------------------------------------------------------------------------
