@@ -22,6 +22,8 @@ from reducers import REDUCERS
 from sage import config, files
 from sage.components import SettingsTable
 from sage.console import complain, show
+from sage.exchange.echo import warm_up
+from sage.exchange.exchange import Exchange
 from sage.exchange.feedback import FEEDBACKS
 from sage.exchange.gradient import GradientBuffer
 from sage.interfaces import Seeds
@@ -93,10 +95,18 @@ def build(settings: RunSettings, worker: Worker) -> TrainingParts:
     task = TASKS[settings.task.name](settings.task, worker.data, worker.place, seeds=seeds, device=device)
     torch.manual_seed(seeds.worker)  # dropout
     gradient = GradientBuffer(task.model)
+    build_reducer = partial(reducers.build, settings.reducer, seeds=seeds, device=device)
+    build_feedback = partial(FEEDBACKS[settings.feedback.name], settings.feedback)
+    warm_up(
+        lambda layout, like, comm: Exchange(build_feedback(like), build_reducer(layout), comm, layout),
+        gradient.layout,
+        gradient.flat,
+        worker.place.world_size,
+    )
     return TrainingParts(
         task=task,
-        reducer=reducers.build(settings.reducer, gradient.layout, seeds=seeds, device=device),
-        feedback=FEEDBACKS[settings.feedback.name](settings.feedback, gradient.flat),
+        reducer=build_reducer(gradient.layout),
+        feedback=build_feedback(gradient.flat),
         gradient=gradient,
         optimizer=build_optimizer(settings.optimizer, task.model),
     )

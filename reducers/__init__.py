@@ -109,14 +109,11 @@ def attach(
     Raises ValueError where a value or the model cannot be served.
     """
     from sage.exchange.attached import AttachedExchange
-    from sage.exchange.comm import current_comm
 
-    workers = comm or current_comm()
+    def build_one(layout: "list[Slot]", like: "Tensor", comm: "Communicator") -> "Exchange":
+        return build_exchange(name, layout, like, comm, seed=seed, feedback=feedback, **settings)
 
-    def build_one(layout: "list[Slot]", like: "Tensor") -> "Exchange":
-        return build_exchange(name, layout, like, workers, seed=seed, feedback=feedback, **settings)
-
-    return AttachedExchange(model, build_one, steps_per_epoch)
+    return AttachedExchange(model, build_one, comm, steps_per_epoch)
 
 
 def hook(

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from reducers.kernels import Division, Found, keep_largest, scan, scan_into
 from reducers.sparse import Candidates
+from sage.draws import Draws
 
 NUM_ABOVE = 8
 """A part's sample is so large that this many of the part's k largest, or of its 4 sqrt(size) largest where
@@ -96,16 +97,14 @@ class Sample:
         self.parts = [part for part in parts if part.is_worth_a_sample()]
         self.sizes = [part.num_sampled() for part in self.parts]
         self.pieces = Segments(self.sizes, device)
-        self._device = device
         facts = [(part.start, part.size / part.num_sampled(), part.stop - 1) for part in self.parts]
         table = torch.tensor(facts, dtype=torch.float64, device=device).view(-1, 3)
         starts, self._widths, self._lasts = table[self.pieces.owners].unbind(1)  # (sampled,) each
         self._blocks = starts + self.pieces.ranks * self._widths  # where each block starts
 
     def draw(self, number: int) -> None:
-        """Draw the number-th set of positions (sampled,): the same in every process."""
-        rng = torch.Generator(self._device).manual_seed(number)
-        within = torch.rand(len(self._widths), dtype=torch.float64, generator=rng, device=self._device)
+        """Draw the number-th set of positions (sampled,): the same in every process, and on every device."""
+        within = Draws(number).uniform(self._widths.shape, self._widths.device)
         self.positions = (self._blocks + within * self._widths).minimum(self._lasts).long()
 
     def magnitudes(self, send: Tensor, grad: Tensor | None) -> Tensor:

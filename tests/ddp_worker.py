@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 import reducers
 from reducers.exact import Exact
 from sage.exchange.ddp_hook import DDPHook
-from sage.interfaces import CommunicationError, Communicator
+from sage.interfaces import CommunicationError, Communicator, Slot
 from tests.cases import CASES, Case
 from tests.gloo_worker import join_group
 from tests.test_own_loops import Branches, filled
@@ -29,10 +29,15 @@ FEW_BYTES = {"bucket_cap_mb": 0.0005}
 
 
 class Failing(Exact):
-    """Cannot exchange."""
+    """Cannot exchange several parameters together."""
+
+    def __init__(self, config: Any, layout: list[Slot], **given: Any) -> None:
+        super().__init__(config, layout, **given)
+        self.num_parameters = len(layout)
 
     def reduce(self, send: Tensor, mean: Tensor, comm: Communicator) -> None:
-        raise ArithmeticError("the factors do not fit")
+        if self.num_parameters > 1:
+            raise ArithmeticError("the factors do not fit")
 
 
 def layers() -> nn.Module:

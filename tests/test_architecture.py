@@ -143,7 +143,7 @@ def test_a_reducer_or_task_imports_the_interfaces_and_what_its_family_shares(pat
     tables = {"sage.components"} if path.stem == "__init__" else set()
     if module_of(path) == "reducers.__init__":  # what a program of one's own calls
         tables |= {name for name in ours(path) if name.startswith("sage.exchange.")}
-    for name in ours(path) - {"sage", "sage.interfaces", "sage.config", "sage.draws"} - tables:
+    for name in ours(path) - {"sage", "sage.interfaces", "sage.config", "sage.draws", "sage.locks"} - tables:
         assert name.startswith(f"{family}."), f"{path} imports {name}"
         is_shared = name in SHARED or name.startswith(("reducers.kernels", "tasks.models", "tasks.data"))
         assert is_shared or path.stem == "__init__", f"{path} imports its sibling {name}"

@@ -196,7 +196,7 @@ def test_priming_changes_nothing_but_the_buckets(others: dict[str, Seen]) -> Non
     [
         ("reducer", "ArithmeticError: the factors do not fit"),
         ("epoch", "ValueError: epoch: expected steps_per_epoch where the exchange is made"),
-        ("state", "KeyError: '0.weight'"),
+        ("state", "ValueError: state: expected the parameter 0.weight, got a state without any"),
         ("join", "ValueError: join: expected divide_by_initial_world_size=True, got False"),
         ("model", "ValueError: expected a model in DistributedDataParallel, got Sequential"),
     ],

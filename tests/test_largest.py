@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.gpu.waits import Waits
 from reducers import REDUCERS, kernels, largest
 from reducers.kernels import plain
 from reducers.search import FixedSearch, Part, Sample, SampledSearch, Search
 from sage.exchange.comm import LocalComm
 from sage.interfaces import Place, Seeds
 from tests.cases import layout_of
-from tests.waits import Waits
 
 LAYOUT = layout_of(((7,), (300, 200), (0,), (7,), (50,), (90, 1000), (3,)))
 """Two tensors that are sampled at a density of 0.01, among small ones, two of one size, and one of none."""

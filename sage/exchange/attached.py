@@ -1,15 +1,16 @@
 """The exchange of a model in a training loop of somebody's own, in one object."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from sage.exchange.exchange import Exchange
+from sage.exchange.comm import current_comm
+from sage.exchange.echo import Build, warm_up
 from sage.exchange.gradient import GradientBuffer
 from sage.exchange.progress import StepCounter
-from sage.interfaces import Communicator, Slot
+from sage.interfaces import Communicator
 
 
 class AttachedExchange:
@@ -21,18 +22,22 @@ class AttachedExchange:
     def __init__(
         self,
         model: nn.Module,
-        build: Callable[[list[Slot], Tensor], Exchange],
+        build: Build,
+        comm: Communicator | None = None,
         steps_per_epoch: int | None = None,
     ) -> None:
-        """build: makes the Exchange of a layout and of a tensor (n,) like its flat gradient.
+        """build: makes the exchange. comm: which workers; None: those of current_comm.
 
         Gives every worker rank 0's parameters and buffers, as DistributedDataParallel does. Raises ValueError
         where the model's gradients cannot be served.
         """
         self.gradient = GradientBuffer(model)
-        self.exchange = build(self.gradient.layout, self.gradient.flat)
+        layout, like = self.gradient.layout, self.gradient.flat
+        workers = comm or current_comm(like.device)
+        self.exchange = build(layout, like, workers)
         self.steps = StepCounter(steps_per_epoch)
-        copy_from_first(model, self.exchange.comm.another())
+        copy_from_first(model, workers.another())
+        warm_up(build, layout, like, workers.world_size)
 
     def step(
         self,
@@ -89,8 +94,8 @@ class AttachedExchange:
         return {"step": self.steps.step, **self.exchange.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take a state_dict, also one of a DDPHook of the same model. Raises KeyError where a parameter is
-        missing, ValueError where a shape or type is another."""
+        """Take a state_dict, also one of a DDPHook of the same model. Raises ValueError where a parameter is
+        missing, or a shape or type is another."""
         self.exchange.load_state_dict(state)
         self.steps.step = state["step"]
 

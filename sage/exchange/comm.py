@@ -12,6 +12,7 @@ from abc import abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
@@ -28,6 +29,9 @@ WhileWaiting = Callable[[], AbstractContextManager[None]]
 """Entered by a worker while it waits for the others."""
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 """The older name is deprecated where torch has the newer one."""
+SHARE_OF_TIMEOUT = 0.9
+"""How much of a group's timeout a read waits in somebody's own loop. After all of it torch's watchdog ends
+the process, and with it all waits elsewhere."""
 
 
 @dataclass
@@ -161,7 +165,7 @@ class DistComm(CountingComm):
             reason = re.sub(r"^\[\S+\] ", "", str(error).strip().splitlines()[0]).split(". ")[0]
             raise CommunicationError(f"{name} failed: {reason}") from error
         if self._deadline is not None and self._deadline.applies_to(x):
-            self._deadline.enqueued(name)
+            self._deadline.enqueued(name, x.device)
 
 
 class LocalComm(CountingComm):
@@ -272,7 +276,25 @@ def connect_comm(
     return DistComm(clock, deadline) if world_size > 1 else LocalComm.alone(clock)
 
 
-def current_comm() -> CountingComm:
-    """The communicator of this process: of the default process group where there is one, else of a single
-    worker."""
-    return DistComm() if dist.is_available() and dist.is_initialized() else LocalComm.alone()
+def current_comm(device: torch.device) -> CountingComm:
+    """The communicator of this process, for tensors on a device: of the default process group where there is
+    one, else of a single worker."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return LocalComm.alone()
+    return DistComm(deadline=deadline_of(None, device))
+
+
+def deadline_of(group: dist.ProcessGroup | None, device: torch.device) -> Deadline | None:
+    """For reading what a group's collectives have computed on a device; None: on a CPU they are done when
+    they return. group: None is the default one."""
+    if device.type != "cuda":
+        return None
+    return Deadline(SHARE_OF_TIMEOUT * timeout_of(group, device).total_seconds())
+
+
+def timeout_of(group: dist.ProcessGroup | None, device: torch.device) -> timedelta:
+    """How long a group's collectives on a device may take."""
+    group = group or dist.group.WORLD
+    assert group is not None  # there is one
+    found: timedelta = group._get_backend(device).options._timeout
+    return found

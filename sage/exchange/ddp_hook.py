@@ -18,14 +18,13 @@ from torch import Tensor
 from torch.autograd import Variable
 from torch.nn.parallel import DistributedDataParallel
 
-from sage.exchange.comm import DistComm
+from sage.exchange.comm import DistComm, deadline_of, timeout_of
+from sage.exchange.echo import Build, warm_up
 from sage.exchange.exchange import Exchange, State
 from sage.exchange.gradient import HALVES, memory_shape
 from sage.exchange.progress import StepCounter
-from sage.interfaces import Communicator, Progress, Slot, lay_out
+from sage.interfaces import Progress, Slot, lay_out
 
-Build = Callable[[list[Slot], Tensor, Communicator], Exchange]
-"""Makes the Exchange of a layout, of a tensor (n,) like its flat gradient, over a communicator."""
 Job = Callable[[], None]
 
 
@@ -119,7 +118,8 @@ class DDPHook:
         self._names: dict[Tensor, str] = {p: name for name, p in ddp.module.named_parameters()}
         self._finds_unused = ddp.find_unused_parameters or ddp.static_graph
         self._build, self._scaler = build, scaler
-        self.comm = DistComm(group=_another_group(ddp))
+        group, device = _another_group(ddp), next(iter(self._names)).device
+        self.comm = DistComm(deadline=deadline_of(group, device), group=group)
         self.steps = StepCounter(steps_per_epoch)
         self.is_usable = True
         """Whether the last backward's gradients can be used: the same on all workers."""
@@ -134,7 +134,15 @@ class DDPHook:
         if self._jobs is not None:
             threading.Thread(target=_work, args=(self._jobs,), daemon=True).start()
             weakref.finalize(self, self._jobs.put, None)
+        self._warm_up()
         ddp.register_comm_hook(self, _take_bucket)
+
+    def _warm_up(self) -> None:
+        """Compile here, and not in the first backward, what an exchange needs."""
+        layout = lay_out((name, memory_shape(parameter)) for parameter, name in self._names.items())
+        first = next(iter(self._names))
+        like = first.new_empty(0, dtype=torch.float32 if first.dtype in HALVES else first.dtype)
+        warm_up(self._build, layout, like, self.comm.world_size)
 
     # --- what a loop calls ----------------------------------------------------------------------------
 
@@ -185,7 +193,7 @@ class DDPHook:
 
     def load_state_dict(self, state: State) -> None:
         """Take a state_dict, also one of an AttachedExchange of the same model, or of other buckets. Errors
-        (KeyError, ValueError) come with the next backward, when the buckets are known."""
+        (ValueError) come with the next backward, when the buckets are known."""
         self._parts, self._before = {}, {name: state[name] for name in ("parameters", "buckets")}
         self.steps.step = state["step"]
 
@@ -335,7 +343,7 @@ def _another_group(ddp: DistributedDataParallel) -> dist.ProcessGroup:
     device = next(ddp.module.parameters()).device
     made = dist.new_group(
         dist.get_process_group_ranks(group),
-        timeout=group._get_backend(device).options._timeout,
+        timeout=timeout_of(group, device),
         backend=None if group == dist.group.WORLD else dist.get_backend(group),
         use_local_synchronization=True,
     )

@@ -13,6 +13,8 @@ from sage.exchange.feedback import Feedback
 from sage.interfaces import Communicator, Progress, Reducer, Slot, Stateful
 
 State = dict[str, Any]
+NUM_LISTED = 10
+"""How many names an error lists."""
 
 
 class Gradient(Protocol):
@@ -259,12 +261,21 @@ class Exchange:
 
         What belongs to a parameter comes by its name. The rest comes from the bucket of the same parameters;
         where there is none, from the bucket that held the most elements of this one (the first of several).
-        Raises KeyError where a parameter is missing, ValueError where a shape or type is another.
+        Raises ValueError where a parameter is missing, or a shape or type is another.
         """
+        self._check_names(list(state["parameters"]))
         parameters = [state["parameters"][slot.name] for slot in self.layout]
         bucket = max(state["buckets"], key=self._count_common)  # ValueError where there is none
         for prefix, owner in self._owners().items():
             owner.load_state_dict(_unite(bucket[prefix], parameters, f"{prefix}."))
+
+    def _check_names(self, names: list[str]) -> None:
+        """Raise ValueError where one of the parameters is not among those of a state."""
+        missing = [slot.name for slot in self.layout if slot.name not in names]
+        if missing:
+            raise ValueError(
+                f"state: expected the parameter {missing[0]}, got {_listed(names) or 'a state without any'}"
+            )
 
     def back_up(self) -> None:
         """Keep a copy of the state for restore(), in memory that is kept: as much as the state has."""
@@ -335,6 +346,12 @@ def _unite(rest: State, parameters: list[State], prefix: str) -> State:
                 target = target[owner]
             target[name] = torch.cat([parameter[key] for parameter in parameters])
     return state
+
+
+def _listed(names: list[str]) -> str:
+    """Names in one line, however many."""
+    rest = len(names) - NUM_LISTED
+    return ", ".join(names[:NUM_LISTED]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _copied(value: Any) -> Any:

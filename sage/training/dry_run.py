@@ -10,7 +10,8 @@ from torch import Tensor
 from sage.config import Named
 from sage.console import readable_bytes
 from sage.exchange.clock import Clock
-from sage.exchange.comm import CountingComm, LocalComm
+from sage.exchange.comm import LocalComm
+from sage.exchange.echo import EchoComm
 from sage.interfaces import Place, Progress
 from sage.network import Call, Link, exact_calls
 from sage.runfolder.record import Recorder
@@ -104,11 +105,11 @@ def describe_network(parts: TrainingParts, config: Named, world_size: int) -> li
 def expected_calls(parts: TrainingParts, config: Named, world_size: int) -> list[Call]:
     """The collectives of a step, of the kinds that the reducer makes and of as many bytes as it expects.
 
-    A step on drawn numbers, with other workers that have the same, says the kinds. A sparsifier that reduces
-    what it has gathered the indices of is expected to meet no index twice, though these workers all select
+    A step on drawn numbers, with another worker that has the same, says the kinds. A sparsifier that reduces
+    what it has gathered the indices of is expected to meet no index twice, though these workers both select
     the same.
     """
-    comm, flat = EchoComm(world_size), parts.gradient.flat
+    comm, flat = EchoComm(), parts.gradient.flat
     send, mean = torch.randn(flat.shape, device=flat.device), torch.zeros_like(flat)
     parts.reducer.accumulate(send, mean)
     parts.reducer.reduce(send, mean, comm)
@@ -121,29 +122,6 @@ def expected_calls(parts: TrainingParts, config: Named, world_size: int) -> list
     in_all = sum(call.payload_bytes for call in made)
     factor = parts.reducer.expected_payload_bytes(world_size) / in_all if in_all else 0.0
     return [Call(kind, size * factor) for kind, size in made]
-
-
-class EchoComm(CountingComm):
-    """One worker among many that all have what it has; remembers its collectives."""
-
-    def __init__(self, world_size: int) -> None:
-        super().__init__(0, world_size)
-        self.calls: list[Call] = []
-
-    def another(self) -> "EchoComm":
-        return EchoComm(self.world_size)
-
-    def _all_reduce(self, x: Tensor, op: str) -> None:
-        self.calls.append(Call("all_reduce", x.nbytes))
-        if op == "sum":
-            x.mul_(self.world_size)
-
-    def _all_gather(self, x: Tensor) -> Tensor:
-        self.calls.append(Call("all_gather", x.nbytes))
-        return x.expand(self.world_size, *x.shape)
-
-    def _broadcast(self, x: Tensor, source: int) -> None:
-        self.calls.append(Call("broadcast", x.nbytes))
 
 
 def _single_trainer(settings: RunSettings, parts: TrainingParts) -> Trainer:
