@@ -60,7 +60,7 @@ def rows() -> Iterator[tuple[Case, str, int, torch.dtype]]:
             yield case, "momentum", 2, torch.float64
 
 
-@pytest.mark.parametrize(("case", "feedback", "world_size", "dtype"), rows(), ids=str)
+@pytest.mark.parametrize(("case", "feedback", "world_size", "dtype"), list(rows()), ids=str)
 def test_no_step_compiles_a_kernel_after_the_warm_up(
     case: Case, feedback: str, world_size: int, dtype: torch.dtype
 ) -> None:
