@@ -141,6 +141,15 @@ def test_backward_through_the_hook_waits_no_longer_than_the_deadline(
 
 
 @pytest.mark.usefixtures("group_of_one")
+def test_no_thread_of_the_hook_communicates_beside_a_models_own_collectives() -> None:
+    ddp = DistributedDataParallel(nn.Sequential(nn.Linear(3, 2)))
+    ddp.module.append(nn.SyncBatchNorm(2))  # which DDP takes on a GPU only
+    with pytest.raises(ValueError, match="overlap: expected False for a model with SyncBatchNorm"):
+        reducers.hook(ddp, "topk")
+    reducers.hook(ddp, "topk", overlap=False)
+
+
+@pytest.mark.usefixtures("group_of_one")
 def test_the_deadline_of_a_group_comes_before_torchs_watchdog_and_a_cpu_needs_none() -> None:
     group = dist.new_group([0], timeout=timedelta(seconds=60))
     found = comm.deadline_of(group, torch.device("cuda"))

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Variable
+from torch.nn import SyncBatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from sage.exchange.comm import DistComm, deadline_of, timeout_of
@@ -113,6 +114,11 @@ class DDPHook:
             raise ValueError(
                 f"expected a model in DistributedDataParallel, got {type(ddp).__name__}: "
                 "for a model without it use reducers.attach"
+            )
+        if overlap and any(isinstance(module, SyncBatchNorm) for module in ddp.modules()):
+            # NCCL may hang where two groups' collectives start in another order on another worker.
+            raise ValueError(
+                "overlap: expected False for a model with SyncBatchNorm, whose backward has collectives, too"
             )
         self._ddp, self._module = weakref.ref(ddp), ddp.module
         self._names: dict[Tensor, str] = {p: name for name, p in ddp.module.named_parameters()}
