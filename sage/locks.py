@@ -14,6 +14,7 @@ from pathlib import Path
 SECONDS = 1.0
 """How long a process tries to lock a file. One that asks who holds a lock holds it itself for a moment."""
 POLL_SECONDS = 0.02
+"""How often it tries."""
 
 
 def lock(path: Path, seconds: float = SECONDS) -> int | None:

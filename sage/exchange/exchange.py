@@ -263,19 +263,18 @@ class Exchange:
         where there is none, from the bucket that held the most elements of this one (the first of several).
         Raises ValueError where a parameter is missing, or a shape or type is another.
         """
-        self._check_names(list(state["parameters"]))
+        self._check_names(state["parameters"])
         parameters = [state["parameters"][slot.name] for slot in self.layout]
         bucket = max(state["buckets"], key=self._count_common)  # ValueError where there is none
         for prefix, owner in self._owners().items():
             owner.load_state_dict(_unite(bucket[prefix], parameters, f"{prefix}."))
 
-    def _check_names(self, names: list[str]) -> None:
+    def _check_names(self, parameters: State) -> None:
         """Raise ValueError where one of the parameters is not among those of a state."""
-        missing = [slot.name for slot in self.layout if slot.name not in names]
+        missing = [slot.name for slot in self.layout if slot.name not in parameters]
         if missing:
-            raise ValueError(
-                f"state: expected the parameter {missing[0]}, got {_listed(names) or 'a state without any'}"
-            )
+            found = _listed(list(parameters)) or "a state without any"
+            raise ValueError(f"state: expected the parameter {missing[0]}, got {found}")
 
     def back_up(self) -> None:
         """Keep a copy of the state for restore(), in memory that is kept: as much as the state has."""
