@@ -11,11 +11,13 @@ from sage.config import Named, Settings, validate
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.nn.parallel import DistributedDataParallel
 
     from sage.exchange.attached import AttachedExchange
-    from sage.exchange.ddp_hook import DDPHook
+    from sage.exchange.ddp_hook import Build, DDPHook
     from sage.exchange.exchange import Exchange
+    from sage.exchange.fsdp_hook import FSDPHook
     from sage.interfaces import Communicator, Reducer, Seeds, Slot
 
 REDUCERS: "ComponentTable[Reducer]" = ComponentTable(
@@ -138,13 +140,48 @@ def hook(
     GradScaler, where it has one. The rest is as for attach, but each bucket of DDP has its own exchange.
     """
     from sage.exchange.ddp_hook import DDPHook
+
+    build_one = _bucket_builder(name, seed, feedback, settings)
+    return DDPHook(ddp, build_one, overlap=overlap, scaler=scaler, steps_per_epoch=steps_per_epoch)
+
+
+def hook_fsdp(
+    model: "nn.Module",
+    name: str,
+    *,
+    replicas: "DeviceMesh | None" = None,
+    feedback: str | dict[str, Any] | None = None,
+    seed: int = 1,
+    steps_per_epoch: int | None = None,
+    scaler: "torch.amp.GradScaler | None" = None,
+    **settings: Any,
+) -> "FSDPHook":
+    """A reducer between the replicas of an FSDP2 model (hybrid sharding); it registers itself.
+
+        mesh = init_device_mesh("cuda", (2, 4), mesh_dim_names=("replicate", "shard"))
+        fully_shard(model, mesh=mesh["shard"])
+        hook = reducers.hook_fsdp(model, "topk", replicas=mesh["replicate"], density=0.01)
+
+    Call it before the first forward pass. replicas: the processes that hold the same shard. The rest is as
+    for hook, but each module given to fully_shard has its own exchange, and each process its own shard's.
+    """
+    from sage.exchange.fsdp_hook import FSDPHook
+
+    build_one = _bucket_builder(name, seed, feedback, settings)
+    return FSDPHook(model, build_one, replicas, scaler=scaler, steps_per_epoch=steps_per_epoch)
+
+
+def _bucket_builder(
+    name: str, seed: int, feedback: str | dict[str, Any] | None, settings: dict[str, Any]
+) -> "Build":
+    """Makes the exchange of a bucket."""
     from sage.interfaces import seed_of
 
     def build_one(layout: "list[Slot]", like: "Tensor", comm: "Communicator") -> "Exchange":
         own_seed = seed_of(seed, *(slot.name for slot in layout))  # two buckets draw differently
         return build_exchange(name, layout, like, comm, seed=own_seed, feedback=feedback, **settings)
 
-    return DDPHook(ddp, build_one, overlap=overlap, scaler=scaler, steps_per_epoch=steps_per_epoch)
+    return build_one
 
 
 def build_exchange(

@@ -7,6 +7,7 @@ import gc
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -16,8 +17,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import reducers
 from reducers.exact import Exact
+from sage.exchange.comm import DistComm
 from sage.exchange.ddp_hook import DDPHook
-from sage.interfaces import CommunicationError, Communicator
+from sage.interfaces import Communicator
 from tests.cases import CASES, Case
 from tests.gloo_worker import join_group
 from tests.test_own_loops import Branches, filled
@@ -294,19 +296,37 @@ def errors() -> dict[str, str]:
     return told
 
 
-def lost() -> str:
-    """Rank 0's error when rank 1 ends without its backward."""
+def lost() -> dict[str, str]:
+    """The errors of the others when the last rank takes fewer steps: in a plain loop, where it waits until
+    they have failed; and under DDP, where its process ends."""
+    is_last = dist.get_rank() == dist.get_world_size() - 1
+    told = {}
+
+    model = layers()
+    comm = DistComm(group=dist.new_group(timeout=timedelta(seconds=2)))
+    exchange = reducers.attach(model, "topk", comm=comm)
+    store = dist.distributed_c10d._get_default_store()
+
+    def take_steps(number: int) -> None:
+        for step in range(number):
+            loss_of(model, step).backward()
+            exchange.step()
+
+    take_steps(1)
+    if is_last:
+        store.wait(["attached 0", "attached 1"], timedelta(seconds=60))
+    else:
+        told["attached"] = text_of(lambda: take_steps(1))
+        store.set(f"attached {dist.get_rank()}", "")
+
     ddp = wrap(layers())
     hooked(ddp, "topk")
     for step in range(2):  # before the second one DDP arranges its buckets anew
         loss_of(ddp, step).backward()
-    if dist.get_rank() == 1:
+    if is_last:
         sys.exit()
-    try:
-        loss_of(ddp, 2).backward()
-    except CommunicationError as error:
-        return f"CommunicationError: {error}"
-    return "none"
+    told["ddp"] = text_of(lambda: loss_of(ddp, 2).backward())
+    return told
 
 
 def primed() -> dict[str, Any]:

@@ -175,7 +175,7 @@ def uses(path: Path, owner: str, attribute: str) -> bool:
     )
 
 
-def test_torch_distributed_appears_in_launch_group_comm_and_the_hook_only() -> None:
+def test_torch_distributed_appears_in_launch_group_comm_and_the_hooks_only() -> None:
     users = {
         module_of(path)
         for path in SOURCES
@@ -186,7 +186,9 @@ def test_torch_distributed_appears_in_launch_group_comm_and_the_hook_only() -> N
         "sage.workers.launch",
         "sage.workers.group",
         "sage.exchange.comm",
+        "sage.exchange.absent",
         "sage.exchange.ddp_hook",
+        "sage.exchange.fsdp_hook",
     }
 
 

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sage.exchange.absent import naming_absent
 from sage.exchange.exchange import Exchange
-from sage.exchange.gradient import GradientBuffer
+from sage.exchange.gradient import GradientBuffer, is_sharded
 from sage.exchange.progress import StepCounter
 from sage.interfaces import Communicator, Slot
 
@@ -48,11 +49,13 @@ class AttachedExchange:
         False on all of them: memory and reducer are as they were, and all gradients are NaN, so that a
         GradScaler skips the step; without one skip optimizer.step() yourself.
 
-        Raises CommunicationError; RuntimeError where the parameters have changed or the gradients are
+        Raises CommunicationError, which names the workers that did not come to this step, where it can be
+        known; RuntimeError where the parameters have changed or the gradients are
         unscaled already; ValueError where a schedule follows what was not given.
         """
         self.steps.set(epoch, lr)
-        is_usable = self.exchange.step(self.gradient, self.steps.progress(), scaler=scaler)
+        with naming_absent(self.exchange.comm, self.steps.step):
+            is_usable = self.exchange.step(self.gradient, self.steps.progress(), scaler=scaler)
         self.steps.step += 1
         return is_usable
 
@@ -69,7 +72,9 @@ class AttachedExchange:
         """
         while True:
             self.gradient.distribute([False] * len(self.gradient.layout))  # no parameter has a gradient
-            is_usable = self.exchange.step_of_others(self.gradient, self.steps.progress(), scaler=scaler)
+            progress = self.steps.progress()
+            with naming_absent(self.exchange.comm, self.steps.step):
+                is_usable = self.exchange.step_of_others(self.gradient, progress, scaler=scaler)
             if is_usable is None:
                 return
             self.steps.step += 1
@@ -97,11 +102,16 @@ class AttachedExchange:
 
 @torch.no_grad()
 def copy_from_first(model: nn.Module, comm: Communicator) -> None:
-    """Give every worker rank 0's parameters and buffers."""
+    """Give every worker rank 0's parameters and buffers; of sharded ones each its shard."""
     if comm.world_size == 1:
         return
-    for tensor in (*model.parameters(), *model.buffers()):
+    for tensor in map(local_part, (*model.parameters(), *model.buffers())):
         values = tensor.contiguous()
         if values.numel():
             comm.broadcast(values.view(-1).view(torch.uint8))  # any type, bit for bit
             tensor.copy_(values)
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor that may be sharded (a DTensor)."""
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]

@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.autograd import Variable
 from torch.nn.parallel import DistributedDataParallel
 
+from sage.exchange.absent import named
 from sage.exchange.comm import DistComm
-from sage.exchange.exchange import Exchange, State
+from sage.exchange.exchange import Exchange, State, mean_density
 from sage.exchange.gradient import HALVES, memory_shape
 from sage.exchange.progress import StepCounter
 from sage.interfaces import Communicator, Progress, Slot, lay_out
@@ -113,7 +114,7 @@ class DDPHook:
         if not isinstance(ddp, DistributedDataParallel):
             raise ValueError(
                 f"expected a model in DistributedDataParallel, got {type(ddp).__name__}: "
-                "for a model without it use reducers.attach"
+                "for a model without it use reducers.attach, after fully_shard reducers.hook_fsdp"
             )
         self._ddp, self._module = weakref.ref(ddp), ddp.module
         self._names: dict[Tensor, str] = {p: name for name, p in ddp.module.named_parameters()}
@@ -172,15 +173,11 @@ class DDPHook:
     @property
     def density(self) -> float:
         """Elements a worker sent in the last step / n, mean over workers."""
-        sizes = [exchange.layout[-1].stop for exchange in self.exchanges]
-        sent = sum(
-            size * exchange.reducer.density for size, exchange in zip(sizes, self.exchanges, strict=True)
-        )
-        return sent / sum(sizes) if sizes else 1.0
+        return mean_density(self.exchanges)
 
     def state_dict(self) -> State:
         """All that the next step depends on, by parameter name and by bucket; each worker's is its own."""
-        state = self._before or _merge(self._parts.values())
+        state = self._before or merge(self._parts.values())
         return {"step": self.steps.step, **state}
 
     def load_state_dict(self, state: State) -> None:
@@ -238,7 +235,7 @@ class DDPHook:
             with torch.no_grad(), self._on_stream(buffer, ready):
                 job()
         except BaseException as error:
-            self._error = self._error or error
+            self._error = self._error or named(error, self.comm, self.steps.step)
             step.done.set()  # backward raises it
 
     def _on_stream(self, buffer: Tensor, ready: torch.cuda.Event | None) -> AbstractContextManager[Any]:
@@ -297,7 +294,7 @@ class DDPHook:
         gradient.hold(buffer)
         part = Part(names, gradient, self._build(layout, gradient.flat, self.comm))
         if self._before is None and self._parts:
-            self._before = _merge(self._parts.values())
+            self._before = merge(self._parts.values())
         if self._before is not None:
             part.exchange.load_state_dict(self._before)
         return part
@@ -343,7 +340,7 @@ def _another_group(ddp: DistributedDataParallel) -> dist.ProcessGroup:
     return made
 
 
-def _merge(parts: Iterable[Part]) -> State:
+def merge(parts: Iterable[Part]) -> State:
     """The states of all buckets as one."""
     states = [part.exchange.state_dict() for part in parts]
     return {

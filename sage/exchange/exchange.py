@@ -293,6 +293,13 @@ class Exchange:
         return bucket["names"] == [slot.name for slot in self.layout], common
 
 
+def mean_density(exchanges: Sequence[Exchange]) -> float:
+    """Elements a worker sent in the last step / n, mean over workers, of several exchanges together."""
+    sizes = [exchange.layout[-1].stop for exchange in exchanges]
+    sent = sum(size * exchange.reducer.density for size, exchange in zip(sizes, exchanges, strict=True))
+    return sent / sum(sizes) if sizes else 1.0
+
+
 def _scale_of(scaler: torch.amp.GradScaler | None) -> float:
     """What a scaler has multiplied the gradients by. Raises RuntimeError where it has already divided
     them."""
