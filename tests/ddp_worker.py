@@ -303,8 +303,8 @@ def lost() -> dict[str, str]:
     told = {}
 
     model = layers()
-    comm = DistComm(group=dist.new_group(timeout=timedelta(seconds=2)))
-    exchange = reducers.attach(model, "topk", comm=comm)
+    comm = DistComm(group=dist.new_group(timeout=timedelta(seconds=5)))
+    exchange = reducers.attach(model, "exact", comm=comm)
     store = dist.distributed_c10d._get_default_store()
 
     def take_steps(number: int) -> None:
@@ -312,6 +312,7 @@ def lost() -> dict[str, str]:
             loss_of(model, step).backward()
             exchange.step()
 
+    dist.barrier()
     take_steps(1)
     if is_last:
         store.wait(["attached 0", "attached 1"], timedelta(seconds=60))

@@ -165,7 +165,7 @@ class FSDPHook:
         if self._step is None or task != self._task:  # a backward that has failed has no end
             self._step, self._task = Step(self.steps.progress()), task
             Variable._execution_engine.queue_callback(partial(self._end, self._step, buffer.device))
-        with self._keeping_error():
+        with self._keeping_error(self.comm):
             _check_gradient(sharded, part, buffer)
             self._exchange(self._step, part, buffer)
 
@@ -188,7 +188,7 @@ class FSDPHook:
         for part in self._parts:
             part.gradient.hold(torch.empty(0, device=device))  # let go of FSDP's memory
         flag = torch.tensor([not step.is_usable], dtype=torch.int32, device=device)
-        with self._keeping_error():
+        with self._keeping_error(self._shards):
             self._shards.all_reduce(flag, "max")
             self.is_usable = not self._shards.read(flag).item()
         if not self.is_usable:
@@ -198,10 +198,11 @@ class FSDPHook:
         self.steps.step += 1
 
     @contextmanager
-    def _keeping_error(self) -> Iterator[None]:
-        """An error ends the hook, too: what other replicas have moved meanwhile is not known."""
+    def _keeping_error(self, comm: DistComm) -> Iterator[None]:
+        """An error ends the hook, too: what the others have moved meanwhile is not known. comm: with whom it
+        communicates in here."""
         try:
-            with naming_absent(self.comm, self.steps.step):
+            with naming_absent(comm, self.steps.step):
                 yield
         except BaseException as error:
             self._error = error
