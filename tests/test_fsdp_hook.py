@@ -1,11 +1,11 @@
-"""Reducers of every family between the replicas of an FSDP2 model keep the laws of a flat exchange, shard for
+"""Reducers between the replicas of an FSDP2 model keep the laws of a flat exchange, shard for
 shard: four processes, two replicas of two shards."""
 
 import pytest
 import torch
 from torch.distributed.fsdp import FSDPModule
 
-from tests.fsdp_worker import BAD_STEP, ROWS, SHARDS
+from tests.fsdp_worker import BAD_STEP, NUM_STEPS, ROWS, SHARDS
 from tests.test_ddp_hook import Seen, check_conservation, run
 from tests.toy import bits_of
 
@@ -39,12 +39,12 @@ def test_replicas_are_alike_and_what_left_a_memory_arrives(name: str, seen: dict
         assert bits_of(workers[0]["means"]) == bits_of(workers[1]["means"])
         assert bits_of(workers[0]["weights"]) == bits_of(workers[1]["weights"])
         if "conservation" not in ROWS[name].unpromised:
-            for step in range(6):
+            for step in range(NUM_STEPS):
                 check_conservation(workers, step, ROWS[name].rounding)
 
 
 @every_row
-def test_six_steps_are_three_and_a_reload_and_three(name: str, seen: dict[str, Seen]) -> None:
+def test_four_steps_are_two_and_a_reload_and_two(name: str, seen: dict[str, Seen]) -> None:
     for found in seen[name]:
         assert bits_of(found["straight"]) == bits_of(found["reloaded"])
 
