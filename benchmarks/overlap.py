@@ -11,8 +11,9 @@ step, beginning with another one than in the round before. A step takes as long 
   round. Median (least to most).
 
 Ways: flat is reducers.attach; hook is reducers.hook; DDP, and torch's hooks, are DistributedDataParallel's
-own all-reduce and the communication hooks that come with torch. Buckets are DDP's own (25 MiB), BatchNorm's
-statistics are not synchronized, batches are small so that a step takes less than a second on one core. All
+own all-reduce and the communication hooks that come with torch. Buckets are DDP's own (25 MiB), but one for
+torch's PowerSGD, whose collectives of several buckets meet in different orders over gloo. BatchNorm's
+statistics are not synchronized; batches are small so that a step takes less than a second on one core. All
 workers run on this machine's cores: where there are fewer of them than workers and their exchanging threads
 need, an overlapped exchange takes time from backward that it would not take on a host of its own.
 

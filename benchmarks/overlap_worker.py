@@ -127,7 +127,10 @@ def make_trainer(case: Case) -> Trainer:
     if way == "flat":
         exchange = reducers.attach(model, reducer, **given)
     elif way != "none":
-        model = DistributedDataParallel(model, broadcast_buffers=False)
+        # One bucket for torch's PowerSGD: each of its all-reduces is started by the future of the one before;
+        # over gloo those of several buckets come in different orders on different workers, and fail.
+        bucket_mb = 100 if (name, way) == ("powersgd", "torch's hook") else None
+        model = DistributedDataParallel(model, forward_sync_buffers=False, bucket_cap_mb=bucket_mb)
         if way == "hook":
             exchange = reducers.hook(model, reducer, **given)
         elif way == "torch's hook":
