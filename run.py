@@ -16,15 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import reducers
 from reducers import REDUCERS
 from sage import config, files
 from sage.components import SettingsTable
 from sage.console import complain, show
-from sage.exchange.feedback import FEEDBACKS
-from sage.exchange.gradient import GradientBuffer
-from sage.interfaces import Seeds
+from sage.exchange.feedback import FEEDBACKS, Feedback
+from sage.interfaces import Reducer, Seeds, Slot
 from sage.runfolder.folder import check_link
 from sage.training.dry_run import describe_run
 from sage.training.experiment import RunPlan, find_resume_point, start
@@ -92,14 +92,20 @@ def build(settings: RunSettings, worker: Worker) -> TrainingParts:
     torch.manual_seed(seeds.common)  # the first weights
     task = TASKS[settings.task.name](settings.task, worker.data, worker.place, seeds=seeds, device=device)
     torch.manual_seed(seeds.worker)  # dropout
-    gradient = GradientBuffer(task.model)
     return TrainingParts(
         task=task,
-        reducer=reducers.build(settings.reducer, gradient.layout, seeds=seeds, device=device),
-        feedback=FEEDBACKS[settings.feedback.name](settings.feedback, gradient.flat),
-        gradient=gradient,
         optimizer=build_optimizer(settings.optimizer, task.model),
+        compress=partial(build_compression, settings),
+        seeds=seeds,
     )
+
+
+def build_compression(
+    settings: RunSettings, layout: list[Slot], like: Tensor, seeds: Seeds
+) -> tuple[Reducer, Feedback]:
+    """A reducer and its feedback of a layout, and of a tensor (n,) like its flat gradient."""
+    reducer = reducers.build(settings.reducer, layout, seeds=seeds, device=like.device)
+    return reducer, FEEDBACKS[settings.feedback.name](settings.feedback, like)
 
 
 if __name__ == "__main__":

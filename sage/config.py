@@ -212,13 +212,22 @@ def _find(
     for part in map(str, loc):
         keys.append(part)
         field = model.model_fields.get(part)
-        if field is None or not (
-            isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
-        ):
+        inner = _model_of(field.annotation) if field else None
+        if inner is None:
             break
         if len(keys) < len(loc):
-            model = field.annotation
+            model = inner
     return model, field, keys
+
+
+def _model_of(kind: Any) -> type[BaseModel] | None:
+    """The model that a field holds, where it holds one, or one or null."""
+    models = [
+        part
+        for part in (get_args(kind) if get_origin(kind) in (Union, types.UnionType) else [kind])
+        if isinstance(part, type) and issubclass(part, BaseModel)
+    ]
+    return models[0] if len(models) == 1 else None
 
 
 def _expected(field: FieldInfo | None) -> str:

@@ -213,7 +213,7 @@ def gradient_with(precision: str, device: torch.device, dtype: torch.dtype = tor
     """(n,) float64: the gradient that a trainer computes with these settings, on the CPU."""
     task = ConvolutionTask(device, dtype)
     with trainer_of(settings_of(precision=precision), LocalComm.alone(), task=task, dtype=dtype) as trainer:
-        trainer.compute_gradient(slice(0))
+        trainer.compute_gradient(iter([slice(0)]))
         return trainer.gradient.flat.double().cpu()
 
 

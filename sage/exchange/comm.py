@@ -108,6 +108,12 @@ class CountingComm(Communicator):
     def _broadcast(self, x: Tensor, source: int) -> None: ...
 
 
+def failed_collective(name: str, error: RuntimeError) -> CommunicationError:
+    """A collective's error in one line, without the source line before it and the advice after it."""
+    reason = re.sub(r"^\[\S+\] ", "", str(error).strip().splitlines()[0]).split(". ")[0]
+    return CommunicationError(f"{name} failed: {reason}")
+
+
 class DistComm(CountingComm):
     """Over the processes of a group of torch.distributed. Raises CommunicationError when a collective fails;
     on a GPU, where it is only enqueued, when what it has computed is read."""
@@ -157,9 +163,7 @@ class DistComm(CountingComm):
             with self.around_collective():
                 collective()
         except RuntimeError as error:  # gloo raises RuntimeError, NCCL its subclasses
-            # Without the source line before it and the advice after it.
-            reason = re.sub(r"^\[\S+\] ", "", str(error).strip().splitlines()[0]).split(". ")[0]
-            raise CommunicationError(f"{name} failed: {reason}") from error
+            raise failed_collective(name, error) from error
         if self._deadline is not None and self._deadline.applies_to(x):
             self._deadline.enqueued(name)
 

@@ -6,7 +6,7 @@ exchanges them in that order, on a stream and in a process group of its own, whi
 
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from queue import SimpleQueue
@@ -14,15 +14,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.nn.parallel import DistributedDataParallel
 
+from sage.exchange.clock import Clock, HiddenClock
 from sage.exchange.comm import DistComm
-from sage.exchange.exchange import Exchange, State
+from sage.exchange.exchange import Exchange, ExchangeNorms, State
 from sage.exchange.gradient import HALVES, memory_shape
 from sage.exchange.progress import StepCounter
-from sage.interfaces import Communicator, Progress, Slot, lay_out
+from sage.interfaces import Communicator, Progress, Slot, lay_out, seed_of
 
 Build = Callable[[list[Slot], Tensor, Communicator], Exchange]
 """Makes the Exchange of a layout, of a tensor (n,) like its flat gradient, over a communicator."""
@@ -74,7 +75,9 @@ class Step:
     """One backward."""
 
     progress: Progress
+    measure: bool = False
     is_usable: bool = True
+    nonfinite: tuple[str, Tensor] | None = None
     parts: list[Part] = field(default_factory=list)
     """Of the buckets so far."""
     moved: list[Exchange] = field(default_factory=list)
@@ -104,11 +107,16 @@ class DDPHook:
         overlap: bool = True,
         scaler: torch.amp.GradScaler | None = None,
         steps_per_epoch: int | None = None,
+        model: nn.Module | None = None,
+        clock: Clock | None = None,
+        restores: bool = True,
     ) -> None:
         """Register with DDP, before its first backward.
 
         overlap: exchange in a thread, while backward goes on; else at once, with the same bits. scaler: the
-        GradScaler of the loop, so that the memory is kept in unscaled units.
+        GradScaler of the loop, so that the memory is kept in unscaled units. model: whose names the
+        parameters have, where it is but a part of DDP's module. clock: times what the thread does. restores:
+        false keeps no copy for a step that cannot be used, for a loop that ends there.
         """
         if not isinstance(ddp, DistributedDataParallel):
             raise ValueError(
@@ -116,13 +124,21 @@ class DDPHook:
                 "for a model without it use reducers.attach"
             )
         self._ddp, self._module = weakref.ref(ddp), ddp.module
-        self._names: dict[Tensor, str] = {p: name for name, p in ddp.module.named_parameters()}
+        named = (model or ddp.module).named_parameters()
+        self._names: dict[Tensor, str] = {parameter: name for name, parameter in named}
         self._finds_unused = ddp.find_unused_parameters or ddp.static_graph
         self._build, self._scaler = build, scaler
-        self.comm = DistComm(group=_another_group(ddp))
+        self._clock, self._restores = clock or Clock(torch.device("cpu")), restores
+        self.comm = DistComm(self._clock, group=_another_group(ddp))
         self.steps = StepCounter(steps_per_epoch)
         self.is_usable = True
         """Whether the last backward's gradients can be used: the same on all workers."""
+        self.nonfinite: tuple[str, Tensor] | None = None
+        """Where they cannot: Exchange.nonfinite of the first bucket that is to blame."""
+        self.measure = False
+        """Whether the next backward is to measure norms."""
+        self._seed: int | None = None
+        """Where buckets that are new take their own generators' seeds from."""
         self._parts: dict[tuple[str, ...], Part] = {}
         self._before: State | None = None
         """Where buckets that are new take their state from: that of another division."""
@@ -132,7 +148,8 @@ class DDPHook:
         self._stream: torch.cuda.Stream | None = None
         self._jobs: SimpleQueue[Job | None] | None = SimpleQueue() if overlap else None
         if self._jobs is not None:
-            threading.Thread(target=_work, args=(self._jobs,), daemon=True).start()
+            given = (self._jobs, torch.get_num_threads())
+            threading.Thread(target=_work, args=given, daemon=True).start()
             weakref.finalize(self, self._jobs.put, None)
         ddp.register_comm_hook(self, _take_bucket)
 
@@ -150,19 +167,11 @@ class DDPHook:
         at its start and after each load_state_dict, on all workers, with a loss of any batch. The model's
         buffers and torch's global generators are put back; what else the loss changes is the caller's.
         """
-        buffers = [(buffer, buffer.detach().clone()) for buffer in self._module.buffers()]
-        devices = {parameter.device for parameter in self._names if parameter.is_cuda}
         self._is_passive = True
         try:
-            with torch.random.fork_rng(devices):
-                compute_loss().backward()
+            prime(self._module, compute_loss)
         finally:
             self._is_passive = False
-        with torch.no_grad():
-            for buffer, values in buffers:
-                buffer.copy_(values)
-        for parameter in self._names:
-            parameter.grad = None
 
     @property
     def exchanges(self) -> list[Exchange]:
@@ -178,16 +187,42 @@ class DDPHook:
         )
         return sent / sum(sizes) if sizes else 1.0
 
+    def metrics(self) -> Mapping[str, float | Tensor]:
+        """The reducer's metrics: of each the mean over the buckets, weighted by their elements."""
+        parts = [(exchange.layout[-1].stop, exchange.metrics()) for exchange in self.exchanges]
+        n = sum(size for size, _ in parts)
+        names = parts[0][1] if parts else {}
+        return {name: sum(size / n * values[name] for size, values in parts) for name in names}
+
+    def norms(self) -> dict[str, Tensor]:
+        """Of the last backward, where it was measured: gradient_norm of this worker and ExchangeNorms.values,
+        over all buckets."""
+        measured = [exchange.measured for exchange in self.exchanges if exchange.measured is not None]
+        if not measured:
+            return {}
+        gradient_norm = torch.stack([norm.double() for norm, _ in measured]).norm()
+        return {
+            "gradient_norm": gradient_norm,
+            **ExchangeNorms.of_all([norms for _, norms in measured]).values(),
+        }
+
     def state_dict(self) -> State:
         """All that the next step depends on, by parameter name and by bucket; each worker's is its own."""
-        state = self._before or _merge(self._parts.values())
-        return {"step": self.steps.step, **state}
+        return {"step": self.steps.step, **self._state()}
 
     def load_state_dict(self, state: State) -> None:
         """Take a state_dict, also one of an AttachedExchange of the same model, or of other buckets. Errors
         (KeyError, ValueError) come with the next backward, when the buckets are known."""
         self._parts, self._before = {}, {name: state[name] for name in ("parameters", "buckets")}
         self.steps.step = state["step"]
+
+    def reseed(self, seed: int) -> None:
+        """Restart this worker's own generators from a seed, with the next backward."""
+        self._before, self._parts, self._seed = self._state(), {}, seed
+
+    def _state(self) -> State:
+        """Of all buckets."""
+        return self._before or _merge(self._parts.values())
 
     # --- what DDP calls -------------------------------------------------------------------------------
 
@@ -199,7 +234,7 @@ class DDPHook:
             future.set_result(buffer)
             return future
         self._check()
-        step = self._step = self._step or Step(self.steps.progress())
+        step = self._step = self._step or Step(self.steps.progress(), self.measure)
         step.results.append((future, buffer))
         is_last, ready = bucket.is_last(), _now(buffer)
         self._do(step, lambda: self._exchange(step, parameters, buffer, is_last), buffer, ready)
@@ -221,7 +256,7 @@ class DDPHook:
         step.done.wait()
         if self._error is not None:
             raise self._error
-        self.is_usable = step.is_usable
+        self.is_usable, self.nonfinite = step.is_usable, step.nonfinite
         self.steps.step += 1
 
     def _do(self, step: Step, job: Job, buffer: Tensor, ready: torch.cuda.Event | None) -> None:
@@ -258,13 +293,21 @@ class DDPHook:
             return
         part = self._part_of(parameters, buffer)
         step.parts.append(part)
-        if not step.is_usable:
-            return
-        part.gradient.hold(buffer)
-        if not is_last:
-            part.exchange.back_up()
-        step.is_usable = part.exchange.step(part.gradient, step.progress, scaler=self._scaler)
         if step.is_usable:
+            part.gradient.hold(buffer)
+            with self._clock.phase(HiddenClock.EXCHANGE):
+                self._exchange_part(step, part, keeps=self._restores and not is_last)
+
+    def _exchange_part(self, step: Step, part: Part, keeps: bool) -> None:
+        """keeps: keep what is to be put back where a later bucket cannot be used."""
+        if keeps:
+            part.exchange.back_up()
+        step.is_usable = part.exchange.step(
+            part.gradient, step.progress, scaler=self._scaler, measure=step.measure
+        )
+        if not step.is_usable:
+            step.nonfinite = part.exchange.nonfinite
+        elif keeps:
             step.moved.append(part.exchange)
 
     def _end(self, step: Step) -> None:
@@ -277,6 +320,7 @@ class DDPHook:
                     buffer.fill_(torch.nan)
             if self._error is None:
                 self._parts, self._before = {part.names: part for part in step.parts}, None
+                self._seed = None
         finally:
             for future, buffer in step.results:
                 future.set_result(buffer)
@@ -300,7 +344,23 @@ class DDPHook:
             self._before = _merge(self._parts.values())
         if self._before is not None:
             part.exchange.load_state_dict(self._before)
+        if self._seed is not None:
+            part.exchange.reseed(seed_of(self._seed, *names))
         return part
+
+
+def prime(module: nn.Module, compute_loss: Callable[[], Tensor]) -> None:
+    """Make a backward whose gradients nobody uses, and put back the module's buffers and torch's global
+    generators: DistributedDataParallel arranges its buckets by it. module: what it wraps."""
+    buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
+    parameters = list(module.parameters())
+    with torch.random.fork_rng({parameter.device for parameter in parameters if parameter.is_cuda}):
+        compute_loss().backward()
+    with torch.no_grad():
+        for buffer, values in buffers:
+            buffer.copy_(values)
+    for parameter in parameters:
+        parameter.grad = None
 
 
 def _take_bucket(hook: DDPHook, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
@@ -308,8 +368,9 @@ def _take_bucket(hook: DDPHook, bucket: dist.GradBucket) -> torch.futures.Future
     return hook.take(bucket)
 
 
-def _work(jobs: "SimpleQueue[Job | None]") -> None:
+def _work(jobs: "SimpleQueue[Job | None]", num_threads: int) -> None:
     """Do jobs in their order; holds no hook while it waits."""
+    torch.set_num_threads(num_threads)  # OpenMP's number is a thread's own
     while (job := jobs.get()) is not None:
         job()
         del job

@@ -1,6 +1,6 @@
 """One step between backward and the optimizer: error feedback, reducer and communicator in one object."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -54,6 +54,14 @@ class ExchangeNorms:
     def read(self) -> dict[str, float]:
         """The same as numbers. Waits for the device."""
         return {name: value.item() for name, value in self.values().items()}
+
+    @classmethod
+    def of_all(cls, parts: Sequence["ExchangeNorms"]) -> "ExchangeNorms":
+        """The norms of several parts of one gradient, from those of each."""
+        send, left = (
+            torch.stack([getattr(part, name).double() for part in parts]).norm() for name in ("send", "left")
+        )
+        return cls(send, left, parts[0].left_is_error)
 
 
 def norm(values: Tensor, found: Tensor | None = None, *, waits: bool = True) -> Tensor:
@@ -113,10 +121,21 @@ class Exchange:
         self.feedback, self.reducer, self.comm, self.layout = feedback, reducer, comm, list(layout)
         self._side, self._waits = comm.another(), not reads_late
         self._backup: State = {}
+        self.measured: tuple[Tensor, ExchangeNorms] | None = None
+        """Of the last step, where it was to be measured: the norm of this worker's gradient, and the
+        exchange's."""
+        self.nonfinite: tuple[str, Tensor] | None = None
+        """Of the last step that could not be used: the first parameter whose gradient was not finite on this
+        worker, and a scalar, its first such element."""
         self._clock = clock or Clock(torch.device("cpu"))
 
     def step(
-        self, gradient: Gradient, progress: Progress, *, scaler: torch.amp.GradScaler | None = None
+        self,
+        gradient: Gradient,
+        progress: Progress,
+        *,
+        scaler: torch.amp.GradScaler | None = None,
+        measure: bool = False,
     ) -> bool:
         """Replace a model's gradients by the estimate of their mean over the workers.
 
@@ -128,10 +147,10 @@ class Exchange:
         all: memory and reducer are as they were, and all workers' gradients are NaN, so that a GradScaler
         skips the step on all of them; without a GradScaler skip optimizer.step() yourself.
 
-        Raises CommunicationError, and RuntimeError where the parameters have changed, or the scaler has
-        already unscaled the gradients.
+        measure: leave norms in measured. Raises CommunicationError, and RuntimeError where the parameters
+        have changed, or the scaler has already unscaled the gradients.
         """
-        return bool(self._step(gradient, progress, scaler, has_batch=True))
+        return bool(self._step(gradient, progress, scaler, has_batch=True, measure=measure))
 
     def step_of_others(
         self, gradient: Gradient, progress: Progress, *, scaler: torch.amp.GradScaler | None = None
@@ -140,7 +159,12 @@ class Exchange:
         return self._step(gradient, progress, scaler, has_batch=False)
 
     def _step(
-        self, gradient: Gradient, progress: Progress, scaler: torch.amp.GradScaler | None, has_batch: bool
+        self,
+        gradient: Gradient,
+        progress: Progress,
+        scaler: torch.amp.GradScaler | None,
+        has_batch: bool,
+        measure: bool = False,
     ) -> bool | None:
         scale = _scale_of(scaler)
         used, grad = gradient.collect(self._side.read), gradient.flat
@@ -153,11 +177,14 @@ class Exchange:
         if not any_has_batch:
             return None
         if is_bad:
+            self.nonfinite = self._find_nonfinite(grad)
             grad.fill_(torch.nan)
         else:
             if scale != 1:
                 grad.div_(scale)
-            self.average(grad, progress, used=used)
+            gradient_norm = norm(grad, waits=self._waits) if measure else None
+            norms = self.average(grad, progress, used=used, measure=measure)
+            self.measured = None if gradient_norm is None or norms is None else (gradient_norm, norms)
             if scale != 1:
                 grad.mul_(scale)
         gradient.distribute(used)
@@ -201,6 +228,15 @@ class Exchange:
             return None
         return ExchangeNorms(send_norm, norm(memory, waits=self._waits), self.reducer.takes_feedback)
 
+    def _find_nonfinite(self, grad: Tensor) -> tuple[str, Tensor] | None:
+        """The first parameter whose gradient is not finite, and its first such element. Waits for the
+        device."""
+        bad = (~grad.isfinite()).nonzero()
+        if not len(bad):
+            return None
+        first = int(bad[0])
+        return next(slot.name for slot in self.layout if first < slot.stop), grad[first].clone()
+
     @contextmanager
     def _kept_for_later(self, used: list[bool]) -> Iterator[None]:
         """Keep what is held of unused slots (memory, velocity, momenta, factors) as it is during a step.
@@ -234,6 +270,15 @@ class Exchange:
                     slices = owner.slot_slices(name, self.layout)
                     assert slices is not None
                     yield from ((owner, name, slices[slot]) for slot in slots)
+
+    @property
+    def density(self) -> float:
+        """Elements a worker sent in the last step / n, mean over workers."""
+        return self.reducer.density
+
+    def metrics(self) -> Mapping[str, float | Tensor]:
+        """The reducer's."""
+        return self.reducer.metrics()
 
     # --- state ----------------------------------------------------------------------------------------
 

@@ -44,9 +44,11 @@ class Evidence:
     step: int
     values: Tensor
     """Finite where they are. A scalar, which may be too large all the same; or, to be read after the gradient
-    is gone, (1 + slots,): the loss, and the largest magnitude of each slot's gradient."""
+    is gone, (1 + slots,): the loss, and the largest magnitude of each slot's gradient, by names."""
     norm: Tensor | None = None
     """The gradient's norm in the gradient's type, where it was computed."""
+    names: tuple[str, ...] = ()
+    """What the values are, where they are to be read later."""
 
 
 class Agreement:

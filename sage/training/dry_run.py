@@ -1,5 +1,6 @@
 """--dry-run: how large a run is, what a worker holds, how long a simulated step takes."""
 
+from itertools import repeat
 from statistics import median
 from typing import Any
 
@@ -40,7 +41,7 @@ def describe_run(settings: RunSettings, parts: TrainingParts, worker: Worker) ->
     total = sum(held.values())
     listed = ", ".join(f"{name} {count:,}" for name, count in held.items())
     lines = [
-        describe_size(parts, settings.epochs, worker.place),
+        describe_size(parts, settings, worker.place),
         *describe_network(parts, settings.reducer, world_size),
         f"memory      {total:,} B a worker: {listed}; data and activations not counted",
     ]
@@ -49,7 +50,7 @@ def describe_run(settings: RunSettings, parts: TrainingParts, worker: Worker) ->
         in_all = once + world_size * (total - once)
         lines.append(f"simulated   {in_all:,} B for {world_size}: parameters and optimizer are held once")
         lines.append(
-            f"time        {_describe_time(_time_step(trainer), world_size, parts.task.steps_per_epoch)}"
+            f"time        {_describe_time(_time_step(trainer), world_size, trainer.steps_per_epoch)}"
         )
     return "\n".join(lines)
 
@@ -62,19 +63,26 @@ def break_even_density(world_size: int, dense_bytes: int) -> float:
     return 2 * dense_bytes / (8 * world_size)
 
 
-def describe_size(parts: TrainingParts, epochs: int, place: Place) -> str:
+def describe_size(parts: TrainingParts, settings: RunSettings, place: Place) -> str:
     """Parameters, workers, batches, steps and bytes of a run, line by line."""
-    task, gradient = parts.task, parts.gradient
-    num_elements, steps = gradient.flat.numel(), task.steps_per_epoch
+    task, gradient, epochs, count = parts.task, parts.gradient, settings.epochs, settings.accumulate_steps
+    num_elements, steps = gradient.flat.numel(), settings.steps_of(task.steps_per_epoch)
+    batches = f", {count} batches a step, {task.batch_per_worker * place.world_size * count} in all"
     payload, dense = parts.reducer.expected_payload_bytes(place.world_size), gradient.flat.nbytes
     share = f", {payload / dense:.3%} of the dense gradient's {readable_bytes(dense)}" if payload else ""
     lines = [
         f"parameters  {num_elements:,} in {len(gradient.layout)} tensors",
         f"workers     {place.world_size}",
-        f"batch       {task.batch_per_worker} a worker, {task.batch_per_worker * place.world_size} in all",
+        f"batch       {task.batch_per_worker} a worker, {task.batch_per_worker * place.world_size} in all"
+        + (batches if count > 1 else ""),
         f"steps       {steps:,} an epoch, {steps * epochs:,} in {epochs} epochs",
         f"payload     {readable_bytes(payload)} a worker and step at the target density{share}",
     ]
+    if settings.overlap is not None:
+        lines.append(
+            f"overlap     in buckets of {settings.overlap.bucket_mb:g} MiB; what follows is the same run's "
+            "without overlap"
+        )
     if place.world_size > 1:
         full, half = (f"{break_even_density(place.world_size, size):.3g}" for size in (4, 2))
         lines.append(f"break-even  below density {full} a gather sends less than exact does; 16-bit: {half}")
@@ -158,7 +166,7 @@ def _single_trainer(settings: RunSettings, parts: TrainingParts) -> Trainer:
 
 
 def _make_step(trainer: Trainer) -> None:
-    progress = Progress(0.0, 0, trainer.base_lrs[0], trainer.task.steps_per_epoch)
+    progress = Progress(0.0, 0, trainer.base_lrs[0], trainer.steps_per_epoch)
     every_slot = [True] * len(trainer.gradient.layout)
     trainer.exchange_gradient(progress, every_slot, measure=False)
     trainer.apply(0.0)
@@ -170,7 +178,7 @@ def _time_step(trainer: Trainer) -> dict[str, float]:
     batch, gradients = next(trainer.task.train_batches(0)), []
     for _ in range(1 + TIMED_STEPS):
         trainer.clock.take()
-        trainer.compute_gradient(batch)
+        trainer.compute_gradient(repeat(batch))
         taken = trainer.clock.take()
         gradients.append(taken["forward"] + taken["backward"])
     _make_step(trainer)

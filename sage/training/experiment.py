@@ -19,6 +19,7 @@ from sage.runfolder.record import Recorder
 from sage.runfolder.resume import ResumePoint, ResumeRequest, choose
 from sage.training.agree import wait_for_all
 from sage.training.compiled import check_compiles
+from sage.training.overlap import OverlappedTrainer
 from sage.training.precision import set_up_arithmetic
 from sage.training.settings import RunSettings, notes
 from sage.training.simulate import WorkerContext, run_single, simulate
@@ -129,14 +130,15 @@ def run_worker(
     writer = CheckpointWriter(folder, dump, settings.checkpoint, store, first_step)
     recorder = Recorder(
         folder if speaks else None,
-        settings.epochs * parts.task.steps_per_epoch,
+        settings.epochs * settings.steps_of(parts.task.steps_per_epoch),
         settings.log,
         first_step,
         keep_waiting=not settings.checkpoint.required,
     )
     reads_late = worker.device.type == "cuda"
     services = RunServices(comm, side, clock, recorder, store, writer, reads_late)
-    trainer = context.trainer(settings, parts, services)
+    kind = context.trainer if settings.overlap is None else OverlappedTrainer
+    trainer = kind(settings, parts, services)
     if resumed:
         _on_all_workers("restored", lambda: trainer.restore(resumed), store)
 
@@ -154,7 +156,7 @@ def _train_in(folder: Path, trainer: Trainer, plan: RunPlan, worker: Worker, sto
             if not speaks:
                 return
             say(f"{folder}: {worker.describe(workers)}")
-            for note in (*notes(plan.settings, worker.device), *trainer.exchange.reducer.notes()):
+            for note in (*notes(plan.settings, worker.device), *trainer.notes()):
                 say(note)
             held.enter_context(lock(folder))
             environment = provenance.environment(**worker.facts(), workers=workers)

@@ -1,16 +1,25 @@
 """Everything that the next step depends on: what is the same on all workers, and what is each one's own."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from sage.console import first_line
-from sage.exchange.exchange import Exchange
 from sage.interfaces import Place, Stateful, Task, seed_of
 from sage.runfolder.checkpoint import State, read_state
 from sage.runfolder.manifest import SHARED, Checkpoint, worker_file
+
+
+class Saved(Protocol):
+    """What a checkpoint holds of a worker's own."""
+
+    def state_dict(self) -> State: ...
+
+    def load_state_dict(self, state: State) -> None: ...
+
+    def reseed(self, seed: int) -> None: ...
 
 
 class Position(Stateful):
@@ -31,7 +40,7 @@ class Position(Stateful):
         self.steps_per_epoch = steps_per_epoch
         self.epoch = 0
         self.index = 0
-        """The next batch of the epoch."""
+        """The next step of the epoch."""
         self.step = 0
         """Steps done, skipped ones included."""
         self.scores: list[float] = []
@@ -54,7 +63,7 @@ class TrainingState:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         position: Position,
-        parts: Mapping[str, Exchange | Stateful],
+        parts: Mapping[str, Saved],
         device: torch.device,
     ) -> None:
         """parts: what is the worker's own, by name."""

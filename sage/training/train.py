@@ -1,9 +1,10 @@
 """The training loop: compute_gradient, exchange_gradient, apply; what is logged; what ends a run."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,7 +15,18 @@ from sage.exchange.comm import CountingComm
 from sage.exchange.exchange import Exchange, norm
 from sage.exchange.feedback import Feedback
 from sage.exchange.gradient import GradientBuffer
-from sage.interfaces import Communicator, Place, Progress, Reducer, Stateful, Stopped, Task, TrainingError
+from sage.interfaces import (
+    Communicator,
+    Place,
+    Progress,
+    Reducer,
+    Seeds,
+    Slot,
+    Stopped,
+    Task,
+    TrainingError,
+    seed_of,
+)
 from sage.runfolder.checkpoint import CheckpointWriter
 from sage.runfolder.manifest import Checkpoint
 from sage.runfolder.record import Recorder
@@ -28,25 +40,50 @@ from sage.training.agree import (
 )
 from sage.training.compiled import compiled_loss
 from sage.training.metrics import Meter
-from sage.training.nonfinite import NonFiniteFinder
+from sage.training.nonfinite import FlatNumbers, NonFiniteFinder
 from sage.training.optim import clip_norm
 from sage.training.precision import tf32
 from sage.training.settings import RunSettings
-from sage.training.state import Position, TaskSnapshot, TrainingState
+from sage.training.state import Position, Saved, TaskSnapshot, TrainingState
 from sage.workers.store import RendezvousStore
 
 Sums = dict[str, tuple[float, float]]
 
 
+Compress = Callable[[list[Slot], Tensor, Seeds], tuple[Reducer, Feedback]]
+"""Makes a reducer and its feedback for a layout, and a tensor (n,) like its flat gradient."""
+
+
 @dataclass(frozen=True)
 class TrainingParts:
-    """What is trained, and how: built from the configuration."""
+    """What is trained, and how: built from the configuration. The flat gradient and what compresses it are
+    made when they are asked for, since they are as large as the model."""
 
     task: Task
-    reducer: Reducer
-    feedback: Feedback
-    gradient: GradientBuffer
     optimizer: torch.optim.Optimizer
+    compress: Compress
+    seeds: Seeds
+
+    def seeds_of(self, layout: Sequence[Slot]) -> Seeds:
+        """Those of a part of the gradient: two parts draw differently."""
+        names = [slot.name for slot in layout]
+        return Seeds(seed_of(self.seeds.common, *names), seed_of(self.seeds.worker, *names))
+
+    @cached_property
+    def gradient(self) -> GradientBuffer:
+        return GradientBuffer(self.task.model)
+
+    @cached_property
+    def reducer(self) -> Reducer:
+        return self._flat[0]
+
+    @cached_property
+    def feedback(self) -> Feedback:
+        return self._flat[1]
+
+    @cached_property
+    def _flat(self) -> tuple[Reducer, Feedback]:
+        return self.compress(self.gradient.layout, self.gradient.flat, self.seeds)
 
 
 @dataclass(frozen=True)
@@ -67,6 +104,15 @@ class RunServices:
     seldom as it can."""
 
 
+class GradientAverage(Saved, Protocol):
+    """What has put the mean in place of the workers' gradients: an Exchange, or one a bucket."""
+
+    @property
+    def density(self) -> float: ...
+
+    def metrics(self) -> Mapping[str, float | Tensor]: ...
+
+
 class Trainer:
     """Trains a task with a reducer and error feedback over the workers of a communicator."""
 
@@ -74,10 +120,31 @@ class Trainer:
 
     def __init__(self, settings: RunSettings, parts: TrainingParts, services: RunServices) -> None:
         self.settings = settings
-        self.task, self.gradient, self.optimizer = parts.task, parts.gradient, parts.optimizer
+        self.task, self.optimizer = parts.task, parts.optimizer
         self.comm, self.side, self.clock = services.comm, services.side, services.clock
         self.recorder, self.store, self.writer = services.recorder, services.store, services.writer
         self.reads_late = services.reads_late
+        self.trained = [p for p in self.task.model.parameters() if p.requires_grad]
+        self.device = self.trained[0].device
+
+        self.base_lrs = [group["lr"] for group in self.optimizer.param_groups]
+        self.global_batch = self.task.batch_per_worker * self.comm.world_size * settings.accumulate_steps
+        self.steps_per_epoch = settings.steps_of(self.task.steps_per_epoch)
+        self.position = Position(self.steps_per_epoch)
+        self._loss: Callable[[Any], Tensor] = (
+            compiled_loss(self.task) if settings.compile else lambda batch: self.task.loss(batch)
+        )
+        self._snapshot = TaskSnapshot(self.task) if settings.on_nonfinite == "skip" else None
+
+        self._set_up_exchange(parts)
+        self.agreement = self._make_agreement()
+        own: dict[str, Saved]
+        own = {"exchange": self.average, "meter": self.meter, "task": self.task}
+        self.state = TrainingState(self.task.model, self.optimizer, self.position, own, self.device)
+
+    def _set_up_exchange(self, parts: TrainingParts) -> None:
+        """Make what exchanges the gradients, what measures it, and what finds numbers that are not finite."""
+        self.gradient = parts.gradient
         self.exchange = Exchange(
             parts.feedback,
             parts.reducer,
@@ -86,36 +153,64 @@ class Trainer:
             clock=self.clock,
             reads_late=self.reads_late,
         )
-
-        self.base_lrs = [group["lr"] for group in self.optimizer.param_groups]
-        self.global_batch = self.task.batch_per_worker * self.comm.world_size
-        self.device = self.gradient.flat.device
+        self.average: GradientAverage = self.exchange
         self.meter = Meter(self.comm.ledger.take, self.clock, self.side, self.device)
-        self.agreement = self._make_agreement()
-        self._compiled_loss = compiled_loss(self.task) if settings.compile else None
+        numbers = FlatNumbers(self.gradient, parts.feedback)
+        self.finder = NonFiniteFinder(numbers, self.position, self.store)
 
-        self.position = Position(self.task.steps_per_epoch)
-        self.finder = NonFiniteFinder(self.gradient, parts.feedback, self.position, self.store)
-        own: dict[str, Exchange | Stateful]
-        own = {"exchange": self.exchange, "meter": self.meter, "task": self.task}
-        self.state = TrainingState(self.task.model, self.optimizer, self.position, own, self.device)
-        self._snapshot = TaskSnapshot(self.task) if settings.on_nonfinite == "skip" else None
+    def notes(self) -> list[str]:
+        """What the user of the reducer's settings should know, a line each."""
+        return self.exchange.reducer.notes()
 
     # --- one step -------------------------------------------------------------------------------------
 
-    def compute_gradient(self, batch: Any) -> tuple[Tensor, list[bool]]:
-        """Fill the flat gradient with this worker's. Returns its loss, a scalar, detached, and for each slot
-        whether its parameter has a gradient."""
+    def compute_gradient(self, batches: Iterator[Any]) -> tuple[Tensor, list[bool]]:
+        """Make this worker's gradient of a step: the mean over as many of the next batches as the step takes.
+
+        Returns the mean of their losses, a scalar, detached, and for each slot whether its parameter has a
+        gradient.
+        """
+        self._begin_gradient()
+        left = self.task.steps_per_epoch - self.position.index * self.settings.accumulate_steps
+        count = min(self.settings.accumulate_steps, left)
+        losses = []
+        for index in range(count):
+            with self.clock.phase("data"):
+                batch = next(batches)
+                if self._snapshot and index == 0:
+                    self._snapshot.take()
+            losses.append(self._add_gradient(batch, count, is_last=index == count - 1))
+        loss = torch.stack(losses).mean() if count > 1 else losses[0]
+        return loss, self._end_gradient()
+
+    def _begin_gradient(self) -> None:
+        """Make the gradient zero."""
         self.gradient.zero()
+
+    def _add_gradient(self, batch: Any, count: int, is_last: bool) -> Tensor:
+        """Add the gradient of one of count batches, divided by count; returns its loss, a scalar,
+        detached."""
         precision, device = self.settings.precision, self.device
         with tf32(precision == "tf32"):
             autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
             with self.clock.phase("forward"), autocast:
-                loss = (self._compiled_loss or self.task.loss)(batch)
-            with self.clock.phase("backward"):
-                loss.backward()
-                used = self.gradient.collect(self.side.read)
-        return loss.detach(), used
+                loss: Tensor = self._loss(batch)
+            self._backward(loss / count if count > 1 else loss, is_last)
+        return loss.detach()
+
+    def _backward(self, loss: Tensor, is_last: bool) -> None:
+        """is_last: of the step."""
+        with self.clock.phase("backward"):
+            loss.backward()
+
+    def _end_gradient(self) -> list[bool]:
+        """For each slot, whether its parameter has a gradient."""
+        with self.clock.phase("backward"):
+            return self.gradient.collect(self.side.read)
+
+    def _drop_gradient(self) -> None:
+        """Let nobody take a gradient that is not used for the mean."""
+        self.gradient.distribute([False] * len(self.gradient.layout))
 
     def exchange_gradient(
         self, progress: Progress, used: list[bool], measure: bool, found: Tensor | None = None
@@ -165,8 +260,9 @@ class Trainer:
     def _train_epoch(self) -> None:
         """Train what is left of the epoch."""
         position = self.position
-        batches = self.task.train_batches(position.epoch, position.index)
-        while position.index < self.task.steps_per_epoch:
+        first_batch = position.index * self.settings.accumulate_steps
+        batches = self.task.train_batches(position.epoch, first_batch)
+        while position.index < self.steps_per_epoch:
             self.store.set_step(position.step)
             request = self._train_step(batches)
             position.index, position.step = position.index + 1, position.step + 1
@@ -190,15 +286,11 @@ class Trainer:
         position.epoch, position.index = position.epoch + 1, 0
 
     def _train_step(self, batches: Iterator[Any]) -> Request:
-        """Train on one batch, or skip it; returns what the workers request."""
-        with self.clock.phase("data"):
-            batch = next(batches)
-            if self._snapshot:
-                self._snapshot.take()
+        """Train on the next batches, or skip them; returns what the workers request."""
         progress, lr_factor = self._progress()
         logging = self._is_logging_step()
 
-        loss, used = self.compute_gradient(batch)
+        loss, used = self.compute_gradient(batches)
         with self.clock.phase("agree"):
             evidence = self.finder.evidence(loss, late=self.agreement.reads_late)
             request, used = self.agreement.agree(evidence, used, waits=logging)
@@ -208,7 +300,7 @@ class Trainer:
         norms = self.exchange_gradient(progress, used, logging, evidence.norm)
         self.apply(lr_factor)
 
-        self.meter.add_step(loss, self.exchange.reducer.density)
+        self.meter.add_step(loss, self.average.density)
         self.position.log_due, self.position.skipped_in_a_row = False, 0
         if logging:
             self._log_step(progress, norms)
@@ -216,14 +308,14 @@ class Trainer:
 
     def _progress(self) -> tuple[Progress, float]:
         """Where training stands, and what the base learning rates are multiplied by there."""
-        position, steps = self.position, self.task.steps_per_epoch
+        position, steps = self.position, self.steps_per_epoch
         epoch = position.epoch + position.index / steps
         lr_factor = self.settings.schedule.factor(epoch, self.global_batch)
         return Progress(epoch, position.step, self.base_lrs[0] * lr_factor, steps), lr_factor
 
     def _is_logging_step(self) -> bool:
         position = self.position
-        is_last = position.index == self.task.steps_per_epoch - 1
+        is_last = position.index == self.steps_per_epoch - 1
         return position.step % self.settings.log.every == 0 or is_last or position.log_due
 
     def _has_reached_target(self) -> bool:
@@ -246,7 +338,7 @@ class Trainer:
             raise TrainingError(message)
 
         self._snapshot.put_back()
-        self.gradient.distribute([False] * len(self.gradient.layout))  # nobody takes it for the mean
+        self._drop_gradient()
         position.log_due = logging
         position.skipped, position.skipped_in_a_row = position.skipped + 1, position.skipped_in_a_row + 1
         message += f": step skipped, {position.skipped_in_a_row} in a row"
@@ -270,8 +362,8 @@ class Trainer:
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Take everything from a checkpoint. Raises ValueError where its files cannot be used."""
-        place, steps = Place(self.comm.rank, self.comm.world_size), self.task.steps_per_epoch
-        self.state.restore(checkpoint, place, steps, self.settings.seed, self.holds_optimizer)
+        place = Place(self.comm.rank, self.comm.world_size)
+        self.state.restore(checkpoint, place, self.steps_per_epoch, self.settings.seed, self.holds_optimizer)
 
     @property
     def holds_optimizer(self) -> bool:
@@ -296,8 +388,8 @@ class Trainer:
     # --- what is logged -------------------------------------------------------------------------------
 
     def _log_step(self, progress: Progress, norms: dict[str, Tensor]) -> None:
-        reducer, position = self.exchange.reducer, self.position
-        values = {"lr": progress.lr, "density": reducer.density, **reducer.metrics(), **norms}
+        average, position = self.average, self.position
+        values = {"lr": progress.lr, "density": average.density, **average.metrics(), **norms}
         line = self.meter.step_line(values)
         if not all(math.isfinite(line[name]) for name in norms):
             where = f"at epoch {position.epoch}, step {position.step}"
@@ -355,7 +447,7 @@ class Trainer:
             "epochs": len(scores),
             "steps": self.position.step,
             "skipped": self.position.skipped,
-            "parameters": self.gradient.flat.numel(),
+            "parameters": sum(parameter.numel() for parameter in self.trained),
             "score": {
                 "name": self.task.score,
                 "higher_is_better": self.task.higher_is_better,
