@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import run
 from sage.exchange.comm import LocalComm
 from sage.interfaces import Place, Task
 from sage.runfolder import manifest
@@ -17,6 +18,8 @@ from tests.test_language import make_task as make_language
 from tests.test_language import numbered
 from tests.test_skip import spoil_steps
 from tests.toy import NUM_TRAIN, ToyTask, lines_of, settings_of, state_of, train, train_until, trainer_of
+
+DIGITS = str(Path(__file__).parent.parent / "configs" / "digits.yaml")
 
 
 @pytest.fixture(autouse=True)
@@ -188,3 +191,12 @@ def test_a_step_that_is_skipped_puts_back_what_all_its_batches_changed(tmp_path:
 
 def _to_nan(task: Task, loss: Tensor) -> Tensor:
     return loss * torch.nan
+
+
+def test_a_dry_run_counts_steps_and_batches(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["overlap=true", "accumulate_steps=3", "--workers", "2", "--threads", "1", "--dry-run"]
+    assert run.main([DIGITS, *words]) == 0
+    told = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert told["batch"] == "32 a worker, 64 in all, 3 batches a step, 192 in all"
+    assert told["steps"] == "8 an epoch, 120 in 15 epochs"  # 1437 images // 64 = 22 batches, 7 * 3 + 1
+    assert told["overlap"].startswith("in buckets of 25 MiB")

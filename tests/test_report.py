@@ -17,7 +17,7 @@ from matplotlib.image import imread
 from matplotlib.lines import Line2D
 
 from sage.report import __main__ as report
-from sage.report import curves, figures, formats, output, runs, tables
+from sage.report import advisor, curves, figures, formats, output, runs, tables
 from sage.report.groups import Group, Section, find_exact, gather
 from sage.report.looks import look_of
 from sage.report.runs import Run
@@ -244,6 +244,34 @@ def test_only_a_finished_exact_run_of_the_same_task_and_world_size_is_compared_w
     assert find_exact(sage, [sage, apart, half]) is None
     assert find_exact(sage, [sage, apart, half, alike]) is alike
     assert tables.bytes_row(sage, None)[-1] == tables.time_row(sage, None)[-1] == "-"
+
+
+def test_runs_that_overlap_say_so_and_their_plain_average_is_the_one_compared_with(tmp_path: Path) -> None:
+    def overlapped(name: str, reducer: str, lines: Lines) -> Run:
+        run = write_run(tmp_path / name, reducer, lines)
+        run.config.update({"overlap.bucket_mb": 25.0, "overlap.find_unused_parameters": False})
+        return run
+
+    hidden = {**SAGE_SECONDS, "hidden": 0.012}
+    members = [
+        write_run(tmp_path / "sage", "sage", SAGE),
+        write_run(tmp_path / "exact", "exact", EXACT),
+        overlapped("sage beside", "sage", lines_of([0.01] * 2, 2e4, hidden)),
+        overlapped("exact beside", "exact", lines_of([1.0] * 2, 1e6, {**EXACT_SECONDS, "reduce": 0.016})),
+    ]
+    section = section_of(*members)
+    labels = ["exact overlap", "exact", "sage", "sage overlap"]
+    assert [group.label for group in section.groups] == labels
+    for group in section.groups:
+        assert find_exact(group, section.groups) is section.groups[0]
+
+    sheet = tables.time_sheet(section)
+    assert sheet.columns[-1] == "hidden\nms"
+    assert [row[-1] for row in sheet.rows] == ["-", "-", "-", "6.00"]  # 12 ms in two steps
+    assert "hidden" not in tables.time_sheet(section_of(*members[:2])).columns[-1]
+
+    advised = [group.label for group, _ in advisor.methods_of(section)]
+    assert advised == ["sage"]
 
 
 def test_of_lines_about_one_step_or_epoch_the_last_counts(tmp_path: Path) -> None:

@@ -188,11 +188,16 @@ class DDPHook:
         return sent / sum(sizes) if sizes else 1.0
 
     def metrics(self) -> Mapping[str, float | Tensor]:
-        """The reducer's metrics: of each the mean over the buckets, weighted by their elements."""
-        parts = [(exchange.layout[-1].stop, exchange.metrics()) for exchange in self.exchanges]
-        n = sum(size for size, _ in parts)
-        names = parts[0][1] if parts else {}
-        return {name: sum(size / n * values[name] for size, values in parts) for name in names}
+        """The reducer's metrics: of each the mean over the buckets that have it, weighted by their
+        elements."""
+        sums: dict[str, float | Tensor] = {}
+        sizes: dict[str, int] = {}
+        for exchange in self.exchanges:
+            size = exchange.layout[-1].stop
+            for name, value in exchange.metrics().items():
+                sums[name] = sums.get(name, 0.0) + size * value
+                sizes[name] = sizes.get(name, 0) + size
+        return {name: value / sizes[name] for name, value in sums.items()}
 
     def norms(self) -> dict[str, Tensor]:
         """Of the last backward, where it was measured: gradient_norm of this worker and ExchangeNorms.values,

@@ -46,36 +46,39 @@ class OverlappedTrainer(Trainer):
     """A trainer whose gradients are exchanged while backward computes the next ones."""
 
     def _set_up_exchange(self, parts: TrainingParts) -> None:
-        overlap = self.settings.overlap
-        assert overlap is not None
-        self._build_reducer = lambda: _reducer_of_all(parts)
-        model = self.task.model
-        self._ddp = DistributedDataParallel(
-            LossModule(model, self._loss),
-            init_sync=False,  # run() gives every worker rank 0's parameters
-            # DDP's default has a smaller first bucket.
-            bucket_cap_mb=None if overlap.bucket_mb == DEFAULT_BUCKET_MB else overlap.bucket_mb,
-            find_unused_parameters=overlap.find_unused_parameters,
-            gradient_as_bucket_view=True,
-            **_own_buffers(),
-        )
+        self._parts, self._ddp = parts, self._wrap(LossModule(self.task.model, self._loss))
         self._loss = self._loss_through_ddp
         timer = self.clock
         self._hook: DDPHook | None = None
         numbers: StepNumbers
         if is_plain_average(self.settings):
             self._plain = PlainAverage(self.trained, self.comm)
-            self.average, numbers = self._plain, MeanNumbers(model)
+            self.average, numbers = self._plain, MeanNumbers(self.task.model)
         else:
             timer = self._hidden = HiddenClock(self.clock)
-            self._hook = self._make_hook(parts, timer)
+            self._hook = self._make_hook(timer)
             self.comm = self._hook.comm
             self.average, numbers = self._hook, BucketNumbers(self._hook, self.device)
         self.meter = Meter(self.comm.ledger.take, timer, self.side, self.device)
         self.finder = NonFiniteFinder(numbers, self.position, self.store)
         self._prime()
 
-    def _make_hook(self, parts: TrainingParts, clock: HiddenClock) -> DDPHook:
+    def _wrap(self, module: nn.Module) -> DistributedDataParallel:
+        overlap = self.settings.overlap
+        assert overlap is not None
+        return DistributedDataParallel(
+            module,
+            init_sync=False,  # run() gives every worker rank 0's parameters
+            # DDP's own default has a smaller first bucket.
+            bucket_cap_mb=None if overlap.bucket_mb == DEFAULT_BUCKET_MB else overlap.bucket_mb,
+            find_unused_parameters=overlap.find_unused_parameters,
+            gradient_as_bucket_view=True,
+            **_own_buffers(),
+        )
+
+    def _make_hook(self, clock: HiddenClock) -> DDPHook:
+        parts = self._parts
+
         def build(layout: list[Slot], like: Tensor, comm: Communicator) -> Exchange:
             reducer, feedback = parts.compress(layout, like, parts.seeds_of(layout))
             return Exchange(feedback, reducer, comm, layout, reads_late=self.reads_late)
@@ -96,7 +99,8 @@ class OverlappedTrainer(Trainer):
         snapshot.take()
 
         def compute_loss() -> Tensor:
-            return self._loss(next(iter(self.task.train_batches(0))))
+            with self._autocast():
+                return self._loss(next(self.task.train_batches(0)))
 
         if self._hook is None:
             prime(self._ddp.module, compute_loss)
@@ -106,8 +110,11 @@ class OverlappedTrainer(Trainer):
 
     def notes(self) -> list[str]:
         """Those of a reducer of the whole gradient."""
-        notes: list[str] = self._build_reducer().notes()
-        return notes
+        named = [(name, p) for name, p in self.task.model.named_parameters() if p.requires_grad]
+        layout = lay_out((name, memory_shape(parameter)) for name, parameter in named)
+        like = torch.empty(layout[-1].stop, device=self.device)
+        reducer, _ = self._parts.compress(layout, like, self._parts.seeds)
+        return reducer.notes()
 
     # --- one step -------------------------------------------------------------------------------------
 
@@ -243,14 +250,6 @@ class BucketNumbers:
     def memories(self) -> Named:
         for exchange in self._hook.exchanges:
             yield from parts_of("what was not sent", exchange.layout, exchange.feedback.memory)
-
-
-def _reducer_of_all(parts: TrainingParts) -> Any:
-    """A reducer of the whole gradient, to be asked for what it has to say."""
-    named = [(name, p) for name, p in parts.task.model.named_parameters() if p.requires_grad]
-    layout = lay_out((name, memory_shape(parameter)) for name, parameter in named)
-    like = torch.empty(layout[-1].stop, device=named[0][1].device)
-    return parts.compress(layout, like, parts.seeds)[0]
 
 
 def _own_buffers() -> dict[str, Any]:

@@ -190,13 +190,14 @@ class Trainer:
     def _add_gradient(self, batch: Any, count: int, is_last: bool) -> Tensor:
         """Add the gradient of one of count batches, divided by count; returns its loss, a scalar,
         detached."""
-        precision, device = self.settings.precision, self.device
-        with tf32(precision == "tf32"):
-            autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
-            with self.clock.phase("forward"), autocast:
-                loss: Tensor = self._loss(batch)
+        with tf32(self.settings.precision == "tf32"):
+            with self.clock.phase("forward"), self._autocast():
+                loss = self._loss(batch)
             self._backward(loss / count if count > 1 else loss, is_last)
         return loss.detach()
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "bfloat16")
 
     def _backward(self, loss: Tensor, is_last: bool) -> None:
         """is_last: of the step."""
