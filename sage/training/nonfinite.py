@@ -72,13 +72,14 @@ class NonFiniteFinder:
         return Evidence(*self._now(), loss + norm, norm)
 
     def find(self, loss: Tensor) -> str:
-        """In this step's loss and gradient."""
-        return self._find("bad", [("the loss", loss), *self._numbers.gradients()])
+        """In this step's losses and, where all of them are finite, gradients."""
+        return self._find("loss", [("the loss", loss)]) or self._find("gradient", self._numbers.gradients())
 
     def find_late(self, evidence: Evidence) -> str:
         """In the loss and gradient of an earlier step, from its late evidence."""
-        named = zip(evidence.names, evidence.values, strict=True)
-        return self._find("bad", named, (evidence.epoch, evidence.step))
+        loss, *gradients = zip(evidence.names, evidence.values, strict=True)
+        when = evidence.epoch, evidence.step
+        return self._find("loss", [loss], when) or self._find("gradient", gradients, when)
 
     def find_in_memory(self) -> str:
         """In the memory, which has grown beyond the largest number, as the gradients that it was made of were
