@@ -36,6 +36,7 @@ STEPS = {
     "plain": {},
     "accumulated": {"accumulate_steps": 3},
     "clipped": {"clip": {"norm": 0.05, "before_reduce": False}},
+    "bfloat16": {"precision": "bfloat16"},
     "skipping": {"on_nonfinite": "skip"},
 }
 """What else is set, by which flat and overlapped training are compared."""
