@@ -190,6 +190,10 @@ def test_parameters_that_a_step_does_not_use_need_a_setting(seen: list[dict[str,
         (["--simulate", "2"], "overlap: expected null with --simulate, whose workers compute one at a time"),
         ([], "overlap: expected null, or several workers (--workers N), got one"),
         (
+            ["compile=true", "--workers", "2"],
+            "compile: expected false with overlap, with which it is not tested, got true",
+        ),
+        (
             ["clip.norm=1", "--workers", "2"],
             "clip.before_reduce: expected false with overlap, which sends the first bucket before the norm "
             "of the whole gradient is known, got true",

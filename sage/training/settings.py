@@ -114,6 +114,8 @@ def check_overlap(settings: RunSettings, world_size: int, simulated: bool) -> No
         raise ValueError("overlap: expected null with --simulate, whose workers compute one at a time")
     if world_size == 1:
         raise ValueError("overlap: expected null, or several workers (--workers N), got one")
+    if settings.compile:
+        raise ValueError("compile: expected false with overlap, with which it is not tested, got true")
     if clip.norm is not None and clip.before_reduce:
         raise ValueError(
             "clip.before_reduce: expected false with overlap, which sends the first bucket before the norm "
