@@ -24,6 +24,7 @@ from sage.components import SettingsTable
 from sage.console import complain, show
 from sage.exchange.feedback import FEEDBACKS
 from sage.exchange.gradient import GradientBuffer
+from sage.exchange.scaling import SCALINGS
 from sage.interfaces import Seeds
 from sage.runfolder.folder import check_link
 from sage.training.dry_run import describe_run
@@ -35,7 +36,12 @@ from sage.workers import launch
 from sage.workers.worker import Worker
 from tasks import TASKS
 
-COMPONENTS: dict[str, Any] = {"task": TASKS, "reducer": REDUCERS, "feedback": FEEDBACKS}
+COMPONENTS: dict[str, Any] = {
+    "task": TASKS,
+    "reducer": REDUCERS,
+    "scaling": SCALINGS,
+    "feedback": FEEDBACKS,
+}
 TABLES: config.Tables = {
     **{section: SettingsTable(table) for section, table in COMPONENTS.items()},
     "optimizer": OPTIMIZERS,
@@ -93,9 +99,11 @@ def build(settings: RunSettings, worker: Worker) -> TrainingParts:
     task = TASKS[settings.task.name](settings.task, worker.data, worker.place, seeds=seeds, device=device)
     torch.manual_seed(seeds.worker)  # dropout
     gradient = GradientBuffer(task.model)
+    reducer = reducers.build(settings.reducer, gradient.layout, seeds=seeds, device=device)
     return TrainingParts(
         task=task,
-        reducer=reducers.build(settings.reducer, gradient.layout, seeds=seeds, device=device),
+        reducer=reducer,
+        scaling=reducers.build_scaling(settings.scaling, reducer, gradient.layout, device),
         feedback=FEEDBACKS[settings.feedback.name](settings.feedback, gradient.flat),
         gradient=gradient,
         optimizer=build_optimizer(settings.optimizer, task.model),

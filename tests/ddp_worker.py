@@ -273,7 +273,7 @@ def errors() -> dict[str, str]:
     told = {"reducer": text_of(lambda: loss_of(failing, 0).backward())}
 
     scheduled = wrap(layers())
-    reducers.hook(scheduled, "topk", density_schedule={"warmup_epochs": 2})
+    reducers.hook(scheduled, "topk", scaling={"name": "schedule", "warmup_epochs": 2})
     told["epoch"] = text_of(lambda: loss_of(scheduled, 0).backward())
 
     other = wrap(layers())

@@ -15,7 +15,7 @@ SHARED = {
     "reducers.common",
     "reducers.lowrank",
     "reducers.largest",
-    "reducers.schedule",
+    "reducers.density",
     "reducers.quantize",
     "reducers.search",
     "reducers.sparse",

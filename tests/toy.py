@@ -128,7 +128,8 @@ def trainer_of(
         writer = CheckpointWriter(folder, config, settings.checkpoint, store, step)
     steps = settings.epochs * task.steps_per_epoch
     with Recorder(folder if comm.rank == 0 else None, steps, settings.log) as recorder:
-        parts = TrainingParts(task, reducer, feedback, gradient, optimizer)
+        scaling = reducers.build_scaling(settings.scaling, reducer, gradient.layout, device)
+        parts = TrainingParts(task, reducer, feedback, gradient, optimizer, scaling)
         services = RunServices(comm, side, clock, recorder, store, writer, reads_late)
         trainer = Trainer(settings, parts, services)
         if resumed:

@@ -82,7 +82,7 @@ class AttachedExchange:
     @property
     def density(self) -> float:
         """Elements a worker sent in the last step / n, mean over workers."""
-        return self.exchange.reducer.density
+        return self.exchange.density
 
     def state_dict(self) -> dict[str, Any]:
         """All that the next step depends on, by parameter name; each worker's is its own."""

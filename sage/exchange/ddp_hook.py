@@ -93,7 +93,7 @@ class DDPHook:
     have moved, a copy of the state is kept: as much memory again.
 
     A bucket is an exchange of its own: a method that compares elements of the whole gradient (global_topk,
-    sage's threshold) compares those of a bucket.
+    sage's threshold) compares those of a bucket, and scaling by error keeps its share of each bucket's.
     """
 
     def __init__(
@@ -173,9 +173,7 @@ class DDPHook:
     def density(self) -> float:
         """Elements a worker sent in the last step / n, mean over workers."""
         sizes = [exchange.layout[-1].stop for exchange in self.exchanges]
-        sent = sum(
-            size * exchange.reducer.density for size, exchange in zip(sizes, self.exchanges, strict=True)
-        )
+        sent = sum(size * exchange.density for size, exchange in zip(sizes, self.exchanges, strict=True))
         return sent / sum(sizes) if sizes else 1.0
 
     def state_dict(self) -> State:

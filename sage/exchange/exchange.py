@@ -1,6 +1,6 @@
-"""One step between backward and the optimizer: error feedback, reducer and communicator in one object."""
+"""One step between backward and the optimizer: scaling, error feedback, reducer and communicator."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sage.exchange.clock import Clock
 from sage.exchange.feedback import Feedback
+from sage.exchange.scaling import ConstantScaling, Scaling
 from sage.interfaces import Communicator, Progress, Reducer, Slot, Stateful
 
 State = dict[str, Any]
@@ -94,9 +95,9 @@ def read_agreement(side: Communicator, flags: Tensor) -> tuple[int, list[bool]]:
 class Exchange:
     """Replaces this worker's gradient by the estimate of all workers' mean.
 
-    The only place that knows in which order feedback, reducer and communicator are called. A loop of your own
-    calls step() once between backward and the optimizer. The trainer calls average(), since it agrees with
-    the other workers on signals and checkpoints in the same message as on finite gradients.
+    The only place that knows in which order scaling, feedback, reducer and communicator are called. A loop of
+    your own calls step() once between backward and the optimizer. The trainer calls average(), since it
+    agrees with the other workers on signals and checkpoints in the same message as on finite gradients.
     """
 
     def __init__(
@@ -107,13 +108,16 @@ class Exchange:
         layout: Sequence[Slot],
         clock: Clock | None = None,
         reads_late: bool = False,
+        scaling: Scaling | None = None,
     ) -> None:
         """layout: the parameters in the flat gradient. clock: counts the step as its phase "reduce".
-        reads_late: norms are computed without waiting for the device."""
+        reads_late: norms are computed without waiting for the device. scaling: of this reducer; None: its
+        density stays."""
         self.feedback, self.reducer, self.comm, self.layout = feedback, reducer, comm, list(layout)
         self._side, self._waits = comm.another(), not reads_late
         self._backup: State = {}
         self._clock = clock or Clock(torch.device("cpu"))
+        self.scaling = scaling or ConstantScaling.of(reducer)
 
     def step(
         self, gradient: Gradient, progress: Progress, *, scaler: torch.amp.GradScaler | None = None
@@ -184,22 +188,34 @@ class Exchange:
     def _average(self, grad: Tensor, progress: Progress, measure: bool) -> ExchangeNorms | None:
         memory = self.feedback.memory
 
-        # 1. schedules
-        self.reducer.begin_step(progress)
-        self.feedback.begin_step(progress)
-
-        # 2. memory = what this worker wants to send
         with self._clock.phase("reduce"):
-            self.feedback.compensate(self.reducer, grad)
+            # 1. the density of this step, and schedules
+            self.scaling.begin_step(progress, self.comm)
+            reducer = self.scaling.current
+            self.reducer.begin_step(progress)
+            self.feedback.begin_step(progress)
+
+            # 2. memory = what this worker wants to send
+            self.feedback.compensate(reducer, grad)
         send_norm = norm(memory, waits=self._waits) if measure else None
 
         # 3. grad = the mean; memory = what was not sent
         with self._clock.phase("reduce"):
-            self.reducer.reduce(memory, grad, self.comm)
-            self.feedback.after_reduce(self.reducer)
+            reducer.reduce(memory, grad, self.scaling.watched(self.comm))
+            self.feedback.after_reduce(reducer)
+            self.scaling.end_step(self.comm)
         if send_norm is None:
             return None
-        return ExchangeNorms(send_norm, norm(memory, waits=self._waits), self.reducer.takes_feedback)
+        return ExchangeNorms(send_norm, norm(memory, waits=self._waits), reducer.takes_feedback)
+
+    @property
+    def density(self) -> float:
+        """Elements a worker sent in the last step / n, mean over workers."""
+        return self.scaling.current.density
+
+    def metrics(self) -> Mapping[str, float | Tensor]:
+        """The reducer's and the scaling's, of the last step; asked for on logging steps only."""
+        return {**self.scaling.current.metrics(), **self.scaling.metrics()}
 
     @contextmanager
     def _kept_for_later(self, used: list[bool]) -> Iterator[None]:
@@ -241,7 +257,7 @@ class Exchange:
         """All that the next step depends on, by parameter and by bucket.
 
         {"parameters": {name: {"feedback.memory": (size,), ...}},
-         "buckets": [{"names": [...], "feedback": {...}, "reducer": {...}}]}
+         "buckets": [{"names": [...], "feedback": {...}, "reducer": {...}, "scaling": {...}}]}
 
         parameters holds what belongs to single parameters (memory, velocity, factors, levels), buckets what
         one exchange has once (thresholds, counters, generators). This exchange is one bucket, of all its
@@ -284,7 +300,7 @@ class Exchange:
             owner.reseed(seed)
 
     def _owners(self) -> dict[str, Stateful]:
-        return {"feedback": self.feedback, "reducer": self.reducer}
+        return {"feedback": self.feedback, "reducer": self.reducer, "scaling": self.scaling}
 
     def _count_common(self, bucket: State) -> tuple[bool, int]:
         """Whether a saved bucket is this one, and how many elements the two have in common."""

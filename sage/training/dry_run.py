@@ -44,6 +44,8 @@ def describe_run(settings: RunSettings, parts: TrainingParts, worker: Worker) ->
         *describe_network(parts, settings.reducer, world_size),
         f"memory      {total:,} B a worker: {listed}; data and activations not counted",
     ]
+    if settings.scaling.name != "constant":
+        lines.append(f"scaling     {settings.scaling.name}; the lines above are of the reducer's own density")
     if worker.simulated:
         once = held["parameters"] + held["optimizer"]
         in_all = once + world_size * (total - once)

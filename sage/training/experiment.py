@@ -154,7 +154,12 @@ def _train_in(folder: Path, trainer: Trainer, plan: RunPlan, worker: Worker, sto
             if not speaks:
                 return
             say(f"{folder}: {worker.describe(workers)}")
-            for note in (*notes(plan.settings, worker.device), *trainer.exchange.reducer.notes()):
+            exchange = trainer.exchange
+            for note in (
+                *notes(plan.settings, worker.device),
+                *exchange.reducer.notes(),
+                *exchange.scaling.notes(),
+            ):
                 say(note)
             held.enter_context(lock(folder))
             environment = provenance.environment(**worker.facts(), workers=workers)

@@ -9,6 +9,7 @@ from pydantic import Field, SerializeAsAny
 
 from sage.config import Named, Settings
 from sage.exchange.feedback import FEEDBACKS
+from sage.exchange.scaling import SCALINGS, ConstantSettings
 from sage.interfaces import Reducer, Task
 from sage.runfolder.checkpoint import Checkpoints
 from sage.runfolder.record import Log
@@ -33,6 +34,8 @@ class RunSettings(Settings):
     """End after the first epoch whose score is this or better; null: train all epochs."""
     task: SerializeAsAny[Named]
     reducer: SerializeAsAny[Named]
+    scaling: SerializeAsAny[Named] = ConstantSettings()
+    """What the reducer's density is in each step."""
     feedback: SerializeAsAny[Named]
     optimizer: SerializeAsAny[Named]
     schedule: Schedule = Schedule()
@@ -102,3 +105,4 @@ def check(
     task.check(settings.task, data, world_size)
     feedback, reducer = FEEDBACKS[settings.feedback.name], reducers[settings.reducer.name]
     feedback.check(reducer, settings.reducer, settings.optimizer)
+    SCALINGS[settings.scaling.name].check(settings.scaling, reducer, settings.reducer, simulated)

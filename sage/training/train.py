@@ -14,6 +14,7 @@ from sage.exchange.comm import CountingComm
 from sage.exchange.exchange import Exchange, norm
 from sage.exchange.feedback import Feedback
 from sage.exchange.gradient import GradientBuffer
+from sage.exchange.scaling import Scaling
 from sage.interfaces import Communicator, Place, Progress, Reducer, Stateful, Stopped, Task, TrainingError
 from sage.runfolder.checkpoint import CheckpointWriter
 from sage.runfolder.manifest import Checkpoint
@@ -47,6 +48,8 @@ class TrainingParts:
     feedback: Feedback
     gradient: GradientBuffer
     optimizer: torch.optim.Optimizer
+    scaling: Scaling
+    """Of this reducer."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,7 @@ class Trainer:
             self.gradient.layout,
             clock=self.clock,
             reads_late=self.reads_late,
+            scaling=parts.scaling,
         )
 
         self.base_lrs = [group["lr"] for group in self.optimizer.param_groups]
@@ -208,7 +212,7 @@ class Trainer:
         norms = self.exchange_gradient(progress, used, logging, evidence.norm)
         self.apply(lr_factor)
 
-        self.meter.add_step(loss, self.exchange.reducer.density)
+        self.meter.add_step(loss, self.exchange.density)
         self.position.log_due, self.position.skipped_in_a_row = False, 0
         if logging:
             self._log_step(progress, norms)
@@ -296,8 +300,8 @@ class Trainer:
     # --- what is logged -------------------------------------------------------------------------------
 
     def _log_step(self, progress: Progress, norms: dict[str, Tensor]) -> None:
-        reducer, position = self.exchange.reducer, self.position
-        values = {"lr": progress.lr, "density": reducer.density, **reducer.metrics(), **norms}
+        exchange, position = self.exchange, self.position
+        values = {"lr": progress.lr, "density": exchange.density, **exchange.metrics(), **norms}
         line = self.meter.step_line(values)
         if not all(math.isfinite(line[name]) for name in norms):
             where = f"at epoch {position.epoch}, step {position.step}"
