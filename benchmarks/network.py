@@ -102,7 +102,7 @@ def cells_of(row: Row, exact: Row) -> list[str]:
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--layout", choices=LAYOUTS, default="resnet18")
-    parser.add_argument("--rates", nargs="+", default=["100mbit", "1gbit"], metavar="RATE", type=_rate)
+    parser.add_argument("--rates", nargs="+", default=["100mbit", "1gbit"], metavar="RATE", type=parse_rate)
     arguments = parser.parse_args()
     with Path("/tmp/sage-virtual-cluster.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # a machine has one such cluster; the tests use it too
@@ -118,7 +118,7 @@ def main() -> None:
         write_rows(arguments.json, rows)
 
 
-def _rate(text: str) -> str:
+def parse_rate(text: str) -> str:
     if text[-4:] not in BITS or not text[:-4].isdecimal():
         raise argparse.ArgumentTypeError(f"expected a number with mbit or gbit, as in 100mbit, got {text!r}")
     return text
