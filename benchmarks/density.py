@@ -245,9 +245,10 @@ def print_table(rows: list[Row]) -> None:
 
 
 def draw(rows: list[Row], file: Path) -> None:
-    """Density over steps with feedback, at the middle target: one panel a configuration."""
-    names, targets = list(dict.fromkeys(row.config for row in rows)), sorted({row.target for row in rows})
-    target = targets[len(targets) // 2]
+    """Density over steps with feedback, at the middle target that all have: one panel a configuration."""
+    names = list(dict.fromkeys(row.config for row in rows))
+    of_all = set.intersection(*({row.target for row in rows if row.config == name} for name in names))
+    target = sorted(of_all)[(len(of_all) - 1) // 2]
     figure = Figure(figsize=(4 * len(names), 3.2))
     panels = figure.subplots(1, len(names), sharey=True, squeeze=False)
     for panel, name in zip(panels[0], names, strict=True):

@@ -116,7 +116,7 @@ class RandomBlock(SharedDraw):
         firsts = counts.cumsum(0) - counts
         facts = torch.stack([torch.arange(len(counts)), firsts, self.starts, self.sizes], 1)  # (tensors, 4)
         facts = facts.repeat_interleave(counts, 0, output_size=total).to(self.device)  # (k, 4)
-        self._tensors, firsts, self._starts, self._sizes = facts.T.contiguous()  # (k,) each
+        self._tensors, firsts, self._starts, self._sizes = facts.T.contiguous().unbind()  # (k,) each
         self._within = torch.arange(total, device=self.device) - firsts  # 0, 1, ..., k_l - 1
         self._sizes_of_all = self.sizes.to(self.device)  # (tensors,)
 
