@@ -102,9 +102,20 @@ def change_rate(rate: str) -> None:
 
 
 def row_of(rate: str, loss: float, density: float, shown: dict[str, float]) -> Row:
-    times = [shown.get(f"{name}_milliseconds", 0.0) for name in ("exchange", "step", "allowed")]
-    target, dense = shown["target_density"], shown["dense"]
-    return Row(rate, loss, density, target, dense, *times, link_megabits=shown.get("link_megabits", 0.0))
+    exchange, step, allowed = (
+        shown.get(f"{name}_milliseconds", 0.0) for name in ("exchange", "step", "allowed")
+    )
+    return Row(
+        rate=rate,
+        loss=loss,
+        density=density,
+        target_density=shown["target_density"],
+        dense=shown["dense"],
+        exchange_ms=exchange,
+        step_ms=step,
+        allowed_ms=allowed,
+        link_megabits=shown.get("link_megabits", 0.0),
+    )
 
 
 def shares_within(rows: list[Row], share: float, steps: int) -> tuple[float, float]:
