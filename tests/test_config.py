@@ -46,7 +46,7 @@ compile: true
 timeout_seconds: 12.5
 on_nonfinite: skip
 skip_limit: 4
-checkpoint: {every_epochs: null, every_minutes: 2.5, keep: 1, required: false}
+checkpoint: {every_epochs: null, every_minutes: 2.5, keep: 1, best: true, required: false}
 resume: {world_size: reshard}
 log: {every: 3, tensorboard: false}
 """

@@ -104,6 +104,7 @@ def trainer_of(
     stop_at: int | None = None,
     resumed: Checkpoint | None = None,
     reads_late: bool = False,
+    clock: Clock | None = None,
 ) -> Iterator[Trainer]:
     """A trainer of the toy for one worker of comm; rank 0 writes metrics.jsonl into folder.
 
@@ -117,7 +118,7 @@ def trainer_of(
     reducer = reducers.build(settings.reducer, gradient.layout, seeds=seeds, device=device)
     feedback = FEEDBACKS[settings.feedback.name](settings.feedback, gradient.flat)
     optimizer = build_optimizer(settings.optimizer, task.model)
-    clock = Clock(device)
+    clock = clock or Clock(device)
     comm, side = comm.another(clock), comm.another()
     store, writer = SimulatedStore(place, comm), None
     if keeps:
@@ -158,6 +159,12 @@ def lines_of(folder: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl, without the seconds."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+
+def lines_of_epochs(folder: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl about epochs, whole."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == "epoch"]
 
 
 def bits_of(value: Any) -> Any:

@@ -67,7 +67,7 @@ class CountingComm(Communicator):
     def all_reduce(self, x: Tensor, op: Literal["sum", "max"] = "sum") -> None:
         if self.world_size > 1:
             self.ledger.add(x.nbytes, 2 * (self.world_size - 1) / self.world_size)
-            with self._clock.phase("communicate"):
+            with self._clock.part("communicate"):
                 self._all_reduce(x, op)
 
     def all_gather(self, x: Tensor) -> Tensor:
@@ -90,12 +90,12 @@ class CountingComm(Communicator):
     def broadcast(self, x: Tensor, source: int = 0) -> None:
         if self.world_size > 1:
             self.ledger.add(x.nbytes, (self.world_size - 1) / self.world_size)
-            with self._clock.phase("communicate"):
+            with self._clock.part("communicate"):
                 self._broadcast(x, source)
 
     def _counted_gather(self, x: Tensor, padding_bytes: int) -> Tensor:
         self.ledger.add(x.nbytes, self.world_size - 1, padding_bytes)
-        with self._clock.phase("communicate"):
+        with self._clock.part("communicate"):
             return self._all_gather(x)
 
     @abstractmethod

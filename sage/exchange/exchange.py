@@ -108,8 +108,9 @@ class Exchange:
         clock: Clock | None = None,
         reads_late: bool = False,
     ) -> None:
-        """layout: the parameters in the flat gradient. clock: counts the step as its phase "reduce".
-        reads_late: norms are computed without waiting for the device."""
+        """layout: the parameters in the flat gradient. clock: counts the step as its phase "reduce", and
+        norms that are only measured as "log". reads_late: norms are computed without waiting for the
+        device."""
         self.feedback, self.reducer, self.comm, self.layout = feedback, reducer, comm, list(layout)
         self._side, self._waits = comm.another(), not reads_late
         self._backup: State = {}
@@ -178,7 +179,8 @@ class Exchange:
         has a gradient of it (None: all); the state of the others stays as it is. What is not sent stays in
         the feedback's memory. measure: return the norms, too. Raises CommunicationError.
         """
-        with self._kept_for_later([] if used is None else list(used)):
+        kept = self._kept_for_later([] if used is None else list(used))
+        with self._clock.phase("reduce"), kept:
             return self._average(grad, progress, measure)
 
     def _average(self, grad: Tensor, progress: Progress, measure: bool) -> ExchangeNorms | None:
@@ -189,17 +191,19 @@ class Exchange:
         self.feedback.begin_step(progress)
 
         # 2. memory = what this worker wants to send
-        with self._clock.phase("reduce"):
-            self.feedback.compensate(self.reducer, grad)
-        send_norm = norm(memory, waits=self._waits) if measure else None
+        self.feedback.compensate(self.reducer, grad)
+        send_norm = self._norm_of_memory() if measure else None
 
         # 3. grad = the mean; memory = what was not sent
-        with self._clock.phase("reduce"):
-            self.reducer.reduce(memory, grad, self.comm)
-            self.feedback.after_reduce(self.reducer)
+        self.reducer.reduce(memory, grad, self.comm)
+        self.feedback.after_reduce(self.reducer)
         if send_norm is None:
             return None
-        return ExchangeNorms(send_norm, norm(memory, waits=self._waits), self.reducer.takes_feedback)
+        return ExchangeNorms(send_norm, self._norm_of_memory(), self.reducer.takes_feedback)
+
+    def _norm_of_memory(self) -> Tensor:
+        with self._clock.phase("log"):
+            return norm(self.feedback.memory, waits=self._waits)
 
     @contextmanager
     def _kept_for_later(self, used: list[bool]) -> Iterator[None]:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from sage.exchange.exchange import read_agreement, start_agreement
-from sage.interfaces import Communicator
+from sage.interfaces import Communicator, TrainingError
 from sage.workers.signals import WATCH
+from sage.workers.store import RendezvousStore
 
 
 class Request(IntEnum):
@@ -197,3 +198,21 @@ def _checksum(values: Tensor) -> Tensor:
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
     bits = values.reshape(-1).view(integers).long()
     return (bits * (2 * torch.arange(bits.numel(), device=bits.device) + 1)).sum()
+
+
+def on_all_workers(name: str, call: Callable[[], object], store: RendezvousStore) -> None:
+    """Make a call on every worker; raise TrainingError on all of them where it failed on one. name: new for
+    each call, the same on all workers."""
+    error = ""
+    try:
+        call()
+    except (ValueError, OSError) as failure:
+        error = str(failure)
+    raise_on_all_workers(name, error, store)
+
+
+def raise_on_all_workers(name: str, error: str, store: RendezvousStore) -> None:
+    """Raise TrainingError on all workers where one of them has an error."""
+    for rank, message in enumerate(store.collect(name, error)):
+        if message:
+            raise TrainingError(f"rank {rank}: {message}")

@@ -1,6 +1,6 @@
 """Everything that the next step depends on: what is the same on all workers, and what is each one's own."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -145,6 +145,30 @@ class TrainingState:
     def _load_buffers(self, state: State) -> None:
         for name, buffer in self.model.named_buffers():
             buffer.copy_(state["buffers"][name])
+
+
+class BestWeights:
+    """Keeps the weights of the epoch with the best score so far, the first of several, on the host."""
+
+    def __init__(self, model: nn.Module, higher_is_better: bool) -> None:
+        self._model, self._higher_is_better = model, higher_is_better
+        self.weights: State | None = None
+        """The model's state_dict as it was scored; None before the first epoch's end."""
+
+    def consider(self, scores: Sequence[float]) -> None:
+        """Keep the model's weights if the last of all scores so far, which is theirs, is the best.
+
+        On a GPU this waits for the device."""
+        if best_epoch(scores, self._higher_is_better) < len(scores) - 1:
+            return
+        self.weights = self._model.state_dict()
+        for name, value in self.weights.items():
+            self.weights[name] = value.to("cpu", copy=True)
+
+
+def best_epoch(scores: Sequence[float], higher_is_better: bool) -> int:
+    """The first epoch with the best score, counted from 0."""
+    return scores.index(max(scores) if higher_is_better else min(scores))
 
 
 class TaskSnapshot:

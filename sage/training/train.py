@@ -1,7 +1,7 @@
 """The training loop: compute_gradient, exchange_gradient, apply; what is logged; what ends a run."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +15,8 @@ from sage.exchange.exchange import Exchange, norm
 from sage.exchange.feedback import Feedback
 from sage.exchange.gradient import GradientBuffer
 from sage.interfaces import Communicator, Place, Progress, Reducer, Stateful, Stopped, Task, TrainingError
-from sage.runfolder.checkpoint import CheckpointWriter
-from sage.runfolder.manifest import Checkpoint
+from sage.runfolder.checkpoint import CheckpointWriter, read_state
+from sage.runfolder.manifest import BEST, Checkpoint
 from sage.runfolder.record import Recorder
 from sage.training.agree import (
     Agreement,
@@ -27,15 +27,14 @@ from sage.training.agree import (
     wait_for_all,
 )
 from sage.training.compiled import compiled_loss
+from sage.training.evaluation import Evaluate, broadcast, values_over_workers
 from sage.training.metrics import Meter
 from sage.training.nonfinite import NonFiniteFinder
 from sage.training.optim import clip_norm
 from sage.training.precision import tf32
 from sage.training.settings import RunSettings
-from sage.training.state import Position, TaskSnapshot, TrainingState
+from sage.training.state import BestWeights, Position, TaskSnapshot, TrainingState, best_epoch
 from sage.workers.store import RendezvousStore
-
-Sums = dict[str, tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -100,13 +99,16 @@ class Trainer:
         own = {"exchange": self.exchange, "meter": self.meter, "task": self.task}
         self.state = TrainingState(self.task.model, self.optimizer, self.position, own, self.device)
         self._snapshot = TaskSnapshot(self.task) if settings.on_nonfinite == "skip" else None
+        keeps_best = settings.checkpoint.best and self.comm.rank == 0
+        self._best = BestWeights(self.task.model, self.task.higher_is_better) if keeps_best else None
 
     # --- one step -------------------------------------------------------------------------------------
 
     def compute_gradient(self, batch: Any) -> tuple[Tensor, list[bool]]:
         """Fill the flat gradient with this worker's. Returns its loss, a scalar, detached, and for each slot
         whether its parameter has a gradient."""
-        self.gradient.zero()
+        with self.clock.phase("backward"):
+            self.gradient.zero()
         precision, device = self.settings.precision, self.device
         with tf32(precision == "tf32"):
             autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
@@ -129,11 +131,13 @@ class Trainer:
         raw_norm = norm(grad, found, waits=not self.reads_late) if measure else None
 
         if clip.norm is not None and clip.before_reduce:
-            clip_norm(grad, clip.norm, found)
+            with self.clock.phase("optimizer"):
+                clip_norm(grad, clip.norm, found)
         norms = self.exchange.average(grad, progress, used=used, measure=measure)
-        if clip.norm is not None and not clip.before_reduce:
-            clip_norm(grad, clip.norm)
-        self.gradient.distribute(used)
+        with self.clock.phase("optimizer"):
+            if clip.norm is not None and not clip.before_reduce:
+                clip_norm(grad, clip.norm)
+            self.gradient.distribute(used)
 
         if raw_norm is None or norms is None:
             return {}
@@ -151,15 +155,24 @@ class Trainer:
     def run(self) -> dict[str, Any]:
         """Train all epochs from the current position on; returns the summary.
 
-        Raises TrainingError, CommunicationError from a collective, and Stopped.
+        All that no other phase counts is phase "log": what is measured, written and shown. Raises
+        TrainingError, CommunicationError from a collective, and Stopped.
         """
+        with self.clock.phase("log"):
+            self.meter.start()
+            return self._run()
+
+    def _run(self) -> dict[str, Any]:
         position = self.position
-        self._broadcast([parameter.data for parameter in self.task.model.parameters()])
+        with self.clock.phase("agree"):
+            broadcast([parameter.data for parameter in self.task.model.parameters()], self.side)
         while position.epoch < self.settings.epochs and not self._has_reached_target():
             self._train_epoch()
             self._end_epoch()
             due = self.writer is not None and self.writer.is_due_after(position.epoch)
-            self._act_on(self.agreement.agree_between_steps(), due)
+            with self.clock.phase("agree"):
+                request = self.agreement.agree_between_steps()
+            self._act_on(request, due)
         return self._summary(self._evaluate(self.task.evaluate_at_end))
 
     def _train_epoch(self) -> None:
@@ -167,7 +180,8 @@ class Trainer:
         position = self.position
         batches = self.task.train_batches(position.epoch, position.index)
         while position.index < self.task.steps_per_epoch:
-            self.store.set_step(position.step)
+            with self.clock.phase("agree"):
+                self.store.set_step(position.step)
             request = self._train_step(batches)
             position.index, position.step = position.index + 1, position.step + 1
             self.recorder.step_done(position.step)
@@ -176,16 +190,22 @@ class Trainer:
     def _end_epoch(self) -> None:
         """Evaluate, check that the replicas are equal, log, and move on to the next epoch."""
         position, task = self.position, self.task
-        self.agreement.settle()
+        with self.clock.phase("agree"):
+            self.agreement.settle()
         values = self._evaluate(task.evaluate)
         for name, value in values.items():
             if not math.isfinite(value):
                 raise TrainingError(
                     f"the {task.evaluated} {name} became {value} after epoch {position.epoch}"
                 )
-        if difference := find_difference(self.replicated(), self.side):
+        with self.clock.phase("agree"):
+            difference = find_difference(self.replicated(), self.side)
+        if difference:
             raise TrainingError(f"the replicas differ after epoch {position.epoch}: {difference}")
         position.scores.append(values[task.score])
+        with self.clock.phase("checkpoint"):  # on all workers, whose phases are averaged
+            if self._best:
+                self._best.consider(position.scores)
         self._log_epoch(values)
         position.epoch, position.index = position.epoch + 1, 0
 
@@ -272,6 +292,13 @@ class Trainer:
         """Take everything from a checkpoint. Raises ValueError where its files cannot be used."""
         place, steps = Place(self.comm.rank, self.comm.world_size), self.task.steps_per_epoch
         self.state.restore(checkpoint, place, steps, self.settings.seed, self.holds_optimizer)
+        if self._best and BEST in checkpoint.manifest.files:
+            self._best.weights = read_state(checkpoint, BEST)
+
+    @property
+    def best_weights(self) -> dict[str, Any] | None:
+        """The best epoch's weights so far, where this worker keeps them."""
+        return self._best.weights if self._best else None
 
     @property
     def holds_optimizer(self) -> bool:
@@ -281,13 +308,15 @@ class Trainer:
     def _act_on(self, request: Request, due: bool = False) -> None:
         """Write a checkpoint where one is due or requested; raise Stopped where the run is to end."""
         if request is not Request.NOTHING or due:
-            request = max(request, self.agreement.settle())
+            with self.clock.phase("agree"):
+                request = max(request, self.agreement.settle())
         ends = request in (Request.STOP, Request.QUIT)
         if self.writer is not None and (ends or due or request is Request.SAVE):
             position = self.position
-            shared = self.state.shared() if self.comm.rank == 0 else None
             with self.clock.phase("checkpoint"):
-                self.writer.save(position.step, position.epoch, shared, self.state.own(), self.recorder.sync)
+                shared = self.state.shared() if self.comm.rank == 0 else None
+                own, sync, best = self.state.own(), self.recorder.sync, self.best_weights
+                self.writer.save(position.step, position.epoch, shared, own, sync, best)
         if ends:
             # Rank 0 may host the store, so no worker exits before it is done.
             wait_for_all(self.side, self.device)
@@ -326,29 +355,17 @@ class Trainer:
         self.recorder.show_epoch(line, self.settings.epochs)
         position.log_due = False
 
-    def _evaluate(self, evaluate: Callable[[], Sums | None]) -> dict[str, float]:
-        """The values over all workers' shares, with rank 0's buffers (BatchNorm's) on all of them."""
+    def _evaluate(self, evaluate: Evaluate) -> dict[str, float]:
         with self.clock.phase("evaluate"):
-            self._broadcast(list(self.task.model.buffers()))
-            sums = evaluate()
-            if sums is None:
-                return {}
-            packed = torch.tensor(list(sums.values()), dtype=torch.float64, device=self.device)
-            self.side.all_reduce(packed)  # (values, 2)
-        values = dict(zip(sums, self.side.read(packed[:, 0] / packed[:, 1]).tolist(), strict=True))
-        return self.task.derive(values)
+            return values_over_workers(self.task, evaluate, self.side, self.device)
 
     def replicated(self) -> list[tuple[str, Tensor]]:
         """What must be the same on all workers, by name."""
         return [(name, parameter.data) for name, parameter in self.task.model.named_parameters()]
 
-    def _broadcast(self, tensors: list[Tensor]) -> None:
-        for tensor in tensors:
-            self.side.broadcast(tensor)
-
     def _summary(self, test: dict[str, float]) -> dict[str, Any]:
-        better = max if self.task.higher_is_better else min
         totals, scores, target = self.meter.totals(), self.position.scores, self.settings.stop_at_score
+        best = best_epoch(scores, self.task.higher_is_better)
         return {
             "world_size": self.comm.world_size,
             "simulated": self.simulated,
@@ -360,7 +377,8 @@ class Trainer:
                 "name": self.task.score,
                 "higher_is_better": self.task.higher_is_better,
                 "last": scores[-1],
-                "best": better(scores),
+                "best": scores[best],
+                "best_epoch": best,
                 "target": target,
                 "reached": None if target is None else self._has_reached_target(),
             },
