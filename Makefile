@@ -3,6 +3,7 @@
 # make test        the test suite                 make check       test, lint, format and types
 # make oldest      the test suite under the oldest torch that works, in .venv-oldest (about 5 GB, once)
 # make cluster     the tests on a virtual SLURM cluster; needs root, slurm-wlm munge iproute2 openmpi-bin
+# make docs        docs/settings.md, from the classes of the settings
 # make gpu         what needs a GPU: its tests, figures of reducers and steps, whole runs; a page in runs/gpu
 PYTHON ?= python3
 VENV := .venv
@@ -35,6 +36,10 @@ oldest: $(VENV)-oldest/.complete
 
 cluster: setup
 	$(RUN) -m pytest -m cluster tests/cluster $(PYTEST)
+
+.PHONY: docs
+docs: setup
+	$(RUN) -m docs
 
 .PHONY: gpu
 gpu: setup

@@ -174,11 +174,11 @@ class _Complaints:
                 self._add_unknown(path, keys[-1], owner)
             elif problem["type"] == "missing" and len(keys) == len(problem["loc"]):
                 self._missing.add(path)
-                self.add(path, f"missing; expected {_expected(field)}")
+                self.add(path, f"missing; expected {expected(field)}")
             elif problem["type"] == "value_error":
                 self.add(path, str(problem["ctx"]["error"]))
             else:
-                message = f"expected {_expected(field)}, got {_shown(problem['input'])}"
+                message = f"expected {expected(field)}, got {_shown(problem['input'])}"
                 self.add(path, message + _hint(problem["input"], _choices(field)))
 
     def text(self) -> str:
@@ -221,7 +221,7 @@ def _find(
     return model, field, keys
 
 
-def _expected(field: FieldInfo | None) -> str:
+def expected(field: FieldInfo | None) -> str:
     return "something else" if field is None else _describe(field.annotation, field.metadata)
 
 
@@ -235,12 +235,16 @@ def _describe(kind: Any, limits: list[Any]) -> str:
         return " or ".join(_describe(part, limits) for part in get_args(kind))
     if origin is Literal:
         return _listed(get_args(kind), "one of ") if len(get_args(kind)) > 1 else str(get_args(kind)[0])
+    if origin is list:
+        return f"a list, each {_describe(get_args(kind)[0], [])}"
     if origin is tuple:
         first, *others = get_args(kind)
         count = "" if Ellipsis in others else f"{1 + len(others)} of them, "
         return f"a list, {count}each {_describe(first, [])}"
     if isinstance(kind, type) and issubclass(kind, BaseModel):
         return f"a mapping with keys of {_listed(kind.model_fields)}"
+    if origin is dict:
+        return "a mapping"
     names = {float: "a number", int: "an integer", bool: "true or false", str: "a text", type(None): "null"}
     return names.get(kind, str(kind)) + (_interval(limits) if kind in (int, float) else "")
 

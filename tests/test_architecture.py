@@ -33,6 +33,7 @@ LEVELS = [
         "network",
         "yamlfile",
         "config",
+        "reference",
         "components",
         "files",
         "console",
@@ -50,6 +51,7 @@ REPORT = {"report"} | LEVELS[0]
 TORCHLESS = [
     "sage/yamlfile.py",
     "sage/config.py",
+    "sage/reference.py",
     "sage/components.py",
     "sage/console.py",
     "sage/files.py",
@@ -63,6 +65,7 @@ TORCHLESS = [
     "sage/workers/signals.py",
     "sage/runfolder/manifest.py",
     "sage/runfolder/resume.py",
+    "sage/runfolder/weights.py",
     "sage/report/runs.py",
     "sage/report/tables.py",
     "sage/report/figures.py",

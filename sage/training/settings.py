@@ -28,7 +28,9 @@ class RunSettings(Settings):
     """A whole experiment: what `python run.py CONFIG --print-config` prints."""
 
     seed: int = Field(default=1, ge=0)
+    """Of the first weights, the order of the data and all else that is drawn."""
     epochs: int = Field(ge=1)
+    """Times that training goes through the data."""
     stop_at_score: float | None = None
     """End after the first epoch whose score is this or better; null: train all epochs."""
     task: SerializeAsAny[Named]
