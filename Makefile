@@ -7,6 +7,8 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
+# Tests wait for processes and deadlines, so one more at once than there are cores; each takes 1 GB and more.
+SIDE_BY_SIDE := -n $(shell expr $$(nproc) + 1) --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 QUICKSTART := runs/quickstart/$(shell date +%Y%m%d-%H%M%S)
 
 .PHONY: setup quickstart test oldest cluster check
@@ -28,10 +30,10 @@ quickstart: setup
 	@$(RUN) -m sage.report $(QUICKSTART)
 
 test: setup
-	$(RUN) -m pytest $(PYTEST)
+	$(RUN) -m pytest $(SIDE_BY_SIDE) $(PYTEST)
 
 oldest: $(VENV)-oldest/.complete
-	SAGE_ENV=$(CURDIR)/$(VENV)-oldest $(VENV)-oldest/bin/python -m pytest $(PYTEST)
+	SAGE_ENV=$(CURDIR)/$(VENV)-oldest $(VENV)-oldest/bin/python -m pytest $(SIDE_BY_SIDE) $(PYTEST)
 
 cluster: setup
 	$(RUN) -m pytest -m cluster tests/cluster $(PYTEST)

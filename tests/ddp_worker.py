@@ -18,6 +18,7 @@ import reducers
 from reducers.exact import Exact
 from sage.exchange.ddp_hook import DDPHook
 from sage.interfaces import CommunicationError, Communicator
+from tasks.data.digits import read
 from tests.cases import CASES, Case
 from tests.gloo_worker import join_group
 from tests.test_own_loops import Branches, filled
@@ -327,15 +328,13 @@ def primed() -> dict[str, Any]:
 
 def digits(name: str, seed: int, hooks: bool, **settings: Any) -> float:
     """The accuracy after 200 steps on scikit-learn's digits: through the hook, or the flat gradient."""
-    from sklearn.datasets import load_digits  # here: it takes seconds to import
-
-    data = load_digits()
-    x, y = torch.tensor(data.data, dtype=torch.float32) / 16, torch.tensor(data.target)
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-    learnt, tested = order[:1400], order[1400:]
+    data = read()
+    learnt, learnt_y, tested, tested_y = map(
+        torch.from_numpy, (data.train_x, data.train_y, data.test_x, data.test_y)
+    )
+    learnt, tested = (x.flatten(1).float() / 16 for x in (learnt, tested))
     torch.manual_seed(seed)
-    first, last = nn.Linear(64, 64), nn.Linear(64, 10)
-    model: nn.Module = nn.Sequential(first, nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), last)
+    model: nn.Module = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
     if hooks:
         trained: nn.Module = wrap(model, bucket_cap_mb=0.01)
         hook = reducers.hook(trained, name, seed=seed, **settings)  # type: ignore[arg-type]
@@ -344,15 +343,15 @@ def digits(name: str, seed: int, hooks: bool, **settings: Any) -> float:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     rng = torch.Generator().manual_seed(1000 * seed + dist.get_rank())
     for _ in range(200):
-        drawn = learnt[torch.randint(len(learnt), (32,), generator=rng)]
+        drawn = torch.randint(len(learnt), (32,), generator=rng)
         optimizer.zero_grad()
-        nn.functional.cross_entropy(trained(x[drawn]), y[drawn]).backward()
+        nn.functional.cross_entropy(trained(learnt[drawn]), learnt_y[drawn].long()).backward()
         if not hooks:
             exchange.step()
         optimizer.step()
     if hooks:
         assert len(hook.exchanges) > 1
-    return (model(x[tested]).argmax(1) == y[tested]).float().mean().item()
+    return (model(tested).argmax(1) == tested_y).float().mean().item()
 
 
 LEARNED: dict[str, dict[str, Any]] = {

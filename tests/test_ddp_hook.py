@@ -47,11 +47,26 @@ def run(world_size: int, folder: Path, scenarios: list[str]) -> dict[str, Seen]:
 
 @pytest.fixture(scope="module")
 def cases(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Seen]:
-    """What the rows that are selected have seen: one pair of processes runs them all."""
-    users = [item for item in request.session.items if "cases" in getattr(item, "fixturenames", ())]
-    rows = sorted({str(item.callspec.params["case"]) for item in users})  # type: ignore[attr-defined]
-    seen = run(2, tmp_path_factory.mktemp("cases"), [f"case:{row}" for row in rows])
-    return {name.removeprefix("case:"): found for name, found in seen.items()}
+    return run_selected(request, "case", tmp_path_factory.mktemp("cases"))
+
+
+@pytest.fixture(scope="module")
+def learned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Seen]:
+    return run_selected(request, "learns", tmp_path_factory.mktemp("learned"), parameter="name")
+
+
+def run_selected(
+    request: pytest.FixtureRequest, kind: str, folder: Path, parameter: str = "case"
+) -> dict[str, Seen]:
+    """What the rows that are selected have seen: one pair of processes runs them all.
+
+    parameter: which of a test's parameters is its row.
+    """
+    fixture = request.fixturename
+    users = [item for item in request.session.items if fixture in getattr(item, "fixturenames", ())]
+    rows = sorted({str(item.callspec.params[parameter]) for item in users})  # type: ignore[attr-defined]
+    seen = run(2, folder, [f"{kind}:{row}" for row in rows])
+    return {name.partition(":")[2]: found for name, found in seen.items()}
 
 
 @pytest.fixture(scope="module")
@@ -218,9 +233,9 @@ def test_a_lost_worker_is_an_error_of_backward(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", LEARNED)
 def test_two_hundred_steps_on_digits_reach_the_flat_loops_score_within_its_spread(
-    name: str, tmp_path: Path
+    name: str, learned: dict[str, Seen]
 ) -> None:
-    (found,) = run(2, tmp_path, [f"learns:{name}"]).values()
-    flat, hook = torch.tensor(found[0]["flat"]), torch.tensor(found[0]["hook"])  # (5 seeds,)
+    found, _ = learned[name]
+    flat, hook = torch.tensor(found["flat"]), torch.tensor(found["hook"])  # (5 seeds,)
     assert flat.min() > 0.5  # guessing gives 0.1
     assert hook.mean() >= flat.mean() - (flat.max() - flat.min())
