@@ -336,7 +336,7 @@ def digits(name: str, seed: int, hooks: bool, **settings: Any) -> float:
     torch.manual_seed(seed)
     model: nn.Module = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
     if hooks:
-        trained: nn.Module = wrap(model, bucket_cap_mb=0.01)
+        trained: nn.Module = wrap(model, bucket_cap_mb=0.002)
         hook = reducers.hook(trained, name, seed=seed, **settings)  # type: ignore[arg-type]
     else:
         trained, exchange = model, reducers.attach(model, name, seed=seed, **settings)

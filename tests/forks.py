@@ -37,7 +37,8 @@ READ_BY_IMPORTS = ("PYTHON", "LD_", "OMP_", "GOMP_", "KMP_", "MKL_", "ONEDNN_", 
 READ_BY_IMPORTS += ("TRITON_", "CUDA_", "HOME")
 """What the names of environment variables begin with that count only before the imports."""
 IMPORTS = (SCRIPT.stem, "torch.distributed.elastic.multiprocessing", "torch.distributed.run")
-IMPORTS += ("reducers.kernels.cpu", "tests.cases", "tests.test_own_loops")
+IMPORTS += ("torch.utils.tensorboard", "reducers.kernels.cpu", "tests.cases", "tests.test_own_loops")
+IMPORTS += ("torch._inductor.config",)  # by torch.use_deterministic_algorithms, which takes 3 s
 LOG_LEVEL = "TORCH_CPP_LOG_LEVEL"
 """Read by torch's import too, but torch can be made to read it again."""
 SET_CHILD_SUBREAPER = 36  # linux/prctl.h
@@ -101,6 +102,7 @@ class Forks:
         if self._server is not None:
             self._server.close()
         if self._process is not None:
+            self._process.kill()
             self._process.wait()
 
     def fork_or_start(self, *given: Any) -> int:
@@ -315,6 +317,7 @@ def import_all() -> None:
         reducers[name]
     for name in ("digits", "python_docs", "synthetic_ratings"):
         tasks[name]
+    import_module("numba").njit(lambda x: x)(1)  # its first compilation imports, too
     del sys.modules[SCRIPT.stem]
 
 
