@@ -26,11 +26,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--cold", action="store_true", help="fork no program: each does its own imports")
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    # A process whose parent has used a GPU cannot.
-    if not config.getoption("--cold") and not torch.cuda.is_available():
-        config.stash[FORKS] = Forks(dict(os.environ))
-        config.stash[FORKS].use()
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Not before: what the tests import sets variables."""
+    stash = session.config.stash
+    # A process whose parent has used a GPU cannot use it.
+    if not session.config.getoption("--cold") and not torch.cuda.is_available():
+        stash[FORKS] = Forks(dict(os.environ))
+        stash[FORKS].use()
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

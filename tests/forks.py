@@ -36,6 +36,7 @@ MODULES += ("torch.distributed.run", "sage.report", "examples.own_loop")
 READ_BY_IMPORTS = ("PYTHON", "LD_", "OMP_", "GOMP_", "KMP_", "MKL_", "ONEDNN_", "DNNL_", "ATEN_", "NUMBA_")
 READ_BY_IMPORTS += ("TRITON_", "CUDA_", "HOME")
 """What the names of environment variables begin with that count only before the imports."""
+SET_BY_IMPORTS = ("KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK")  # scikit-learn's
 IMPORTS = (SCRIPT.stem, "torch.distributed.elastic.multiprocessing", "torch.distributed.run")
 IMPORTS += ("torch.utils.tensorboard", "reducers.kernels.cpu", "tests.cases", "tests.test_own_loops")
 IMPORTS += ("torch._inductor.config",)  # by torch.use_deterministic_algorithms, which takes 3 s
@@ -74,7 +75,12 @@ def parse(args: Sequence[Any], folder: str) -> tuple[list[str], bool] | None:
 
 
 def read_by_imports(environment: dict[str, str]) -> dict[str, str]:
-    return {name: value for name, value in environment.items() if name.startswith(READ_BY_IMPORTS)}
+    """The variables that count only before the imports."""
+    return {
+        name: value
+        for name, value in environment.items()
+        if name.startswith(READ_BY_IMPORTS) and name not in SET_BY_IMPORTS
+    }
 
 
 # --- the process that starts programs -------------------------------------------------------------
