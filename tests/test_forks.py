@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.forks import ROOT, SCRIPT, Forks, parse, rank_of
+from tests.forks import ROOT, SCRIPT, Forks, parse, rank_of, read_by_imports
 
 PROBE = [sys.executable, "-m", "tests.fork_probe"]
 GIVEN: dict[str, tuple[list[str], dict[str, Any]]] = {
@@ -104,6 +104,12 @@ def test_a_program_whose_imports_would_read_another_environment_is_started(
     monkeypatch.setattr(forks, "_fork", lambda *_: pytest.fail("it was forked"))
     given = os.environ | {variable: value}
     subprocess.run([*PROBE, "0"], cwd=ROOT, env=given, check=True, capture_output=True)
+
+
+def test_what_scikit_learns_import_sets_keeps_no_program_from_being_forked() -> None:
+    set_by_user = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
+    set_by_import = {"KMP_DUPLICATE_LIB_OK": "True", "KMP_INIT_AT_FORK": "FALSE"}
+    assert read_by_imports(set_by_user | set_by_import | {"RANK": "1"}) == set_by_user
 
 
 def test_a_worker_is_known_by_its_rank() -> None:
