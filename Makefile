@@ -3,10 +3,13 @@
 # make test        the test suite                 make check       test, lint, format and types
 # make oldest      the test suite under the oldest torch that works, in .venv-oldest (about 5 GB, once)
 # make cluster     the tests on a virtual SLURM cluster; needs root, slurm-wlm munge iproute2 openmpi-bin
+# make docs        docs/settings.md, from the classes of the settings
 # make gpu         what needs a GPU: its tests, figures of reducers and steps, whole runs; a page in runs/gpu
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
+# Tests wait for processes and deadlines, so one more at once than there are cores; each takes 1 GB and more.
+SIDE_BY_SIDE := -n $(shell expr $$(nproc) + 1) --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 QUICKSTART := runs/quickstart/$(shell date +%Y%m%d-%H%M%S)
 
 .PHONY: setup quickstart test oldest cluster check
@@ -28,13 +31,17 @@ quickstart: setup
 	@$(RUN) -m sage.report $(QUICKSTART)
 
 test: setup
-	$(RUN) -m pytest $(PYTEST)
+	$(RUN) -m pytest $(SIDE_BY_SIDE) $(PYTEST)
 
 oldest: $(VENV)-oldest/.complete
-	SAGE_ENV=$(CURDIR)/$(VENV)-oldest $(VENV)-oldest/bin/python -m pytest $(PYTEST)
+	SAGE_ENV=$(CURDIR)/$(VENV)-oldest $(VENV)-oldest/bin/python -m pytest $(SIDE_BY_SIDE) $(PYTEST)
 
 cluster: setup
 	$(RUN) -m pytest -m cluster tests/cluster $(PYTEST)
+
+.PHONY: docs
+docs: setup
+	$(RUN) -m docs
 
 .PHONY: gpu
 gpu: setup

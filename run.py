@@ -11,11 +11,13 @@ if __name__ == "__main__":
     cli.parse(sys.argv[1:])  # --help and slips are answered before the imports, which take seconds
     environment.set_defaults()
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import reducers
 from reducers import REDUCERS
@@ -23,19 +25,27 @@ from sage import config, files
 from sage.components import SettingsTable
 from sage.console import complain, show
 from sage.exchange.feedback import FEEDBACKS
-from sage.exchange.gradient import GradientBuffer
-from sage.interfaces import Seeds
+from sage.exchange.scaling import SCALINGS
+from sage.interfaces import Seeds, Slot, Task
+from sage.reference import to_commented_yaml
 from sage.runfolder.folder import check_link
+from sage.runfolder.record import check_wandb
 from sage.training.dry_run import describe_run
 from sage.training.experiment import RunPlan, find_resume_point, start
 from sage.training.optim import OPTIMIZERS, build_optimizer
+from sage.training.score import read_saved, score
 from sage.training.settings import RunSettings, check
-from sage.training.train import TrainingParts
+from sage.training.train import Compression, TrainingParts
 from sage.workers import launch
 from sage.workers.worker import Worker
 from tasks import TASKS
 
-COMPONENTS: dict[str, Any] = {"task": TASKS, "reducer": REDUCERS, "feedback": FEEDBACKS}
+COMPONENTS: dict[str, Any] = {
+    "task": TASKS,
+    "reducer": REDUCERS,
+    "scaling": SCALINGS,
+    "feedback": FEEDBACKS,
+}
 TABLES: config.Tables = {
     **{section: SettingsTable(table) for section, table in COMPONENTS.items()},
     "optimizer": OPTIMIZERS,
@@ -53,29 +63,44 @@ def main(arguments: list[str]) -> int:
         point = cli.choose_point(options)
         settings = LOAD_SETTINGS(point.config, point.overrides)
         if options.print_config:
-            return show(config.to_yaml(settings), launch.is_first_on_host())
+            return show(to_commented_yaml(settings), launch.is_first_on_host())
         worker = find_worker(options, settings)
         if options.dry_run:
             return show(describe_run(settings, build(settings, worker), worker), launch.is_first_on_host())
-        files.check_writable(options.runs)
-        if options.job:
-            check_link(options.job)
-        plan = plan_run(options, settings, options.runs / point.folder, worker)
+        run = prepare(options, settings, options.runs / point.folder, worker)
     except ValueError as error:
         return complain(str(error)) if launch.is_first_on_host() else launch.wait_before_exit()
     if worker.is_to_spawn():
         return launch.spawn([__file__, *arguments], worker.place.world_size)
-    return start(plan, build, worker)
+    return run()
 
 
 def find_worker(options: cli.Arguments, settings: RunSettings) -> Worker:
     """This process's worker, on which the settings can run. Raises ValueError."""
+    if options.evaluate:  # by as many workers as the command line says
+        settings = settings.model_copy(update={"world_size": None, "compile": False})
     requested = (options.workers, settings.world_size, options.simulate)
     worker = launch.find_worker(options.threads, options.data, *requested)
     if options.runs_whole_sweep and worker.rendezvous.launched:
         raise ValueError("--sweep: expected an --index too under a launcher, one point a launch")
     check(settings, TASKS, REDUCERS, worker.data, worker.place.world_size, worker.simulated)
     return worker
+
+
+def prepare(options: cli.Arguments, settings: RunSettings, parent: Path, worker: Worker) -> Callable[[], int]:
+    """Check all that can be checked before a worker starts; returns what this worker is to do. parent: where
+    the run's folder is, or will be. Raises ValueError."""
+    speaks = worker.place.rank == 0
+    if options.evaluate:
+        if speaks:
+            read_saved(options.evaluate)
+        return partial(score, options.evaluate, settings, build_task, worker)
+    files.check_writable(options.runs)
+    if options.job:
+        check_link(options.job)
+    if speaks:
+        check_wandb(settings.log)
+    return partial(start, plan_run(options, settings, parent, worker), build, worker)
 
 
 def plan_run(options: cli.Arguments, settings: RunSettings, parent: Path, worker: Worker) -> RunPlan:
@@ -86,19 +111,34 @@ def plan_run(options: cli.Arguments, settings: RunSettings, parent: Path, worker
     return RunPlan(settings, parent, LOAD_SETTINGS if options.sweep else None, resume_point, options.job)
 
 
+def build_task(settings: RunSettings, worker: Worker) -> Task:
+    """The task that a worker trains, with its first weights."""
+    seeds = Seeds.derive(settings.seed, worker.place.rank)
+    torch.manual_seed(seeds.common)  # the first weights
+    kind = TASKS[settings.task.name]
+    return kind(settings.task, worker.data, worker.place, seeds=seeds, device=worker.device)
+
+
 def build(settings: RunSettings, worker: Worker) -> TrainingParts:
     """What a worker trains."""
-    seeds, device = Seeds.derive(settings.seed, worker.place.rank), worker.device
-    torch.manual_seed(seeds.common)  # the first weights
-    task = TASKS[settings.task.name](settings.task, worker.data, worker.place, seeds=seeds, device=device)
+    seeds = Seeds.derive(settings.seed, worker.place.rank)
+    task = build_task(settings, worker)
     torch.manual_seed(seeds.worker)  # dropout
-    gradient = GradientBuffer(task.model)
     return TrainingParts(
         task=task,
-        reducer=reducers.build(settings.reducer, gradient.layout, seeds=seeds, device=device),
-        feedback=FEEDBACKS[settings.feedback.name](settings.feedback, gradient.flat),
-        gradient=gradient,
         optimizer=build_optimizer(settings.optimizer, task.model),
+        compress=partial(build_compression, settings),
+        seeds=seeds,
+    )
+
+
+def build_compression(settings: RunSettings, layout: list[Slot], like: Tensor, seeds: Seeds) -> Compression:
+    """A reducer, its feedback and scaling of a layout, and of a tensor (n,) like its flat gradient."""
+    reducer = reducers.build(settings.reducer, layout, seeds=seeds, device=like.device)
+    return Compression(
+        reducer,
+        feedback=FEEDBACKS[settings.feedback.name](settings.feedback, like),
+        scaling=reducers.build_scaling(settings.scaling, reducer, layout, like.device),
     )
 
 

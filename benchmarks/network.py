@@ -23,6 +23,8 @@ import os
 import resource
 import subprocess
 import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,8 +32,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.command import make_parser
-from benchmarks.group import run_workers, write_rows
-from benchmarks.network_worker import BITS, NUM_HOSTS, Row
+from benchmarks.group import Row, run_workers, write_rows
+from benchmarks.network_worker import BITS, NUM_HOSTS
+from benchmarks.network_worker import Row as Exchanged
 from benchmarks.reduce import LAYOUTS
 
 ROOT = Path(__file__).parent.parent
@@ -53,18 +56,32 @@ def on_host(rank: int) -> list[str]:
     return [CLUSTER, "on", f"n{rank + 1}"]
 
 
-def measure_rate(layout: str, rate: str, port: int) -> list[Row]:
-    """Measure in fresh processes, one on each host, with links of this rate."""
+def run_on_hosts(
+    module: str, options: Sequence[str], num_hosts: int, rate: str, row_type: Callable[..., Row]
+) -> list[Row]:
+    """The rows of fresh processes, one on each host, with links of this rate; with other_cores, which the
+    rows have."""
     subprocess.run([CLUSTER, "rate", rate], check=True)
-    options = ["--layout", layout, "--rate", rate, "--address", f"10.77.0.1:{port}"]
     started, (machine, own) = time.monotonic(), busy_seconds()
-    rows = run_workers("benchmarks.network_worker", options, NUM_HOSTS, Row, prefix=on_host)
+    rows = run_workers(module, options, num_hosts, row_type, prefix=on_host)
     machine_now, own_now = busy_seconds()
     others = (machine_now - machine - (own_now - own)) / (time.monotonic() - started)
-    return [replace(row, other_cores=others) for row in rows]
+    return [replace(row, other_cores=others) for row in rows]  # type: ignore[type-var]
 
 
-def print_table(rows: list[Row]) -> None:
+@contextmanager
+def virtual_cluster(num_hosts: int) -> Iterator[None]:
+    """While in here there are hosts n1 ... of the virtual cluster."""
+    with Path("/tmp/sage-virtual-cluster.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # a machine has one such cluster; the tests use it too
+        subprocess.run([CLUSTER, "up", str(num_hosts)], check=True)
+        try:
+            yield
+        finally:
+            subprocess.run([CLUSTER, "down"], check=True)
+
+
+def print_table(rows: list[Exchanged]) -> None:
     exact = {row.rate: row for row in rows if row.reducer == "exact" and not row.settings}
     table = Table("link", "reducer", "settings", "density", "collectives")
     for name in ("model", "communication", "compression", "total", "compression*", "total*", "x", "x*"):
@@ -79,7 +96,7 @@ def print_table(rows: list[Row]) -> None:
     )
 
 
-def cells_of(row: Row, exact: Row) -> list[str]:
+def cells_of(row: Exchanged, exact: Exchanged) -> list[str]:
     """exact: the row that the total times are compared with."""
     settings = ", ".join(
         f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}"
@@ -102,23 +119,20 @@ def cells_of(row: Row, exact: Row) -> list[str]:
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--layout", choices=LAYOUTS, default="resnet18")
-    parser.add_argument("--rates", nargs="+", default=["100mbit", "1gbit"], metavar="RATE", type=_rate)
+    parser.add_argument("--rates", nargs="+", default=["100mbit", "1gbit"], metavar="RATE", type=link_rate)
     arguments = parser.parse_args()
-    with Path("/tmp/sage-virtual-cluster.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # a machine has one such cluster; the tests use it too
-        subprocess.run([CLUSTER, "up", str(NUM_HOSTS)], check=True)
-        rows = []
-        try:
-            for port, rate in enumerate(arguments.rates, 23460):
-                rows += measure_rate(arguments.layout, rate, port)
-        finally:
-            subprocess.run([CLUSTER, "down"], check=True)
+    rows: list[Exchanged] = []
+    with virtual_cluster(NUM_HOSTS):
+        for port, rate in enumerate(arguments.rates, 23460):
+            options = ["--layout", arguments.layout, "--rate", rate, "--address", f"10.77.0.1:{port}"]
+            rows += run_on_hosts("benchmarks.network_worker", options, NUM_HOSTS, rate, Exchanged)
     print_table(rows)
     if arguments.json:
         write_rows(arguments.json, rows)
 
 
-def _rate(text: str) -> str:
+def link_rate(text: str) -> str:
+    """Of the command line."""
     if text[-4:] not in BITS or not text[:-4].isdecimal():
         raise argparse.ArgumentTypeError(f"expected a number with mbit or gbit, as in 100mbit, got {text!r}")
     return text

@@ -16,6 +16,7 @@ from statistics import median
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.command import DocstringFormatter
 from sage.network import LATENCY_SECONDS, parse_seconds
 from sage.report.advisor import Comparison, compare_with_measured
 from sage.report.tables import format_number
@@ -43,9 +44,7 @@ def print_table(comparisons: list[Comparison]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=DocstringFormatter)
     parser.add_argument("files", metavar="FILE", nargs="+", type=Path)
     parser.add_argument("--latency", type=parse_seconds, default=LATENCY_SECONDS, metavar="TIME")
     arguments = parser.parse_args()

@@ -143,7 +143,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=20, help="steps that count, of each (default: 20)")
     parser.add_argument("--configs", default=",".join(known), metavar="NAME,...", help="default: all")
     parser.add_argument("--workers", type=int, default=2, metavar="N", help="of one thread each (default: 2)")
-    parser.add_argument("--reducer", choices=REDUCERS, help="use this one instead of the configuration's")
+    this = "use this one instead of the configuration's"
+    parser.add_argument("--reducer", choices=REDUCERS, metavar="NAME", help=this)
     parser.add_argument("--data", type=Path, default=Path("data"), metavar="DIR", help="prepared data sets")
     arguments = parser.parse_args()
     if min(arguments.steps, arguments.workers) < 1:

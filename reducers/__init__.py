@@ -11,11 +11,14 @@ from sage.config import Named, Settings, validate
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.nn.parallel import DistributedDataParallel
 
     from sage.exchange.attached import AttachedExchange
-    from sage.exchange.ddp_hook import DDPHook
+    from sage.exchange.ddp_hook import Build, DDPHook
     from sage.exchange.exchange import Exchange
+    from sage.exchange.fsdp_hook import FSDPHook
+    from sage.exchange.scaling import Scaling
     from sage.interfaces import Communicator, Reducer, Seeds, Slot
 
 REDUCERS: "ComponentTable[Reducer]" = ComponentTable(
@@ -48,6 +51,10 @@ class _ChosenFeedback(Settings):
     feedback: Named
 
 
+class _ChosenScaling(Settings):
+    scaling: Named
+
+
 class _OwnOptimizer(Named):
     """Somebody's own, of which nothing is known: that it has no momentum beside the feedback's is theirs."""
 
@@ -63,6 +70,20 @@ def build(config: Named, layout: "list[Slot]", *, seeds: "Seeds", device: "torch
     if isinstance(config, WrapperSettings):
         given["inner"] = build(_settings(config.inner_section()), layout, **given)
     return REDUCERS[config.name](config, layout, **given)
+
+
+def build_scaling(
+    config: Named, reducer: "Reducer", layout: "list[Slot]", device: "torch.device"
+) -> "Scaling":
+    """The scaling of a configuration's section, of this reducer."""
+    from sage.exchange.scaling import SCALINGS
+    from sage.interfaces import Seeds
+
+    def build_dense(dtype: str) -> "Reducer":
+        exact = _settings({"name": "exact", "dtype": dtype})
+        return build(exact, layout, seeds=Seeds(0, 0), device=device)  # it draws nothing
+
+    return SCALINGS[config.name](config, reducer, build_dense, device=device)
 
 
 def build_reducer(
@@ -93,6 +114,7 @@ def attach(
     name: str,
     *,
     feedback: str | dict[str, Any] | None = None,
+    scaling: str | dict[str, Any] = "constant",
     seed: int = 1,
     steps_per_epoch: int | None = None,
     comm: "Communicator | None" = None,
@@ -104,19 +126,18 @@ def attach(
 
     name and settings: a reducer's, as in a configuration. feedback: none, residual or momentum (then the
     optimizer has none), or such a section of a configuration; None is residual, or none for a reducer that
-    leaves no error. steps_per_epoch: for schedules that follow the epoch. comm: which workers; None is the
-    default process group where there is one, else this process alone. Every worker gets rank 0's weights.
-    Raises ValueError where a value or the model cannot be served.
+    leaves no error. scaling: what the density is in each step, a rule's name or such a section:
+    {"name": "time", "share": 0.2}. steps_per_epoch: for schedules that follow the epoch. comm: which workers;
+    None is the default process group where there is one, else this process alone. Every worker gets rank 0's
+    weights. Raises ValueError where a value or the model cannot be served.
     """
     from sage.exchange.attached import AttachedExchange
-    from sage.exchange.comm import current_comm
 
-    workers = comm or current_comm()
+    def build_one(layout: "list[Slot]", like: "Tensor", comm: "Communicator") -> "Exchange":
+        given: dict[str, Any] = {"feedback": feedback, "scaling": scaling, **settings}
+        return build_exchange(name, layout, like, comm, seed=seed, **given)
 
-    def build_one(layout: "list[Slot]", like: "Tensor") -> "Exchange":
-        return build_exchange(name, layout, like, workers, seed=seed, feedback=feedback, **settings)
-
-    return AttachedExchange(model, build_one, steps_per_epoch)
+    return AttachedExchange(model, build_one, comm, steps_per_epoch)
 
 
 def hook(
@@ -124,6 +145,7 @@ def hook(
     name: str,
     *,
     feedback: str | dict[str, Any] | None = None,
+    scaling: str | dict[str, Any] = "constant",
     seed: int = 1,
     steps_per_epoch: int | None = None,
     overlap: bool = True,
@@ -135,16 +157,63 @@ def hook(
         hook = reducers.hook(ddp, "powersgd", rank=4)
 
     Call it before the first backward. overlap: exchange while backward goes on. scaler: the loop's
-    GradScaler, where it has one. The rest is as for attach, but each bucket of DDP has its own exchange.
+    GradScaler, where it has one. The rest is as for attach, but each bucket of DDP has its own exchange: its
+    density is scaled by itself, and not by time, as no share of the step is its alone.
     """
     from sage.exchange.ddp_hook import DDPHook
+
+    build_one = _bucket_builder(name, seed, feedback, scaling, settings)
+    return DDPHook(ddp, build_one, overlap=overlap, scaler=scaler, steps_per_epoch=steps_per_epoch)
+
+
+def hook_fsdp(
+    model: "nn.Module",
+    name: str,
+    *,
+    replicas: "DeviceMesh | None" = None,
+    feedback: str | dict[str, Any] | None = None,
+    scaling: str | dict[str, Any] = "constant",
+    seed: int = 1,
+    steps_per_epoch: int | None = None,
+    scaler: "torch.amp.GradScaler | None" = None,
+    **settings: Any,
+) -> "FSDPHook":
+    """A reducer between the replicas of an FSDP2 model (hybrid sharding); it registers itself.
+
+        mesh = init_device_mesh("cuda", (2, 4), mesh_dim_names=("replicate", "shard"))
+        fully_shard(model, mesh=mesh["shard"])
+        hook = reducers.hook_fsdp(model, "topk", replicas=mesh["replicate"], density=0.01)
+
+    Call it before the first forward pass. replicas: the processes that hold the same shard. The rest is as
+    for hook, but each module given to fully_shard has its own exchange, and each process its own shard's.
+    """
+    from sage.exchange.fsdp_hook import FSDPHook
+
+    build_one = _bucket_builder(name, seed, feedback, scaling, settings)
+    return FSDPHook(model, build_one, replicas, scaler=scaler, steps_per_epoch=steps_per_epoch)
+
+
+def _bucket_builder(
+    name: str,
+    seed: int,
+    feedback: str | dict[str, Any] | None,
+    scaling: str | dict[str, Any],
+    settings: dict[str, Any],
+) -> "Build":
+    """Makes the exchange of a bucket. Raises ValueError where the density cannot be scaled by buckets."""
+    from sage.exchange.scaling import SCALINGS
     from sage.interfaces import seed_of
+
+    if not SCALINGS[(chosen := _scaling_settings(scaling)).name].serves_buckets:
+        expected = "expected another for a hook, whose buckets overlap with backward (attach takes it)"
+        raise ValueError(f"scaling.name: {expected}, got {chosen.name}")
 
     def build_one(layout: "list[Slot]", like: "Tensor", comm: "Communicator") -> "Exchange":
         own_seed = seed_of(seed, *(slot.name for slot in layout))  # two buckets draw differently
-        return build_exchange(name, layout, like, comm, seed=own_seed, feedback=feedback, **settings)
+        given: dict[str, Any] = {"feedback": feedback, "scaling": scaling, **settings}
+        return build_exchange(name, layout, like, comm, seed=own_seed, **given)
 
-    return DDPHook(ddp, build_one, overlap=overlap, scaler=scaler, steps_per_epoch=steps_per_epoch)
+    return build_one
 
 
 def build_exchange(
@@ -154,6 +223,7 @@ def build_exchange(
     comm: "Communicator",
     *,
     feedback: str | dict[str, Any] | None = None,
+    scaling: str | dict[str, Any] = "constant",
     seed: int = 1,
     **settings: Any,
 ) -> "Exchange":
@@ -163,6 +233,7 @@ def build_exchange(
     """
     from sage.exchange.exchange import Exchange
     from sage.exchange.feedback import FEEDBACKS
+    from sage.exchange.scaling import SCALINGS
     from sage.interfaces import Seeds
 
     config = _settings({"name": name, **settings})
@@ -173,8 +244,19 @@ def build_exchange(
     table = {key: value.Settings for key, value in FEEDBACKS.items()}
     kept = validate({"feedback": section}, _ChosenFeedback, {"feedback": table}).feedback
     FEEDBACKS[kept.name].check(kind, config, _OwnOptimizer())
+    scales = _scaling_settings(scaling)
+    SCALINGS[scales.name].check(scales, kind, config, simulated=False)
     reducer = build(config, layout, seeds=Seeds.derive(seed, comm.rank), device=like.device)
-    return Exchange(FEEDBACKS[kept.name](kept, like), reducer, comm, layout)
+    rule = build_scaling(scales, reducer, layout, like.device)
+    return Exchange(FEEDBACKS[kept.name](kept, like), reducer, comm, layout, scaling=rule)
+
+
+def _scaling_settings(scaling: str | dict[str, Any]) -> Named:
+    """The settings of a scaling's name or section. Raises ConfigError."""
+    from sage.exchange.scaling import SCALINGS
+
+    section = {"name": scaling} if isinstance(scaling, str) else scaling
+    return validate({"scaling": section}, _ChosenScaling, {"scaling": SettingsTable(SCALINGS)}).scaling
 
 
 def _settings(section: dict[str, Any]) -> Named:

@@ -18,6 +18,7 @@ Rank = Annotated[int, Field(ge=1)]
 class AccordionSettings(WrapperSettings):
     name: Literal["accordion"] = "accordion"
     inner: Literal["topk", "powersgd"] = "topk"
+    """The reducer whose levels are chosen."""
     densities: Annotated[tuple[Density, Density], Strict(False)] = (0.1, 0.01)
     """topk: the density at low and at high compression."""
     ranks: Annotated[tuple[Rank, Rank], Strict(False)] = (2, 1)

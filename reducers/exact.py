@@ -32,7 +32,7 @@ class Exact(Reducer):
     def __init__(
         self, config: ExactSettings, layout: list[Slot], *, seeds: Seeds, device: torch.device
     ) -> None:
-        self.n = layout[-1].stop
+        self.n, self.device = layout[-1].stop, device
         self._half: Tensor | None = None
         if config.dtype in HALVES:
             self._half = torch.empty(self.n, dtype=HALVES[config.dtype], device=device)  # (n,)
@@ -49,6 +49,10 @@ class Exact(Reducer):
         send.sub_(mean.copy_(self._half), alpha=comm.world_size)
         comm.all_reduce(self._half)
         mean.copy_(self._half)
+
+    def sent_indices(self) -> Tensor:
+        """All of them: for DGC's momentum, where a step of a sparsifier is dense."""
+        return torch.arange(self.n, device=self.device)
 
     def expected_payload_bytes(self, world_size: int) -> int:
         bytes_each = 4 if self._half is None else self._half.element_size()

@@ -16,7 +16,7 @@ class LargestSparsifier(CandidateSparsifier[Any]):
     """Selects the k largest magnitudes of each part; a subclass says which parts. NaN is the largest, and is
     sent; of equal magnitudes the first are sent. On a GPU, FixedSearch may miss some in a rare step."""
 
-    state_names = ("num_draws", "inexact_steps")
+    state_names = ("num_draws", "inexact_steps", "sampled_density")
     count_is_fixed = True
 
     def __init__(self, config: SparsifierSettings, layout: list[Slot], device: torch.device) -> None:
@@ -25,14 +25,25 @@ class LargestSparsifier(CandidateSparsifier[Any]):
         self._device = device
         self.num_draws = 0  # how often new positions for the sample were drawn
         self.inexact_steps = torch.zeros((), dtype=torch.int64, device=device)  # in which some were missed
-        self.aim(config.density)
+        self.aim_anew(config.density)
 
     @abstractmethod
     def parts(self, density: float) -> list[Part]:
         """In ascending order, and they leave nothing out."""
 
     def aim(self, density: float) -> None:
+        """The sample is drawn anew only where the k have changed much."""
+        parts = self.parts(density)
+        if not self._search.can_aim(parts):
+            self.aim_anew(density)
+            return
         super().aim(density)
+        self._search.aim(parts)
+
+    def aim_anew(self, density: float) -> None:
+        """The same, with a new sample."""
+        super().aim(density)
+        self.sampled_density = density
         self._search = search_for(self._device)(self.parts(density), self._device)
         self._search.sample.draw(self.num_draws)
 
@@ -49,7 +60,14 @@ class LargestSparsifier(CandidateSparsifier[Any]):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self._search.sample.draw(self.num_draws)
+        self.aim_anew(self.sampled_density)
+
+    def next_energy(self, squares: Tensor) -> Tensor:
+        """Where the density grows every part's k does, in proportion: sum_l k_l tau_l / k, tau_l a part's
+        smallest square."""
+        ks = self._search.ks
+        smallest = torch.segment_reduce(squares, "min", lengths=ks, unsafe=True)  # (parts,), inf without k
+        return torch.where(ks > 0, smallest * ks, 0.0).sum() / len(squares)
 
     def metrics(self) -> Mapping[str, float | Tensor]:
         counted = {"inexact_steps": self.inexact_steps.double()} if self._search.may_miss else {}

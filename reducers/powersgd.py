@@ -26,6 +26,7 @@ from sage.interfaces import Communicator, Seeds, Slot
 class PowerSGDSettings(Named):
     name: Literal["powersgd"] = "powersgd"
     rank: int = Field(default=4, ge=1)
+    """Of the two factors that stand for a matrix."""
     form: Literal["two_sided", "alternating"] = "two_sided"
     """two_sided (the paper): P and Q each step. alternating (the authors' later library): one of them per
     step, in turn, at half the bytes."""

@@ -1,16 +1,15 @@
 """Random-k and random-block: all workers draw the same elements to send, so no index travels."""
 
 from abc import abstractmethod
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 
 from reducers.common import average_at
+from reducers.density import DensityReducer, DensitySettings
 from reducers.kernels.distinct import DistinctDraw
-from reducers.schedule import DensitySchedule, DensitySettings, ScheduledReducer
-from reducers.sparse import target_count
 from sage.config import Named
 from sage.draws import Draws
 from sage.interfaces import Communicator, Seeds, Slot
@@ -21,12 +20,6 @@ class SharedDrawSettings(DensitySettings):
     """k_l = min(rank (rows + columns), n_l) instead, what a low-rank method of this rank sends; vectors go
     whole. Beside a rank the density is only a label."""
 
-    @model_validator(mode="after")
-    def _schedule_needs_a_density(self) -> Self:
-        if self.rank is not None and self.density_schedule != DensitySchedule():
-            raise ValueError(f"density_schedule moves the density only, got rank {self.rank}")
-        return self
-
 
 class RandomKSettings(SharedDrawSettings):
     name: Literal["random_k"] = "random_k"
@@ -36,7 +29,7 @@ class RandomBlockSettings(SharedDrawSettings):
     name: Literal["random_block"] = "random_block"
 
 
-class SharedDraw(ScheduledReducer):
+class SharedDraw(DensityReducer):
     """mean = sum_i a_i / W at S, 0 elsewhere; one all_reduce of the values at S, k_l = max(1, floor(d n_l)).
 
     S is drawn where the gradient is, alike on every device and worker; no device is waited for.
@@ -56,17 +49,21 @@ class SharedDraw(ScheduledReducer):
         self.sizes = torch.tensor([slot.size for slot in self.slots], dtype=torch.int64)
         self.aim(config.density)
 
+    @classmethod
+    def why_fixed(cls, config: Any) -> str:
+        return "" if config.rank is None else f"rank {config.rank} decides what is sent"
+
     def aim(self, density: float) -> None:
         super().aim(density)
-        counts = [self._count(slot, density) for slot in self.slots]
-        self.counts = torch.tensor(counts, dtype=torch.int64)  # (tensors,)
+        self.counts = self._counts(density)  # (tensors,)
         self.density = int(self.counts.sum()) / self.n
 
-    def _count(self, slot: Slot, density: float) -> int:
+    def _counts(self, density: float) -> Tensor:
+        """k_l (tensors,) int64, by target_count's rule."""
         if self.rank is None:
-            return target_count(density, slot.size)
-        rows = slot.shape[0] if slot.shape else 1
-        return min(self.rank * (rows + slot.size // rows), slot.size)
+            return (self.sizes.double() * density).long().clamp_(min=1).minimum(self.sizes)
+        rows = torch.tensor([slot.shape[0] if slot.shape else 1 for slot in self.slots])
+        return (self.rank * (rows + self.sizes // rows)).minimum(self.sizes)
 
     @abstractmethod
     def draw(self) -> Tensor:
@@ -78,7 +75,7 @@ class SharedDraw(ScheduledReducer):
         self._sent = indices
 
     def expected_payload_bytes(self, world_size: int) -> int:
-        count = sum(self._count(slot, self.config.density) for slot in self.slots)
+        count = int(self._counts(self.config.density).sum())
         return 4 * count if world_size > 1 else 0
 
     def metrics(self) -> dict[str, float]:
@@ -115,12 +112,12 @@ class RandomBlock(SharedDraw):
 
     def aim(self, density: float) -> None:
         super().aim(density)
-        tensors = torch.arange(len(self.counts)).repeat_interleave(self.counts)  # (k,)
-        within = (
-            torch.arange(len(tensors)) - (self.counts.cumsum(0) - self.counts)[tensors]
-        )  # 0, 1, ..., k_l - 1
-        self._tensors, self._within = tensors.to(self.device), within.to(self.device)
-        self._starts, self._sizes = self.starts[tensors].to(self.device), self.sizes[tensors].to(self.device)
+        counts, total = self.counts, int(self.counts.sum())
+        firsts = counts.cumsum(0) - counts
+        facts = torch.stack([torch.arange(len(counts)), firsts, self.starts, self.sizes], 1)  # (tensors, 4)
+        facts = facts.repeat_interleave(counts, 0, output_size=total).to(self.device)  # (k, 4)
+        self._tensors, firsts, self._starts, self._sizes = facts.T.contiguous().unbind()  # (k,) each
+        self._within = torch.arange(total, device=self.device) - firsts  # 0, 1, ..., k_l - 1
         self._sizes_of_all = self.sizes.to(self.device)  # (tensors,)
 
     def draw(self) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from reducers.kernels import Division, Found, keep_largest, scan, scan_into
 from reducers.sparse import Candidates
+from sage.draws import Draws
 
 NUM_ABOVE = 8
 """A part's sample is so large that this many of the part's k largest, or of its 4 sqrt(size) largest where
@@ -29,6 +30,10 @@ MOST_SAMPLED, MOST_SELECTED = 1 / 4, 1 / 4
 """Parts of which a larger share would be sampled or is selected are searched whole, without a sample."""
 ROOM_DEVIATIONS = 5.0
 """Where the number of candidates is limited beforehand: so many standard deviations more than expected."""
+
+
+MOST_CHANGE = 2.0
+"""A sample serves for other k too, until K is by this factor another one than it was drawn for."""
 
 
 @dataclass(frozen=True)
@@ -52,22 +57,32 @@ class Part:
         cube_root: float = (self.k * self.size) ** (1 / 3)
         return math.ceil(max(NUM_ABOVE * self.size / self._num_aimed_at(), cube_root))
 
-    def is_worth_a_sample(self) -> bool:
-        if self.size == 0 or self.k > MOST_SELECTED * self.size:
-            return False
-        return self.num_sampled() <= MOST_SAMPLED * self.size
+    def selects_few(self) -> bool:
+        return self.k <= MOST_SELECTED * self.size
 
-    def rank_of_bound(self) -> int:
-        """r = mu + 4 sqrt(mu): which of the sampled magnitudes, from the largest, is the bound."""
-        expected = self.num_sampled() * self._num_aimed_at() / self.size  # mu = m K / n
+    def is_worth_a_sample(self) -> bool:
+        return self.size > 0 and self.selects_few() and self.num_sampled() <= MOST_SAMPLED * self.size
+
+    def can_share_sample(self, other: "Part") -> bool:
+        """Whether what was drawn, or not drawn, for another k of the same elements does for this one."""
+        change = (self._num_aimed_at() or 1) / (other._num_aimed_at() or 1)  # 0 of no elements
+        return self.selects_few() == other.selects_few() and 1 / MOST_CHANGE < change < MOST_CHANGE
+
+    def rank_of_bound(self, num_sampled: int | None = None) -> int:
+        """r = mu + 4 sqrt(mu): which of the sampled magnitudes, from the largest, is the bound. num_sampled:
+        m of a sample that was drawn for another k; None: of its own."""
+        sampled = self.num_sampled() if num_sampled is None else num_sampled
+        expected = sampled * self._num_aimed_at() / self.size  # mu = m K / n
         return math.ceil(expected + NUM_DEVIATIONS * math.sqrt(expected))
 
-    def room(self) -> int:
-        """For how many candidates there is room, where that must be known beforehand."""
-        if not self.is_worth_a_sample():
+    def room(self, num_sampled: int | None = None) -> int:
+        """For how many candidates there is room, where that must be known beforehand. num_sampled: as for
+        rank_of_bound; 0: there is no sample."""
+        if num_sampled == 0 or (num_sampled is None and not self.is_worth_a_sample()):
             return self.size
-        rank = self.rank_of_bound()
-        most = self.size * (rank + ROOM_DEVIATIONS * math.sqrt(rank)) / self.num_sampled()
+        sampled = self.num_sampled() if num_sampled is None else num_sampled
+        rank = self.rank_of_bound(sampled)
+        most = self.size * (rank + ROOM_DEVIATIONS * math.sqrt(rank)) / sampled
         return min(self.size, math.ceil(most))
 
 
@@ -78,7 +93,8 @@ class Segments:
         self.division = Division([0, *itertools.accumulate(lengths)])
         self.firsts = self.division.edges_on(device)  # (pieces + 1,)
         self.lengths = self.firsts.diff()
-        self.owners = torch.arange(len(lengths), device=device).repeat_interleave(self.lengths)  # (total,)
+        owners = torch.arange(len(lengths), device=device)
+        self.owners = owners.repeat_interleave(self.lengths, output_size=self.division.n)  # (total,)
         self.ranks = torch.arange(self.division.n, device=device) - self.firsts[self.owners]  # (total,)
 
     def order(self, magnitudes: Tensor) -> Tensor:
@@ -96,16 +112,14 @@ class Sample:
         self.parts = [part for part in parts if part.is_worth_a_sample()]
         self.sizes = [part.num_sampled() for part in self.parts]
         self.pieces = Segments(self.sizes, device)
-        self._device = device
         facts = [(part.start, part.size / part.num_sampled(), part.stop - 1) for part in self.parts]
         table = torch.tensor(facts, dtype=torch.float64, device=device).view(-1, 3)
         starts, self._widths, self._lasts = table[self.pieces.owners].unbind(1)  # (sampled,) each
         self._blocks = starts + self.pieces.ranks * self._widths  # where each block starts
 
     def draw(self, number: int) -> None:
-        """Draw the number-th set of positions (sampled,): the same in every process."""
-        rng = torch.Generator(self._device).manual_seed(number)
-        within = torch.rand(len(self._widths), dtype=torch.float64, generator=rng, device=self._device)
+        """Draw the number-th set of positions (sampled,): the same in every process, and on every device."""
+        within = Draws(number).uniform(self._widths.shape, self._widths.device)
         self.positions = (self._blocks + within * self._widths).minimum(self._lasts).long()
 
     def magnitudes(self, send: Tensor, grad: Tensor | None) -> Tensor:
@@ -121,9 +135,10 @@ class Search(ABC, Generic[Candidates]):
 
     may_miss: ClassVar[bool] = False
     """Whether there may be steps in which other elements are selected than the largest."""
+    ks: Tensor
+    """(parts,) int64, on the device."""
 
     def __init__(self, parts: list[Part], device: torch.device) -> None:
-        self.parts = parts
         self.division = Division([0, *(part.stop for part in parts)])
         self.sample = Sample(parts, device)
         numbers = {part: number for number, part in enumerate(self.sample.parts)}
@@ -133,6 +148,24 @@ class Search(ABC, Generic[Candidates]):
         """After finish: whether the next step is to look at other positions."""
         self.has_missed = torch.zeros((), dtype=torch.bool, device=device)
         """After begin: whether this may be such a step."""
+        self._sampled_parts, self._device = parts, device
+        self._nums_sampled = [part.num_sampled() if part.is_worth_a_sample() else 0 for part in parts]
+        self.aim(parts)
+
+    def can_aim(self, parts: list[Part]) -> bool:
+        """Whether this search's sample does for other k of the same parts."""
+        pairs = zip(parts, self._sampled_parts, strict=True)
+        return all(part.can_share_sample(other) for part, other in pairs)
+
+    def aim(self, parts: list[Part]) -> None:
+        """Search for other k, in the same parts and with the same sample."""
+        self.parts = parts
+        pairs = zip(parts, self._nums_sampled, strict=True)
+        self._prepare([part.rank_of_bound(sampled) for part, sampled in pairs if sampled])
+
+    @abstractmethod
+    def _prepare(self, ranks: list[int]) -> None:
+        """Make what depends on the k. ranks: of the sampled parts' bounds."""
 
     @abstractmethod
     def begin(self, send: Tensor, grad: Tensor | None, zeroes_grad: bool) -> Candidates:
@@ -153,10 +186,9 @@ class Search(ABC, Generic[Candidates]):
 class SampledSearch(Search[Found]):
     """For the CPU: where a part has too few candidates, it is searched whole."""
 
-    def __init__(self, parts: list[Part], device: torch.device) -> None:
-        super().__init__(parts, device)
-        self._ks = torch.tensor([part.k for part in parts])  # (parts,)
-        self._ranks = [part.rank_of_bound() for part in self.sample.parts]
+    def _prepare(self, ranks: list[int]) -> None:
+        self.ks = torch.tensor([part.k for part in self.parts])  # (parts,)
+        self._ranks = ranks
 
     def begin(self, send: Tensor, grad: Tensor | None, zeroes_grad: bool) -> Found:
         pieces = self.sample.magnitudes(send, grad).split(self.sample.sizes)
@@ -165,7 +197,7 @@ class SampledSearch(Search[Found]):
         return scan(send, grad, bounds, self.division, selects_nan=True, zeroes_grad=zeroes_grad)
 
     def finish(self, send: Tensor, candidates: Found) -> Tensor:
-        self.needs_new_sample = bool((candidates.counts < self._ks).any())
+        self.needs_new_sample = bool((candidates.counts < self.ks).any())
         if self.needs_new_sample:
             candidates = self._with_whole_parts(send, candidates)
         pieces = candidates.magnitudes.split(candidates.counts.tolist())
@@ -173,7 +205,7 @@ class SampledSearch(Search[Found]):
             _kth_largest(own, part.k) if len(own) > part.k else -1.0  # all of them are above it
             for own, part in zip(pieces, self.parts, strict=True)
         ]
-        return keep_largest(candidates, torch.tensor(thresholds, dtype=send.dtype), self._ks)
+        return keep_largest(candidates, torch.tensor(thresholds, dtype=send.dtype), self.ks)
 
     def _with_whole_parts(self, send: Tensor, candidates: Found) -> Found:
         """The same candidates, but all elements of a part that has fewer than k."""
@@ -206,14 +238,18 @@ class FixedSearch(Search[tuple[Tensor, Tensor]]):
     def __init__(self, parts: list[Part], device: torch.device) -> None:
         super().__init__(parts, device)
         self.needs_new_sample = True
-        ks = [part.k for part in parts]
-        ranks = [part.rank_of_bound() - 1 for part in self.sample.parts]
-        self._bound_at = self.sample.pieces.firsts[:-1] + torch.tensor(ranks, device=device).long()
-        self._rooms = Segments([part.room() for part in parts], device)
-        self._sent = Segments(ks, device)
-        self._sent_at = self._rooms.firsts[self._sent.owners] + self._sent.ranks  # (sum of k,)
-        self._ks = torch.tensor(ks, device=device)  # (parts,)
         self._edges = self.division.edges_on(device)
+
+    def _prepare(self, ranks: list[int]) -> None:
+        """Without waiting for the device."""
+        ks = [part.k for part in self.parts]
+        last = torch.tensor(ranks, dtype=torch.int64).sub_(1).to(self._device, non_blocking=True)
+        self._bound_at = self.sample.pieces.firsts[:-1] + last
+        pairs = zip(self.parts, self._nums_sampled, strict=True)
+        self._rooms = Segments([part.room(sampled) for part, sampled in pairs], self._device)
+        self._sent = Segments(ks, self._device)
+        self._sent_at = self._rooms.firsts[self._sent.owners] + self._sent.ranks  # (sum of k,)
+        self.ks = self._sent.lengths  # (parts,)
 
     def begin(self, send: Tensor, grad: Tensor | None, zeroes_grad: bool) -> tuple[Tensor, Tensor]:
         """The parts' slots (room,), -1 where one is empty, and how many candidates each has (parts,)."""
@@ -221,7 +257,7 @@ class FixedSearch(Search[tuple[Tensor, Tensor]]):
         bounds = self.bounds_of_all(magnitudes[self.sample.pieces.order(magnitudes)[self._bound_at]])
         rooms = self._rooms.division
         slots, counts = scan_into(send, grad, bounds, self.division, rooms, zeroes_grad=zeroes_grad)
-        lacks = (counts < self._ks) & (bounds > torch.finfo(bounds.dtype).tiny)  # else the others are 0
+        lacks = (counts < self.ks) & (bounds > torch.finfo(bounds.dtype).tiny)  # else the others are 0
         self.has_missed = (lacks | (counts > self._rooms.lengths)).any()
         return slots, counts
 

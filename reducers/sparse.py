@@ -6,7 +6,7 @@ ThresholdSparsifier that passes a law, which sets the threshold.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Annotated, ClassVar, Generic, Literal, TypeVar
 
 import torch
@@ -14,8 +14,8 @@ from pydantic import Field
 from torch import Tensor
 
 from reducers.common import average_at
+from reducers.density import DensityReducer, DensitySettings
 from reducers.kernels import Division, Found, add_share, scan, take
-from reducers.schedule import DensitySettings, ScheduledReducer
 from sage.interfaces import Communicator, Place, Slot, Stateful
 
 
@@ -24,6 +24,9 @@ class SparsifierSettings(DensitySettings):
     """gather: each worker sends the values it selected. union: all send their values at every selected
     index."""
 
+
+MOST_GROWTH = 2.0
+"""By how much the density grows or shrinks at most from one step to the next, where its error is followed."""
 
 Threshold = Annotated[float, Field(ge=1.2e-38, le=3.4e38)] | Literal["auto"]  # float32's normal numbers
 
@@ -108,9 +111,28 @@ def count_distinct(indices: Tensor) -> Tensor:
 # --- the reducers' bases --------------------------------------------------------------------------
 
 
-class Sparsifier(ScheduledReducer):
+class NotedGather:
+    """A gather whose messages carry one more number: a worker's note, in the last 4 bytes."""
+
+    def __init__(self, gather: Gather, note: Tensor) -> None:
+        """note: a scalar float32 on the device."""
+        self._gather, self._note = gather, note.view(1).view(torch.int32)
+        self._notes: list[Tensor] = []
+
+    def __call__(self, message: Tensor) -> Iterator[Tensor]:
+        for row in self._gather(torch.cat([message, self._note])):
+            self._notes.append(row[-1:])
+            yield row[:-1]
+
+    def notes(self) -> Tensor:
+        """All workers' notes (world_size,) float32, once the messages are read."""
+        return torch.cat(self._notes).view(torch.float32)
+
+
+class Sparsifier(DensityReducer):
     """Sends selected elements only. What the select method does not name stays in send."""
 
+    selects_largest = True
     count_is_fixed: ClassVar[bool] = False
     """Whether all workers select equally many in a step: then no sizes travel."""
 
@@ -124,6 +146,7 @@ class Sparsifier(ScheduledReducer):
         self.exchange = config.exchange
         self._gathered: list[Tensor] = []
         self._mean_is_zero = False
+        self._measured_share: float | None = None
 
     @abstractmethod
     def select(self, send: Tensor, place: Place) -> Tensor:
@@ -136,19 +159,47 @@ class Sparsifier(ScheduledReducer):
         self._mean_is_zero = False
         gather: Gather = comm.all_gather if self.count_is_fixed else comm.all_gather_ragged
         exchange = exchange_by_gather if self.exchange == "gather" else exchange_by_union
-        self._gathered, self._sent = exchange(send, mean, indices, comm, gather)
+        if self._measured_share is None:
+            self._gathered, self._sent = exchange(send, mean, indices, comm, gather)
+        else:
+            noted = NotedGather(gather, self._growth(send, indices, self._measured_share))
+            self._gathered, self._sent = exchange(send, mean, indices, comm, noted)
+            self.growths = noted.notes()
         num_selected = sum(places.numel() for places in self._gathered)
         self.density = num_selected / (comm.world_size * self.n)
 
+    def measure_growth(self, share: float) -> None:
+        self._measured_share = share
+
+    def _growth(self, send: Tensor, indices: Tensor, share: float) -> Tensor:
+        """A step of Newton's method for the smallest k whose sent part S keeps a share of send's energy E:
+
+            g = 1 + (share E - S) / (k tau),  E = ||send||^2,  S = ||sent||^2,  within [1/2, 2]
+
+        tau is what one more element would add. S(k) is concave where the largest are sent, so a step from a
+        k that is too small never goes too far. A scalar float32; E costs one reading of send, 4 n bytes.
+        """
+        if not len(indices):
+            return send.new_full((), MOST_GROWTH, dtype=torch.float32)
+        values = send.index_select(0, indices)  # (k,)
+        energy, sent = torch.dot(send, send), torch.dot(values, values)
+        growth = 1 + (share * energy - sent) / (len(indices) * self.next_energy(values.square_()))
+        # NaN is 0 / 0 or inf - inf: nothing is known, so the density stays.
+        return growth.nan_to_num(1.0).clamp(1 / MOST_GROWTH, MOST_GROWTH).float()
+
+    def next_energy(self, squares: Tensor) -> Tensor:
+        """tau, a scalar, from the squares (k,) of what is sent: here of the smallest."""
+        return squares.amin()
+
     def target_counts(self) -> int:
-        """Elements a worker sends in a step at the target density, after any schedule."""
+        """Elements a worker sends in a step at the configuration's density."""
         return target_count(self.config.density, self.n)
 
     def expected_payload_bytes(self, world_size: int) -> int:
         k = self.target_counts()
         if world_size == 1:
             return 0
-        sizes = 0 if self.count_is_fixed else 4
+        sizes = (0 if self.count_is_fixed else 4) + (0 if self._measured_share is None else 4)
         if self.exchange == "gather":
             return sizes + 8 * k
         return sizes + 4 * k + 4 * min(self.n, world_size * k)

@@ -1,13 +1,11 @@
 """Hard threshold: every element whose magnitude reaches a constant."""
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import model_validator
 from torch import Tensor
 
-from reducers.schedule import DensitySchedule
 from reducers.sparse import (
     SparsifierSettings,
     Threshold,
@@ -22,16 +20,8 @@ from sage.interfaces import Seeds, Slot
 class HardThresholdSettings(SparsifierSettings):
     name: Literal["threshold"] = "threshold"
     threshold: Threshold = "auto"
-    """The constant; auto: 1 / (2 sqrt k), k = density n, which follows a density_schedule. Beside a number
-    the density is only a label."""
-
-    @model_validator(mode="after")
-    def _a_schedule_has_a_threshold_to_move(self) -> Self:
-        if self.threshold != "auto" and self.density_schedule != DensitySchedule():
-            raise ValueError(
-                f"density_schedule moves the threshold auto only, got threshold {self.threshold}"
-            )
-        return self
+    """The constant; auto: 1 / (2 sqrt k), k = density n, which follows the density where it is scaled. Beside
+    a number the density is only a label."""
 
 
 class ConstantLaw(ThresholdLaw):
@@ -62,6 +52,10 @@ class HardThreshold(ThresholdSparsifier):
     """
 
     Settings: ClassVar[type[Named]] = HardThresholdSettings
+
+    @classmethod
+    def why_fixed(cls, config: Any) -> str:
+        return "" if config.threshold == "auto" else f"threshold {config.threshold:g} decides what is sent"
 
     def __init__(
         self, config: HardThresholdSettings, layout: list[Slot], *, seeds: Seeds, device: torch.device

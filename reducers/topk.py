@@ -30,16 +30,17 @@ class TopK(LargestSparsifier, Leveled):
         self, config: TopKSettings, layout: list[Slot], *, seeds: Seeds, device: torch.device
     ) -> None:
         self._levels: Sequence[float] = ()
+        self._places = [(slot.start, slot.stop, slot.size) for slot in layout]
         super().__init__(config, layout, device)
 
     def set_levels(self, levels: Sequence[float]) -> None:
         """Use these densities, one per slot, from now on, in place of the configuration's."""
         self._levels = levels
-        self.aim(self.target_counts() / self.n)
+        self.aim_anew(self.target_counts() / self.n)
 
     def parts(self, density: float) -> list[Part]:
-        densities = self._levels or [density] * len(self.layout)
+        densities = self._levels or [density] * len(self._places)
         return [
-            Part(slot.start, slot.stop, target_count(own, slot.size))
-            for slot, own in zip(self.layout, densities, strict=True)
+            Part(start, stop, target_count(own, size))
+            for (start, stop, size), own in zip(self._places, densities, strict=True)
         ]

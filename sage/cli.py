@@ -9,46 +9,54 @@ from typing import Any, NoReturn
 from sage import files, sweep
 from sage.config import ConfigError
 from sage.console import complain, show
+from sage.runfolder import weights
 from sage.runfolder.resume import NEWEST, run_of
+from sage.runfolder.weights import SavedWeights
 from sage.workers.points import PointRunner
 
 HELP = """\
 Train a task with a gradient compressor, as a YAML file describes it.
 
-  python run.py configs/digits.yaml                              one worker
-  python run.py configs/digits.yaml --workers 2                  two worker processes on this machine
-  torchrun --nproc-per-node 2 run.py configs/digits.yaml         the same, started by torchrun
-  python run.py configs/digits.yaml --simulate 16                16 workers that take turns in one process
-  python run.py configs/digits.yaml reducer.name=topk epochs=3   with two values changed
-  python run.py configs/digits.yaml --resume                     resume the newest run of this file
-  python run.py --sweep configs/sweeps/reducers_digits.yaml      every point of a sweep, one after the other
-  python run.py --sweep configs/sweeps/reducers_digits.yaml --jobs 4      four of them side by side
+  python run.py configs/digits.yaml                  one worker
+  python run.py configs/digits.yaml --workers 2      two worker processes here
+  torchrun --nproc-per-node 2 run.py configs/digits.yaml   the same, torchrun's
+  python run.py configs/digits.yaml --simulate 16    16 that take turns in one
+  python run.py configs/digits.yaml reducer.name=topk epochs=3  two new values
+  python run.py configs/digits.yaml --resume         resume its newest run
+  python run.py --evaluate runs/digits/RUN           what its model scores
+  python run.py --sweep configs/sweeps/reducers_digits.yaml          every point
+  python run.py --sweep configs/sweeps/reducers_digits.yaml --jobs 4  4 at once
 
-CONFIG: configs/ has a YAML file for each experiment. key.path=value changes one of its values, in the
-syntax of YAML. A changed name (reducer.name=exact) chooses another component, which takes over the keys
-that it knows from the file's section. --print-config shows every setting.
+CONFIG: configs/ has a YAML file for each experiment. key.path=value changes one
+of its values, in the syntax of YAML. A changed name (reducer.name=exact)
+chooses another component, which takes over the keys that it knows from the
+file's section. --print-config shows every setting with what it is for.
 
-Results: a run has a folder of its own, RUNS/<config name>/<run id>/, with config.yaml, environment.json,
-metrics.jsonl, checkpoints/ and, once it is done, summary.json. `python -m sage.report RUNS` makes tables
-and pictures of such folders.
+Results: a run has a folder of its own, RUNS/<config name>/<run id>/, with
+config.yaml, environment.json, metrics.jsonl, checkpoints/ and, once it is done,
+summary.json. `python -m sage.report RUNS` makes tables and pictures of them.
 
-Sweeps: a sweep's file has a base (a configuration), a grid (key.path: [values]) and seeds. Each
-combination is a point; its runs are in RUNS/<sweep>/<point>/. Without --list and --index all points are
-run, except those that are done already or that another process is running. --jobs N runs N of them side
-by side.
+Sweeps: a sweep's file has a base (a configuration), a grid (key.path: [values])
+and seeds. Each combination is a point; its runs are in RUNS/<sweep>/<point>/.
+Without --list and --index all points are run, except those that are done
+already or that another process is running. --jobs N runs N of them side by
+side.
 
-Stopping: Ctrl-C, SIGTERM and SIGUSR1 let a run finish its step and write a checkpoint; a second Ctrl-C
-ends it at once. --resume continues from the checkpoint, with the same bits as without the stop.
+Stopping: Ctrl-C, SIGTERM and SIGUSR1 let a run finish its step and write a
+checkpoint; a second Ctrl-C ends it at once. --resume continues from the
+checkpoint, with the same bits as without the stop.
 
-Exit codes: 0 done, or stopped by SIGTERM or SIGUSR1 with a checkpoint; 1 failed; 2 bad input, nothing was
-started; 130 stopped by Ctrl-C. A sweep that a signal stops ends with 128 + the signal's number.
+Exit codes: 0 done, or stopped by SIGTERM or SIGUSR1 with a checkpoint; 1
+failed; 2 bad input, nothing was started; 130 stopped by Ctrl-C. A sweep that a
+signal stops ends with 128 + the signal's number.
 """
 
 NEED_SWEEP = {"list_points": "--list", "index": "--index", "jobs": "--jobs"}
 """Options that only a sweep has, as argparse and as the user names them."""
 NEED_INDEX = {"print_config": "--print-config", "dry_run": "--dry-run"}
 """Options about one run: in a sweep, about one of its points."""
-
+NOT_TO_EVALUATE = {"sweep": "--sweep", "resume": "--resume", "job": "--job"} | NEED_SWEEP | NEED_INDEX
+"""Options that --evaluate does not go together with."""
 
 MAX_WORKERS = 4096
 """The most workers of one machine. Its memory limits processes further."""
@@ -77,6 +85,8 @@ class Arguments:
     resume: str | None
     """The folder of a run or a checkpoint, or resume.NEWEST; None: start a new run."""
     job: Path | None
+    evaluate: SavedWeights | None
+    """The weights to score, instead of training."""
     print_config: bool
     dry_run: bool
 
@@ -104,7 +114,8 @@ def _build_parser() -> "_Parser":
         description=HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="python run.py CONFIG [key.path=value ...] [options]\n"
-        "       python run.py --sweep FILE [key.path=value ...] [--list | --index I | --jobs N] [options]",
+        "       python run.py --sweep FILE [key.path=value ...] [--list | --index I]\n"
+        "       python run.py --evaluate PATH [options]",
     )
     parser.add_argument(
         "words",
@@ -177,6 +188,13 @@ def _add_folder_options(group: "argparse._ArgumentGroup") -> None:
 
 
 def _add_looking_options(group: "argparse._ArgumentGroup") -> None:
+    group.add_argument(
+        "--evaluate",
+        type=Path,
+        metavar="PATH",
+        help="score what a run has trained: PATH is the folder of a run that is done, of one of its "
+        "checkpoints, or its final.pt or best.pt; CONFIG is the run's own",
+    )
     group.add_argument("--print-config", action="store_true", help="print every setting with its value")
     group.add_argument(
         "--dry-run", action="store_true", help="build everything and describe the run: steps, bytes, memory"
@@ -219,6 +237,8 @@ def _not_negative(text: str) -> int:
 
 def _to_arguments(parsed: dict[str, Any]) -> Arguments:
     """The parsed options as Arguments. Raises _UsageError where they do not belong together."""
+    if parsed["evaluate"] is not None:
+        return _to_evaluate(parsed)
     words, sweep_file = parsed.pop("words"), parsed.pop("sweep")
     if sweep_file is None:
         _refuse_all(parsed, NEED_SWEEP, "expected together with --sweep FILE")
@@ -234,6 +254,23 @@ def _to_arguments(parsed: dict[str, Any]) -> Arguments:
     else:
         config, overrides = sweep_file, _check_overrides(words)
     return Arguments(config=config, overrides=overrides, sweep=sweep_file is not None, **parsed)
+
+
+def _to_evaluate(parsed: dict[str, Any]) -> Arguments:
+    """The parsed options with --evaluate. Raises _UsageError where they do not belong together, or where its
+    path names no weights."""
+    path = parsed.pop("evaluate")
+    _refuse_all(parsed, NOT_TO_EVALUATE, "expected without --evaluate")
+    if words := parsed.pop("words"):
+        raise _UsageError(
+            f"{words[0]}: with --evaluate expected no CONFIG and no change: the run has its own"
+        )
+    try:
+        found = weights.find(path)
+    except ValueError as error:
+        raise _UsageError(f"--evaluate {path}: {error}") from None
+    config = found.run / "config.yaml"
+    return Arguments(config=config, overrides=[], evaluate=found, **{**parsed, "sweep": False})
 
 
 def _refuse_all(parsed: dict[str, Any], names: dict[str, str], expected: str) -> None:

@@ -174,11 +174,11 @@ class _Complaints:
                 self._add_unknown(path, keys[-1], owner)
             elif problem["type"] == "missing" and len(keys) == len(problem["loc"]):
                 self._missing.add(path)
-                self.add(path, f"missing; expected {_expected(field)}")
+                self.add(path, f"missing; expected {expected(field)}")
             elif problem["type"] == "value_error":
                 self.add(path, str(problem["ctx"]["error"]))
             else:
-                message = f"expected {_expected(field)}, got {_shown(problem['input'])}"
+                message = f"expected {expected(field)}, got {_shown(problem['input'])}"
                 self.add(path, message + _hint(problem["input"], _choices(field)))
 
     def text(self) -> str:
@@ -212,16 +212,25 @@ def _find(
     for part in map(str, loc):
         keys.append(part)
         field = model.model_fields.get(part)
-        if field is None or not (
-            isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
-        ):
+        inner = _model_of(field.annotation) if field else None
+        if inner is None:
             break
         if len(keys) < len(loc):
-            model = field.annotation
+            model = inner
     return model, field, keys
 
 
-def _expected(field: FieldInfo | None) -> str:
+def _model_of(kind: Any) -> type[BaseModel] | None:
+    """The model that a field holds, where it holds one, or one or null."""
+    models = [
+        part
+        for part in (get_args(kind) if get_origin(kind) in (Union, types.UnionType) else [kind])
+        if isinstance(part, type) and issubclass(part, BaseModel)
+    ]
+    return models[0] if len(models) == 1 else None
+
+
+def expected(field: FieldInfo | None) -> str:
     return "something else" if field is None else _describe(field.annotation, field.metadata)
 
 
@@ -235,12 +244,16 @@ def _describe(kind: Any, limits: list[Any]) -> str:
         return " or ".join(_describe(part, limits) for part in get_args(kind))
     if origin is Literal:
         return _listed(get_args(kind), "one of ") if len(get_args(kind)) > 1 else str(get_args(kind)[0])
+    if origin is list:
+        return f"a list, each {_describe(get_args(kind)[0], [])}"
     if origin is tuple:
         first, *others = get_args(kind)
         count = "" if Ellipsis in others else f"{1 + len(others)} of them, "
         return f"a list, {count}each {_describe(first, [])}"
     if isinstance(kind, type) and issubclass(kind, BaseModel):
         return f"a mapping with keys of {_listed(kind.model_fields)}"
+    if origin is dict:
+        return "a mapping"
     names = {float: "a number", int: "an integer", bool: "true or false", str: "a text", type(None): "null"}
     return names.get(kind, str(kind)) + (_interval(limits) if kind in (int, float) else "")
 

@@ -217,6 +217,12 @@ class Reducer(Stateful, ABC):
     density: float = 1.0
     """Elements a worker selected in the last step / n, mean over workers. A host number: reading it costs
     nothing."""
+    target_density: float = 1.0
+    """What the density is meant to be from the next step on."""
+    selects_largest: ClassVar[bool] = False
+    """Whether it selects elements by their magnitude, so that measure_growth has something to measure."""
+    growths: Tensor | None = None
+    """After a step of which measure_growth has asked it: (world_size,) on the device, a factor a worker."""
 
     @abstractmethod
     def __init__(self, config: Any, layout: list[Slot], *, seeds: Seeds, device: torch.device) -> None: ...
@@ -248,6 +254,20 @@ class Reducer(Stateful, ABC):
 
     def sent_indices(self) -> Tensor:
         """A sparsifier's indices (m,) int64 that left send in the last reduce."""
+        raise NotImplementedError
+
+    @classmethod
+    def why_fixed(cls, config: Any) -> str:
+        """Why these settings leave no density to set, in words; empty where set_density works."""
+        return f"{config.name} has no density that can be set"
+
+    def set_density(self, density: float) -> None:
+        """Select this share of the elements from the next step on."""
+        raise NotImplementedError
+
+    def measure_growth(self, share: float) -> None:
+        """From now on measure in each step by which factor the density should grow, so that what is sent
+        keeps this share of ||send||^2; all workers' factors travel with the step's first message."""
         raise NotImplementedError
 
     @abstractmethod

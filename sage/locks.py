@@ -13,22 +13,24 @@ from pathlib import Path
 
 SECONDS = 1.0
 """How long a process tries to lock a file. One that asks who holds a lock holds it itself for a moment."""
+POLL_SECONDS = 0.02
+"""How often it tries."""
 
 
-def lock(path: Path) -> int | None:
-    """Lock a file, which is made, as is its folder; None: another process has locked it.
+def lock(path: Path, seconds: float = SECONDS) -> int | None:
+    """Lock a file, which is made, as is its folder; None: for so many seconds another process has it locked.
 
     Returns a file descriptor, and closing it gives the lock back. Where the file system has no locks, nothing
     is locked and nobody is kept out. Raises OSError where the file cannot be made.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     opened = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    deadline = time.monotonic() + SECONDS
+    deadline = time.monotonic() + seconds
     while not _try_lock(opened, fcntl.LOCK_EX):
         if time.monotonic() > deadline:
             os.close(opened)
             return None
-        time.sleep(SECONDS / 20)
+        time.sleep(POLL_SECONDS)
     with suppress(OSError):  # on a full disk nobody learns who it is
         os.ftruncate(opened, 0)
         os.write(opened, f"process {os.getpid()} on {socket.gethostname()}".encode())

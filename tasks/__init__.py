@@ -1,9 +1,14 @@
-"""Every task by its name in the configuration; its module is imported when the task is looked up."""
+"""Every task by its name in the configuration; its module is imported when the task is looked up, and so is
+torch."""
+
+from typing import TYPE_CHECKING
 
 from sage.components import ComponentTable
-from sage.interfaces import Task
 
-TASKS: ComponentTable[Task] = ComponentTable(
+if TYPE_CHECKING:
+    from sage.interfaces import Task
+
+TASKS: "ComponentTable[Task]" = ComponentTable(
     "sage.interfaces:Task",
     {
         "cifar10": "tasks.cifar:Cifar10",

@@ -30,6 +30,7 @@ def build_model(name: str, num_classes: int) -> nn.Module:
 
 class CifarSettings(ClassificationSettings):
     model: Literal["resnet18", "vgg16_bn", "googlenet", "senet18"] = "resnet18"
+    """The network, in its form for images of 32 by 32 pixels."""
     batch_per_worker: int = Field(default=256, ge=1)
     """Images a worker takes in a step."""
 

@@ -16,6 +16,7 @@ from tasks.models.small_cnn import small_cnn
 class DigitsSettings(ClassificationSettings):
     name: Literal["digits"] = "digits"
     model: Literal["small_cnn"] = "small_cnn"
+    """The network."""
     batch_per_worker: int = Field(default=32, ge=1)
     """Images a worker takes in a step."""
 

@@ -36,7 +36,7 @@ all_reduce, init_process_group = dist.all_reduce, dist.init_process_group
 class LastWork:
     """The end of what was enqueued last, in the place of a CUDA event."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         self._work = works[-1]
 
     def query(self) -> bool:
@@ -60,7 +60,7 @@ def abort(hangs: bool, aborted: dist.ProcessGroup) -> None:
 
 
 def copy(x: torch.Tensor) -> tuple[torch.Tensor, Event]:
-    return x, LastWork()
+    return x, LastWork(x.device)
 
 
 def train(worker: Worker, where: str, store: RendezvousStore) -> None:

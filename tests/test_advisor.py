@@ -203,7 +203,7 @@ def test_runs_that_tell_nothing_of_a_network_are_an_error(tmp_path: Path) -> Non
 
 def test_the_tables_hold_the_numbers_worked_by_hand(tmp_path: Path) -> None:
     runs = [exact_run(tmp_path / "e"), measured_run(tmp_path / "t", "topk", 1000, 3000)]
-    (one,) = advise(gather(runs), Network(Link(8e6, 0.0)))
+    (one,) = advise(gather(runs), Network(Link(8e6, 0.0))).values()
     steps, pays, score = advice.advice_sheets(one, 0.75)
     exact, half, topk = 10 + 1500 * FRAMES, 10 + 750 * FRAMES, 11 + 3 * FRAMES
     shown = {row[0]: row[1:] for row in steps.rows}
@@ -238,7 +238,7 @@ def test_the_command_predicts_and_draws(tmp_path: Path, capsys: Capture) -> None
 
 def test_the_picture_marks_where_a_method_breaks_even(tmp_path: Path) -> None:
     runs = [exact_run(tmp_path / "e"), measured_run(tmp_path / "t", "topk", 1000, 3000)]
-    (one,) = advise(gather(runs), Network(Link(1e9, 0.0)))
+    (one,) = advise(gather(runs), Network(Link(1e9, 0.0))).values()
     over_speeds, over_workers = advice.draw_advice(one).axes
     assert (over_speeds.get_xscale(), over_speeds.get_xlim()[0] < 1e7 < 4e11 < over_speeds.get_xlim()[1]) == (
         "log",

@@ -15,7 +15,7 @@ SHARED = {
     "reducers.common",
     "reducers.lowrank",
     "reducers.largest",
-    "reducers.schedule",
+    "reducers.density",
     "reducers.quantize",
     "reducers.search",
     "reducers.sparse",
@@ -33,6 +33,7 @@ LEVELS = [
         "network",
         "yamlfile",
         "config",
+        "reference",
         "components",
         "files",
         "console",
@@ -50,6 +51,7 @@ REPORT = {"report"} | LEVELS[0]
 TORCHLESS = [
     "sage/yamlfile.py",
     "sage/config.py",
+    "sage/reference.py",
     "sage/components.py",
     "sage/console.py",
     "sage/files.py",
@@ -63,6 +65,7 @@ TORCHLESS = [
     "sage/workers/signals.py",
     "sage/runfolder/manifest.py",
     "sage/runfolder/resume.py",
+    "sage/runfolder/weights.py",
     "sage/report/runs.py",
     "sage/report/tables.py",
     "sage/report/figures.py",
@@ -143,7 +146,7 @@ def test_a_reducer_or_task_imports_the_interfaces_and_what_its_family_shares(pat
     tables = {"sage.components"} if path.stem == "__init__" else set()
     if module_of(path) == "reducers.__init__":  # what a program of one's own calls
         tables |= {name for name in ours(path) if name.startswith("sage.exchange.")}
-    for name in ours(path) - {"sage", "sage.interfaces", "sage.config", "sage.draws"} - tables:
+    for name in ours(path) - {"sage", "sage.interfaces", "sage.config", "sage.draws", "sage.locks"} - tables:
         assert name.startswith(f"{family}."), f"{path} imports {name}"
         is_shared = name in SHARED or name.startswith(("reducers.kernels", "tasks.models", "tasks.data"))
         assert is_shared or path.stem == "__init__", f"{path} imports its sibling {name}"
@@ -175,7 +178,7 @@ def uses(path: Path, owner: str, attribute: str) -> bool:
     )
 
 
-def test_torch_distributed_appears_in_launch_group_comm_and_the_hook_only() -> None:
+def test_torch_distributed_appears_in_launch_group_comm_and_the_hooks_only() -> None:
     users = {
         module_of(path)
         for path in SOURCES
@@ -186,7 +189,9 @@ def test_torch_distributed_appears_in_launch_group_comm_and_the_hook_only() -> N
         "sage.workers.launch",
         "sage.workers.group",
         "sage.exchange.comm",
+        "sage.exchange.absent",
         "sage.exchange.ddp_hook",
+        "sage.exchange.fsdp_hook",
     }
 
 

@@ -93,7 +93,7 @@ def test_seven_steps_are_three_and_a_reload_and_four(name: str) -> None:
 
 
 def test_a_schedule_follows_the_counted_steps_or_the_given_epoch() -> None:
-    schedule = {"densities": [1.0, 0.5]}
+    schedule = {"name": "schedule", "densities": [1.0, 0.5]}
     for counted in (True, False):
         comm, model, found = LocalComm.alone(), model_of(), []
         exchange = reducers.attach(
@@ -102,7 +102,7 @@ def test_a_schedule_follows_the_counted_steps_or_the_given_epoch() -> None:
             comm=comm,
             steps_per_epoch=2 if counted else None,
             density=0.1,
-            density_schedule=schedule,
+            scaling=schedule,
         )
         for step in range(6):
             loss_of(model, comm, step).backward()
@@ -114,7 +114,7 @@ def test_a_schedule_follows_the_counted_steps_or_the_given_epoch() -> None:
 @pytest.mark.parametrize(
     ("name", "settings", "missing"),
     [
-        ("topk", {"density_schedule": {"warmup_epochs": 2}}, "epoch"),
+        ("topk", {"scaling": {"name": "schedule", "warmup_epochs": 2}}, "epoch"),
         ("topk", {"feedback": {"name": "residual", "lr_correction": True}}, "lr"),
         ("accordion", {}, "epoch"),
     ],

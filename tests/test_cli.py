@@ -366,10 +366,14 @@ def test_a_refusal_ends_the_process_with_code_2_one_line_and_no_traceback() -> N
 # --- what is only told ----------------------------------------------------------------------------
 
 
-def test_help_explains_overrides(nothing_starts: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_explains_overrides_within_80_columns(
+    nothing_starts: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     assert exit_code("--help") == 0
     said = capsys.readouterr()
     assert said.err == ""
+    assert max(map(len, said.out.splitlines())) <= 80
     for words in (
         "key.path=value",
         "reducer.name=exact",
@@ -378,6 +382,7 @@ def test_help_explains_overrides(nothing_starts: None, capsys: pytest.CaptureFix
         "--data",
         "--print-config",
         "--dry-run",
+        "--evaluate",
     ):
         assert words in said.out
 

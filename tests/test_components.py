@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -112,7 +113,13 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Write]:
     torch.set_rng_state(state)
     torch.use_deterministic_algorithms(False)  # as run.main sets it
     for name in set(sys.modules) - before:
-        del sys.modules[name]
+        if is_from(sys.modules[name], tmp_path):  # torch's own modules cannot be imported twice
+            del sys.modules[name]
+
+
+def is_from(module: ModuleType, folder: Path) -> bool:
+    places = [getattr(module, "__file__", None), *getattr(module, "__path__", [])]
+    return any(Path(place).is_relative_to(folder) for place in places if place)
 
 
 def load(*overrides: str) -> RunSettings:

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
+import reducers
+from sage.exchange import comm
 from sage.exchange.clock import Clock
 from sage.exchange.deadline import Deadline
 from sage.interfaces import CommunicationError, Place
@@ -47,9 +52,9 @@ def deadline_of(*ends: FakeEvent, timeout_seconds: float = SHORT) -> Deadline:
     """A deadline after collectives "first", "second", ..., which end with these events; reads end with the
     last of them."""
     events = iter(ends)
-    made = Deadline(timeout_seconds, "cpu", lambda: next(events), lambda x: (x.clone(), ends[-1]))
+    made = Deadline(timeout_seconds, "cpu", lambda _: next(events), lambda x: (x.clone(), ends[-1]))
     for name, _ in zip(("first", "second"), ends, strict=False):
-        made.enqueued(name)
+        made.enqueued(name, torch.device("cpu"))
     return made
 
 
@@ -97,6 +102,60 @@ def test_the_clock_waits_no_longer_than_the_deadline(monkeypatch: pytest.MonkeyP
     ends[-1].left = -1
     with pytest.raises(CommunicationError, match="the device's work failed: it did not end within"):
         clock.take()
+
+
+@pytest.fixture
+def nothing_ends(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
+    """Reads of a group's results never end; for which devices they were asked for."""
+    asked: list[torch.device] = []
+
+    def deadline_in_vain(group: dist.ProcessGroup | None, device: torch.device) -> Deadline:
+        asked.append(device)
+        return deadline_of(NEVER)
+
+    for name in ("comm", "ddp_hook"):
+        monkeypatch.setattr(f"sage.exchange.{name}.deadline_of", deadline_in_vain)
+    return asked
+
+
+@pytest.mark.usefixtures("group_of_one")
+def test_an_attached_exchange_waits_no_longer_than_the_deadline(nothing_ends: list[torch.device]) -> None:
+    model = nn.Linear(3, 2)
+    exchange = reducers.attach(model, "topk")
+    model(torch.ones(1, 3)).sum().backward()
+    with pytest.raises(CommunicationError, match=r"^first failed: it did not end within 0\.1 s$"):
+        exchange.step()
+    assert nothing_ends == [torch.device("cpu")]
+
+
+@pytest.mark.usefixtures("group_of_one")
+def test_backward_through_the_hook_waits_no_longer_than_the_deadline(
+    nothing_ends: list[torch.device],
+) -> None:
+    ddp = DistributedDataParallel(nn.Linear(3, 2))
+    hook = reducers.hook(ddp, "topk")
+    with pytest.raises(CommunicationError, match=r"^first failed: it did not end within 0\.1 s$"):
+        ddp(torch.ones(1, 3)).sum().backward()
+    assert hook.steps.step == 0
+    assert nothing_ends == [torch.device("cpu")]
+
+
+@pytest.mark.usefixtures("group_of_one")
+def test_no_thread_of_the_hook_communicates_beside_a_models_own_collectives() -> None:
+    ddp = DistributedDataParallel(nn.Sequential(nn.Linear(3, 2)))
+    ddp.module.append(nn.SyncBatchNorm(2))  # which DDP takes on a GPU only
+    with pytest.raises(ValueError, match="overlap: expected False for a model with SyncBatchNorm"):
+        reducers.hook(ddp, "topk")
+    reducers.hook(ddp, "topk", overlap=False)
+
+
+@pytest.mark.usefixtures("group_of_one")
+def test_the_deadline_of_a_group_comes_before_torchs_watchdog_and_a_cpu_needs_none() -> None:
+    group = dist.new_group([0], timeout=timedelta(seconds=60))
+    found = comm.deadline_of(group, torch.device("cuda"))
+    assert found is not None
+    assert found.timeout_seconds == 54.0
+    assert comm.deadline_of(group, torch.device("cpu")) is None
 
 
 # --- waits without one ------------------------------------------------------------------------------

@@ -6,9 +6,11 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from torch.distributed.fsdp import FSDPModule
 
 import sage
 from reducers import build_reducer
@@ -17,7 +19,10 @@ from sage.interfaces import lay_out
 
 ROOT = Path(__file__).parent.parent
 LAYOUT = lay_out([("weight", (30, 10)), ("bias", (10,))])
-TWO_WORKERS = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
+TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node"]
+TWO_WORKERS, FOUR_WORKERS = [*TORCHRUN, "2"], [*TORCHRUN, "4"]
+PACKAGES = {"accelerate_": "accelerate", "lightning_": "lightning"}
+"""What an example needs that is not installed with the rest."""
 
 
 @pytest.fixture(scope="module")
@@ -69,11 +74,19 @@ def test_an_installation_has_our_packages_alone_and_one_version(installed: Path,
         ([], "own_loop", r"density 0\.0[2-9]"),
         (TWO_WORKERS, "own_loop", r"density 0\.0[2-9]"),
         (TWO_WORKERS, "ddp", r"bytes a step \d+"),
+        (TWO_WORKERS, "accelerate_", r"bytes a step \d+"),
+        ([], "lightning_", r"bytes a step \d+"),  # starts two workers itself
+        (FOUR_WORKERS, "hsdp", r"density 0\.0[2-9]"),
     ],
 )
 def test_an_example_learns(
     launcher: list[str], example: str, told: str, installed: Path, tmp_path: Path
 ) -> None:
+    package = PACKAGES.get(example)
+    if package and find_spec(package) is None:
+        pytest.skip(f"needs {package}: pip install -r requirements-examples.txt")
+    if example == "hsdp" and not hasattr(FSDPModule, "set_all_reduce_hook"):
+        pytest.skip("needs torch 2.7 or newer: FSDPModule.set_all_reduce_hook")
     output = run_elsewhere(installed, [*launcher, str(ROOT / "examples" / f"{example}.py")], tmp_path)
     lines = re.findall(r"step \d+  loss ([\d.]+)  (.*)", output)
     assert len(lines) == 5  # once each, by rank 0

@@ -218,7 +218,7 @@ def test_six_steps_are_three_and_a_reload_and_three(name: str, settings: dict[st
 
     def run(comm: LocalComm, broken: bool) -> list[Tensor]:
         feedback = feedback_of(name, torch.zeros(N), **settings)
-        reducer, means = reducer_of("topk", density=0.05, density_schedule={"densities": [0.1]}), []
+        reducer, means = reducer_of("topk", density=0.1), []
         for index, lr in enumerate(lrs):
             if broken and index == 3:
                 file = io.BytesIO()

@@ -18,16 +18,15 @@ from torch import Tensor, nn
 
 from benchmarks.gpu.checks import Setup
 from benchmarks.gpu.training import count_waits
-from benchmarks.gpu.twin import TwinComm
 from reducers import REDUCERS
 from sage.exchange.comm import LocalComm
 from sage.exchange.deadline import Deadline
+from sage.exchange.echo import EchoComm
 from sage.exchange.exchange import Exchange
 from sage.exchange.feedback import FEEDBACKS
 from sage.interfaces import CommunicationError, Place, Progress
 from sage.training.settings import RunSettings
 from tests.cases import CASES, LAYOUT, Case, N, Step, gradient, run_case, run_steps
-from tests.drawn_on_cpu import DrawnOnCpu
 from tests.toy import ToyTask, settings_of, trainer_of
 
 pytestmark = [
@@ -98,12 +97,11 @@ def record(case: Case, comm: LocalComm) -> list[Recorded]:
 
 def replay(case: Case, comm: LocalComm, recorded: list[Recorded], device: torch.device) -> list[Step]:
     """The same steps on a device, each from the recorded state, so that rounding is not fed back."""
-    with DrawnOnCpu():
-        reducer, steps = case.build(rank=comm.rank, device=device), []
-        for number, (state, memory, _) in enumerate(recorded):
-            reducer.load_state_dict(state)
-            steps += run_steps(reducer, comm, range(number, number + 1), memory.to(device, copy=True))
-        return steps
+    reducer, steps = case.build(rank=comm.rank, device=device), []
+    for number, (state, memory, _) in enumerate(recorded):
+        reducer.load_state_dict(state)
+        steps += run_steps(reducer, comm, range(number, number + 1), memory.to(device, copy=True))
+    return steps
 
 
 def tolerance(case: Case, steps: list[Step]) -> float:
@@ -213,7 +211,7 @@ def gradient_with(precision: str, device: torch.device, dtype: torch.dtype = tor
     """(n,) float64: the gradient that a trainer computes with these settings, on the CPU."""
     task = ConvolutionTask(device, dtype)
     with trainer_of(settings_of(precision=precision), LocalComm.alone(), task=task, dtype=dtype) as trainer:
-        trainer.compute_gradient(slice(0))
+        trainer.compute_gradient(iter([slice(0)]))
         return trainer.gradient.flat.double().cpu()
 
 
@@ -266,7 +264,7 @@ def test_an_exchange_of_a_fixed_size_never_waits_for_the_device(
     torch.use_deterministic_algorithms(True)
     reducer = case.build(device=device)
     memory = FEEDBACKS[feedback](FEEDBACKS[feedback].Settings(), torch.zeros(N, device=device))
-    exchange = Exchange(memory, reducer, TwinComm(), LAYOUT)
+    exchange = Exchange(memory, reducer, EchoComm(), LAYOUT)
     grads = [gradient(0, step).to(device) for step in range(8)]
     for step, grad in enumerate(grads):
         progress = Progress(epoch=0.0, step=step, lr=0.1, steps_per_epoch=1)

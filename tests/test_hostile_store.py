@@ -90,7 +90,7 @@ def test_workers_of_one_machine_get_a_secret_and_the_loopback(monkeypatch: pytes
 
 NAMES = ["run", "resume", "done", "manifest/1", "manifest/2", "manifest/3"]
 COLLECTED = ["identity", "where", "named", "seen", "opened", "restored"]
-COLLECTED += ["checkpoint/1", "checkpoint/2", "bad/3"]
+COLLECTED += ["checkpoint/1", "checkpoint/2", "loss/3", "gradient/3"]
 KEYS = [*NAMES, *(f"{name}/{rank}" for name in COLLECTED for rank in range(2)), "step/0", "step/1"]
 
 

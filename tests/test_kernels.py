@@ -6,6 +6,8 @@ Triton's forms run in its interpreter where there is no GPU.
 import itertools
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -201,6 +203,40 @@ def test_an_index_outside_of_the_gradient_is_an_error(form: ModuleType, wrong: i
         form.add_share(torch.ones(5), indices, values, 1)
 
 
+def test_a_gpus_kernels_are_started_on_the_device_of_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, current = import_module("reducers.kernels.gpu"), list[Tensor]()
+    started: list[tuple[str, bool]] = []
+
+    @contextmanager
+    def device_of(x: Tensor) -> Iterator[None]:
+        current.append(x)
+        yield
+        current.pop()
+
+    class Noted:
+        """A kernel that notes whether the current device is that of one of its tensors."""
+
+        def __init__(self, name: str, kernel: Any) -> None:
+            self.name, self.kernel = name, kernel
+
+        def __getitem__(self, grid: Any) -> Any:
+            def start(*given: Any) -> None:
+                started.append((self.name, any(x is current[-1] for x in given)))
+                self.kernel[grid](*given)
+
+            return start
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    names = ["_mark_kernel", "_place_kernel", "_take_kernel", "_add_share_kernel"]
+    for name in names:
+        monkeypatch.setattr(gpu, name, Noted(name, getattr(gpu, name)))
+    send, values = torch.ones(9), torch.ones(9)
+    found = gpu.scan(send, None, torch.ones(1), Division([0, 9]), False, False)
+    gpu.take(send, found.indices, values)
+    gpu.add_share(send, found.indices, values, 2)
+    assert started == [(name, True) for name in names]
+
+
 GATHERING = [case for case in CASES if case.reducer in ("sage", "threshold", "topk", "global_topk")]
 
 
@@ -231,10 +267,10 @@ def test_where_no_folder_can_be_written_the_cpus_forms_are_compiled_anew(
     numba, cpu = import_module("numba"), import_module("reducers.kernels.cpu")
     really = numba.njit
 
-    def njit(function: Any, *, nogil: bool, cache: bool = False) -> Any:
+    def njit(*functions: Any, cache: bool = False, **given: Any) -> Any:
         if cache:
             raise RuntimeError("no locator available")  # as numba does
-        return really(function, nogil=nogil)
+        return really(*functions, **given)
 
     monkeypatch.setattr(numba, "njit", njit)
     assert cpu.compiled(lambda x: x + 1)(2) == 3

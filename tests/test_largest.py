@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.gpu.waits import Waits
 from reducers import REDUCERS, kernels, largest
 from reducers.kernels import plain
 from reducers.search import FixedSearch, Part, Sample, SampledSearch, Search
 from sage.exchange.comm import LocalComm
 from sage.interfaces import Place, Seeds
 from tests.cases import layout_of
-from tests.waits import Waits
 
 LAYOUT = layout_of(((7,), (300, 200), (0,), (7,), (50,), (90, 1000), (3,)))
 """Two tensors that are sampled at a density of 0.01, among small ones, two of one size, and one of none."""
@@ -246,3 +246,23 @@ def test_the_sample_is_the_same_in_every_object_and_has_no_period() -> None:
     assert positions.diff().bincount().max() < expected_most + 6 * expected_most**0.5
     other.draw(1)
     assert not torch.equal(positions, other.positions)
+
+
+@pytest.mark.parametrize("name", ["topk", "global_topk"])
+@pytest.mark.usefixtures("search")
+def test_a_density_that_is_set_selects_the_largest_and_needs_a_new_sample_from_a_twofold_k_on(
+    name: str,
+) -> None:
+    reducer, rng = build(name, 0.01), torch.Generator().manual_seed(3)
+    # K = max(k, 4 sqrt n) is at most 1.84 times what it is at 0.01, and at 0.03 more than 2 times.
+    for density, is_new in ((0.012, False), (0.007, False), (0.019, False), (0.03, True), (0.02, False)):
+        plan, send = reducer._search, heavy(rng)
+        reducer.set_density(density)
+        assert (reducer._search is not plan) == is_new
+        assert reducer.select(send.clone(), Place(0, 1)).tolist() == expected(name, send, density)
+        # A resumed one looks at the same positions, though it is built at another density.
+        other = build(name, 0.01)
+        other.load_state_dict(reducer.state_dict())
+        other.set_density(density)
+        assert torch.equal(other._search.sample.positions, reducer._search.sample.positions)
+        assert other._search.parts == reducer._search.parts

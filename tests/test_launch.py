@@ -14,6 +14,7 @@ import pytest
 
 from sage.interfaces import TrainingError
 from sage.workers.worker import WorkerIdentity, check_identities
+from tests.forks import workers_of
 
 ROOT = Path(__file__).parent.parent
 PATIENCE_SECONDS = 240.0
@@ -37,8 +38,8 @@ def start(words: list[str], env: dict[str, str] | None = None) -> subprocess.Pop
 
 
 def children_of(pid: int) -> list[int]:
-    listed = subprocess.run(["pgrep", "-P", str(pid), "-f", "run.py"], capture_output=True, text=True)
-    return sorted(int(word) for word in listed.stdout.split())
+    """The workers' process ids by rank."""
+    return [worker for _, worker in sorted(workers_of(pid).items())]
 
 
 def wait_for_steps(runs: Path, count: int = 5) -> Path:

@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.gpu.waits import Waits
 from reducers import powersgd
 from reducers.lowrank import Matrices, gram_schmidt_together, matrix_shape, orthonormalize
 from reducers.powersgd import PowerSGD, PowerSGDSettings
 from sage.exchange.comm import LocalComm
 from sage.interfaces import Seeds, Slot
 from tests.cases import LAYOUT, N, gradient, layout_of, run_steps
-from tests.waits import Waits
 
 ROWS, COLUMNS = 30, 40
 MATRIX = layout_of(((ROWS, COLUMNS),))

@@ -9,12 +9,14 @@ import urllib.error
 import urllib.request
 from dataclasses import dataclass, replace
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import numpy as np
 import pytest
 from torchvision import datasets
 
+from tasks.data import movielens, ptb, wikitext2
 from tasks.data.cifar import CIFAR10, CIFAR100, CifarSet
 from tasks.data.prepare import PREPARE
 
@@ -252,8 +254,10 @@ def test_a_label_that_the_data_set_does_not_have_is_refused(made: Made, tmp_path
 # --- the script -----------------------------------------------------------------------------------
 
 
-def test_the_script_knows_both_data_sets() -> None:
-    assert (PREPARE["cifar10"], PREPARE["cifar100"]) == (CIFAR10.prepare, CIFAR100.prepare)
+def test_the_script_knows_every_data_set() -> None:
+    found = {name: resolve_name(place) for name, place in PREPARE.items()}
+    sources = {"cifar10": CIFAR10, "cifar100": CIFAR100, **movielens.SETS, "ptb": ptb, "wikitext2": wikitext2}
+    assert found == {name: source.prepare for name, source in sources.items()}
 
 
 @pytest.mark.parametrize("source", [CIFAR10, CIFAR100], ids=["cifar10", "cifar100"])

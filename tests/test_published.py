@@ -41,6 +41,18 @@ def test_the_rank_tables_bytes_follow_from_our_payloads(reducer: str) -> None:
         assert round(ours) == row.mebibytes  # published in whole numbers
 
 
+@pytest.mark.parametrize(
+    ("reducer", "settings", "mebibytes"),
+    [("exact", {}, 1023.0), ("powersgd", {"rank": 2}, 7.5), ("powersgd", {"rank": 4}, 14.2)],
+)
+def test_an_epoch_of_24_steps_of_16_workers_sends_what_was_published_to_a_tenth(
+    reducer: str, settings: dict[str, int], mebibytes: float
+) -> None:
+    layout = lay_out((str(index), shape) for index, shape in enumerate(LAYOUTS["resnet18"]()))
+    built = reducers.build_reducer(reducer, layout, worker=0, **settings)
+    assert round(24 * built.expected_payload_bytes(16) / 2**20, 1) == mebibytes
+
+
 def test_ours_stands_beside_the_published_figure(tmp_path: Path) -> None:
     lines = lines_of([0.0012, 0.0012], 2e4, SAGE_SECONDS)  # the last score: 0.75
     settings = {"name": "sage", "density": 0.001, "threshold": 0.00473, "terms": "all"}

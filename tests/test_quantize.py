@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.gpu.waits import Waits
 from reducers.kernels.signs import (
     ScaledSigns,
     num_bytes,
@@ -22,7 +23,6 @@ from reducers.sign_norm import SignNorm, SignNormSettings
 from sage.exchange.comm import LocalComm
 from sage.interfaces import Seeds
 from tests.cases import layout_of
-from tests.waits import Waits
 
 CPU = torch.device("cpu")
 Form = Callable[[Tensor, Tensor], None]

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.gpu.waits import Waits
 from reducers.kernels.distinct import DistinctDraw, PlainDraw, num_tries
 from reducers.random_k import RandomBlock, RandomBlockSettings, RandomK, RandomKSettings, SharedDraw
 from sage.interfaces import Seeds
 from tests.cases import LAYOUT, layout_of
-from tests.waits import Waits
 
 NUM_DRAWS = 4000
 CPU = torch.device("cpu")

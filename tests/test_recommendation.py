@@ -5,6 +5,7 @@ from itertools import combinations
 import pytest
 import torch
 
+from benchmarks.gpu.waits import Waits
 from sage.draws import Draws
 from sage.interfaces import Place
 from sage.training.optim import Adam, build_optimizer
@@ -12,7 +13,6 @@ from tasks.models.neumf import NeuMF
 from tasks.movielens import MovieLens20M
 from tasks.recommendation import Shuffle, Untaken
 from tests.ratings import CPU, Batch, interactions, make_task
-from tests.waits import Waits
 
 
 def same(some: list[Batch], others: list[Batch]) -> bool:

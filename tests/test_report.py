@@ -17,9 +17,9 @@ from matplotlib.image import imread
 from matplotlib.lines import Line2D
 
 from sage.report import __main__ as report
-from sage.report import curves, figures, formats, output, runs, tables
+from sage.report import advisor, curves, figures, formats, pictures, runs, tables
 from sage.report.groups import Group, Section, find_exact, gather
-from sage.report.looks import look_of
+from sage.report.looks import FILLS, look_of
 from sage.report.runs import Run
 from sage.report.spread import BANDS, Band
 from sage.report.tables import format_number
@@ -246,6 +246,34 @@ def test_only_a_finished_exact_run_of_the_same_task_and_world_size_is_compared_w
     assert tables.bytes_row(sage, None)[-1] == tables.time_row(sage, None)[-1] == "-"
 
 
+def test_runs_that_overlap_say_so_and_their_plain_average_is_the_one_compared_with(tmp_path: Path) -> None:
+    def overlapped(name: str, reducer: str, lines: Lines) -> Run:
+        run = write_run(tmp_path / name, reducer, lines)
+        run.config.update({"overlap.bucket_mb": 25.0, "overlap.find_unused_parameters": False})
+        return run
+
+    hidden = {**SAGE_SECONDS, "hidden": 0.012}
+    members = [
+        write_run(tmp_path / "sage", "sage", SAGE),
+        write_run(tmp_path / "exact", "exact", EXACT),
+        overlapped("sage beside", "sage", lines_of([0.01] * 2, 2e4, hidden)),
+        overlapped("exact beside", "exact", lines_of([1.0] * 2, 1e6, {**EXACT_SECONDS, "reduce": 0.016})),
+    ]
+    section = section_of(*members)
+    labels = ["exact overlap", "exact", "sage", "sage overlap"]
+    assert [group.label for group in section.groups] == labels
+    for group in section.groups:
+        assert find_exact(group, section.groups) is section.groups[0]
+
+    sheet = tables.time_sheet(section)
+    assert sheet.columns[-1] == "hidden\nms"
+    assert [row[-1] for row in sheet.rows] == ["-", "-", "-", "6.00"]  # 12 ms in two steps
+    assert "hidden" not in tables.time_sheet(section_of(*members[:2])).columns[-1]
+
+    advised = [group.label for group, _ in advisor.methods_of(section)]
+    assert advised == ["sage"]
+
+
 def test_of_lines_about_one_step_or_epoch_the_last_counts(tmp_path: Path) -> None:
     stale = lines_of([0.9, 0.9], 7e6, EXACT_SECONDS)[:5]  # the first epoch and two steps, then resumed
     resumed = write_run(tmp_path / "resumed", "sage", stale + SAGE)
@@ -437,7 +465,7 @@ def test_a_latex_table_holds_the_rows_and_no_text_of_a_run_is_a_command() -> Non
 
 
 def draw_one(section: Section, band: Band = "std") -> Figure:
-    (page,) = figures.pages(section, band)
+    (page,) = pictures.pages(section, band)
     return figures.draw(page)
 
 
@@ -513,12 +541,17 @@ def test_bytes_have_a_log_axis_where_they_differ_by_more_than_twenty(
 def test_forty_configurations_are_five_pictures_of_eight(tmp_path: Path) -> None:
     settings = [{"name": "topk", "density": i / 100} for i in range(1, 41)]
     made = [write_run(tmp_path / str(i), reducer, SAGE) for i, reducer in enumerate(settings)]
-    divided = figures.pages(section_of(*made))
+    divided = pictures.pages(section_of(*made))
     assert [len(page.groups) for page in divided] == [8] * 5
     drawn = figures.draw(divided[1])
     assert len(drawn.axes[0].get_lines()) == 8
     assert drawn.get_suptitle() == "digits, world size 2, configurations 9 to 16 of 40"
-    assert [len(page.groups) for page in figures.pages(section_of(*made[:9]))] == [5, 4]
+    assert [len(page.groups) for page in pictures.pages(section_of(*made[:9]))] == [5, 4]
+
+
+def test_of_very_many_configurations_there_are_twenty_pictures() -> None:
+    group = Group([Run(Path(), {"reducer.name": "topk"}, "", [], [], {}, False, "", False)], "topk", None)
+    assert [len(page.groups) for page in pictures.pages(Section("", [group] * 400))] == [20] * 20
 
 
 def test_a_bar_is_as_long_as_a_step_and_stacked_from_its_phases(folder: Path) -> None:
@@ -533,7 +566,7 @@ def test_a_bar_is_as_long_as_a_step_and_stacked_from_its_phases(folder: Path) ->
 
 
 def test_lines_and_bars_can_be_told_apart_without_colour(tmp_path: Path) -> None:
-    settings = [{"name": "topk", "density": i / 100} for i in range(figures.MOST_PER_PICTURE)]
+    settings = [{"name": "topk", "density": i / 100} for i in range(pictures.MOST_PER_PICTURE)]
     made = [write_run(tmp_path / str(i), reducer, SAGE) for i, reducer in enumerate(settings)]
     figure = draw_one(section_of(*made))
     lines = figure.axes[0].get_lines()
@@ -541,10 +574,10 @@ def test_lines_and_bars_can_be_told_apart_without_colour(tmp_path: Path) -> None
         tuple(vars(look_of("topk")).values())
     }
     apart = {(line.get_fillstyle(), line.get_linewidth()) for line in lines}
-    assert len(apart) == figures.MOST_PER_PICTURE
+    assert len(apart) == pictures.MOST_PER_PICTURE
     bars = [container.patches[0] for container in figure.axes[5].containers]
     assert len({(bar.get_hatch(), round(sum(bar.get_facecolor()[:3]), 1)) for bar in bars}) == 6
-    assert len(set(figures.FILLS.values())) == len(figures.FILLS)
+    assert len(set(FILLS.values())) == len(FILLS)
 
 
 def test_nothing_is_clipped_and_no_legend_lies_on_data(tmp_path: Path) -> None:
@@ -575,7 +608,7 @@ def test_a_single_panel_is_one_picture_of_the_kind_that_its_name_says(folder: Pa
             assert report.main([str(folder), "--output", str(output), "--panel", "density"]) == 0
         assert output.read_bytes() == before
         assert output.read_bytes().startswith(head)
-    (page,) = figures.pages(section_in(folder))
+    (page,) = pictures.pages(section_in(folder))
     assert [axes.get_ylabel() for axes in figures.draw_single(page, "bytes").axes] == ["accuracy (fraction)"]
 
 
@@ -596,7 +629,7 @@ def test_many_pictures_are_drawn_by_several_processes_and_are_the_same(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     panels = [word for name in curves.TITLES for word in ("--panel", name)]
-    assert len(curves.TITLES) > output.MOST_IN_ONE_PROCESS
+    assert len(curves.TITLES) > pictures.MOST_IN_ONE_PROCESS
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
     assert report.main([str(folder), *panels, "--output", str(folder.parent / "many/x.svg")]) == 0
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
@@ -709,13 +742,6 @@ def test_runs_or_a_sweep_are_expected_and_not_both(arguments: list[str], capsys:
         report.main(arguments)
     assert left.value.code == 2
     assert "expected RUNs, or --sweep FILE" in capsys.readouterr().err
-
-
-def test_the_help_fits_80_columns(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
-    monkeypatch.setenv("COLUMNS", "80")
-    with pytest.raises(SystemExit):
-        report.main(["--help"])
-    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
 
 
 def test_it_answers_at_once_and_imports_what_draws_and_prints_when_it_does() -> None:

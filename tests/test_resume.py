@@ -40,7 +40,7 @@ STOPS = [2, 7]
 and 9."""
 TURNING = {"warmup_epochs": 1.3, "reference_batch": 3, "decay_epochs": [1.7], "decay_factor": 0.5}
 """A learning rate that changes in both epochs."""
-FALLING = {"density_schedule": {"densities": [0.6, 0.3]}}
+FALLING = {"name": "schedule", "densities": [0.6, 0.3]}
 NO_MOMENTUM = {"momentum": 0.0, "nesterov": False}
 
 
@@ -62,7 +62,7 @@ def settings_in(name: str, /, **changes: Any) -> RunSettings:
 RUNS = {
     **{str(case): settings_in(case.reducer, reducer=case.settings) for case in CASES},
     **{
-        f"{name}, falling density": settings_in(name, reducer={"density": 0.1, **FALLING, **more})
+        f"{name}, falling density": settings_in(name, reducer={"density": 0.1, **more}, scaling=FALLING)
         for name, more in {
             "topk": {},
             "global_topk": {},
@@ -71,6 +71,12 @@ RUNS = {
             "random_k": {},
             "random_block": {},
         }.items()
+    },
+    **{
+        f"{name}, by error": settings_in(
+            name, reducer={"density": 0.1}, scaling={"name": "error", "share": 0.6, "highest": 1.0}
+        )
+        for name in ("topk", "sage")
     },
     **{
         f"{name}, momentum": settings_in(

@@ -172,7 +172,7 @@ def test_a_requeued_job_without_a_run_begins(repository: Path) -> None:
 
 
 def test_a_restarted_jobs_training_has_another_step_number_than_before(repository: Path) -> None:
-    """SLURM numbers a job's steps from 0 at each start, and repeats late what was meant for the last start's."""
+    """SLURM numbers a job's steps from 0 at each start, and repeats late what was meant for an old step."""
     for restarts in range(4):
         done = call(repository, "pararun", "a.yaml", **job(repository, SLURM_RESTART_COUNT=str(restarts)))
         steps = [line for line in done.stdout.splitlines() if line.startswith("srun ")]

@@ -10,6 +10,12 @@ from signal import Signals
 import pytest
 
 ROOT = Path(__file__).parent.parent
+DEFAULT = """
+import signal
+for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):
+    signal.signal(number, signal.SIG_DFL)
+"""
+"""Whatever the tests were started to ignore (nohup)."""
 WAIT = """
 import sys, time
 from sage.workers.signals import WATCH
@@ -24,7 +30,8 @@ TRAINING = WAIT + "with WATCH.deferred(): wait()"
 
 
 def start(code: str) -> subprocess.Popen:
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    words = [sys.executable, "-c", DEFAULT + code]
+    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "none\n"  # it is listening
     return process

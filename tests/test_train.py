@@ -124,11 +124,11 @@ def test_every_step_and_epoch_leaves_its_line(tmp_path: Path) -> None:
     assert [line["epoch"] for line in steps] == [0] * 4 + [1] * 4
     controller = {"target_density", "union_density", "threshold", "alpha", "beta", "gamma", "density_exam"}
     assert all(set(line) == STEP_KEYS | controller for line in steps)
-    phases = {"data", "forward", "backward", "agree", "reduce", "communicate", "optimizer"}
+    phases = {"data", "forward", "backward", "agree", "reduce", "communicate", "optimizer", "log"}
     assert all(set(line["seconds"]) == phases for line in steps)
     assert all(0 < line["seconds"]["communicate"] < line["seconds"]["reduce"] for line in steps)
     assert [line["step"] for line in epochs] == [4, 8]
-    assert set(epochs[0]["seconds"]) == phases | {"evaluate", "wall"}
+    assert set(epochs[0]["seconds"]) == phases | {"evaluate", "checkpoint", "wall"}
     # What the steps say adds up to what the epochs and the summary say.
     summary = trainers[0][1]
     for name in ("payload", "padding", "wire"):

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.gpu.waits import Waits
 from reducers import REDUCERS, kernels, largest
 from reducers.kernels import plain
 from reducers.search import FixedSearch
@@ -16,7 +17,6 @@ from sage.training.agree import Request
 from sage.training.optim import SGD, Adam, build_optimizer
 from tests.test_late import feedback_of
 from tests.toy import settings_of, trainer_of
-from tests.waits import Waits
 
 WORLD_SIZE, EVERY = 2, 3
 DEVICE_FREE = ("exact", "powersgd", "random_block", "topk", "global_topk")

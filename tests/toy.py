@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,10 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-import reducers
-from run import TABLES
+from run import TABLES, build_compression
 from sage.config import Named, to_yaml, validate
 from sage.exchange.clock import Clock
-from sage.exchange.comm import LocalComm
-from sage.exchange.feedback import FEEDBACKS
-from sage.exchange.gradient import GradientBuffer
+from sage.exchange.comm import DistComm, LocalComm
 from sage.interfaces import Place, Seeds, Stopped, Task
 from sage.runfolder.checkpoint import CheckpointWriter
 from sage.runfolder.folder import begin
@@ -28,6 +26,7 @@ from sage.training.optim import build_optimizer
 from sage.training.settings import RunSettings
 from sage.training.simulate import SimulatedStore
 from sage.training.train import RunServices, Trainer, TrainingParts
+from sage.workers.store import RendezvousStore
 
 NUM_TRAIN, NUM_TEST = 64, 30
 
@@ -92,10 +91,21 @@ def settings_of(name: str = "exact", /, **changes: Any) -> RunSettings:
     return validate(sections, RunSettings, {**TABLES, "task": {"toy": Named}})
 
 
+def parts_of(settings: RunSettings, task: Task, rank: int) -> TrainingParts:
+    """A worker's parts, as run.py builds them."""
+    optimizer, seeds = build_optimizer(settings.optimizer, task.model), Seeds.derive(settings.seed, rank)
+    return TrainingParts(task, optimizer, partial(build_compression, settings), seeds)
+
+
+def _store_of(place: Place, comm: LocalComm | DistComm) -> RendezvousStore:
+    assert isinstance(comm, LocalComm)
+    return SimulatedStore(place, comm)
+
+
 @contextmanager
 def trainer_of(
     settings: RunSettings,
-    comm: LocalComm,
+    comm: LocalComm | DistComm,
     batch_per_worker: int = 4,
     folder: Path | None = None,
     task: Task | None = None,
@@ -104,33 +114,32 @@ def trainer_of(
     stop_at: int | None = None,
     resumed: Checkpoint | None = None,
     reads_late: bool = False,
+    store: RendezvousStore | None = None,
+    kind: type[Trainer] = Trainer,
+    clock: Clock | None = None,
 ) -> Iterator[Trainer]:
     """A trainer of the toy for one worker of comm; rank 0 writes metrics.jsonl into folder.
 
     keeps: write checkpoints there, too; unless one is resumed, folder is made. stop_at: the step from which
     on the last worker requests to stop. resumed: what the trainer goes on from. reads_late: as on a GPU.
+    store: of workers that are processes.
     """
     place = Place(comm.rank, comm.world_size)
     task = task or ToyTask(batch_per_worker, place, dtype)
-    gradient = GradientBuffer(task.model)
-    seeds, device = Seeds.derive(settings.seed, comm.rank), gradient.flat.device
-    reducer = reducers.build(settings.reducer, gradient.layout, seeds=seeds, device=device)
-    feedback = FEEDBACKS[settings.feedback.name](settings.feedback, gradient.flat)
-    optimizer = build_optimizer(settings.optimizer, task.model)
-    clock = Clock(device)
+    clock = clock or Clock(next(task.model.parameters()).device)
     comm, side = comm.another(clock), comm.another()
-    store, writer = SimulatedStore(place, comm), None
+    store, writer = store or _store_of(place, comm), None
     if keeps:
         assert folder is not None
         if comm.rank == 0:
             begin(folder, to_yaml(settings), {"started": "now", "commit": None}, resumed)
         config, step = settings.model_dump(mode="json"), resumed.manifest.step if resumed else 0
         writer = CheckpointWriter(folder, config, settings.checkpoint, store, step)
-    steps = settings.epochs * task.steps_per_epoch
+    steps = settings.epochs * settings.steps_of(task.steps_per_epoch)
     with Recorder(folder if comm.rank == 0 else None, steps, settings.log) as recorder:
-        parts = TrainingParts(task, reducer, feedback, gradient, optimizer)
+        parts = parts_of(settings, task, comm.rank)
         services = RunServices(comm, side, clock, recorder, store, writer, reads_late)
-        trainer = Trainer(settings, parts, services)
+        trainer = kind(settings, parts, services)
         if resumed:
             trainer.restore(resumed)
         if stop_at is not None and comm.rank == comm.world_size - 1:
@@ -141,14 +150,16 @@ def trainer_of(
 
 
 def train(
-    settings: RunSettings, comm: LocalComm, *given: Any, **named: Any
+    settings: RunSettings, comm: LocalComm | DistComm, *given: Any, **named: Any
 ) -> tuple[Trainer, dict[str, Any]]:
     """Train the toy on one worker of comm; the trainer and its summary. given, named: trainer_of's."""
     with trainer_of(settings, comm, *given, **named) as trainer:
         return trainer, trainer.run()
 
 
-def train_until(stop_at: int, settings: RunSettings, comm: LocalComm, folder: Path, **given: Any) -> None:
+def train_until(
+    stop_at: int, settings: RunSettings, comm: LocalComm | DistComm, folder: Path, **given: Any
+) -> None:
     """Train the toy until it is stopped in that step, with a checkpoint."""
     with pytest.raises(Stopped):
         train(settings, comm, folder=folder, keeps=True, stop_at=stop_at, **given)
@@ -158,6 +169,12 @@ def lines_of(folder: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl, without the seconds."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+
+def lines_of_epochs(folder: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl about epochs, whole."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == "epoch"]
 
 
 def bits_of(value: Any) -> Any:
@@ -178,8 +195,8 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
             "weights": dict(trainer.task.model.named_parameters()),
             "buffers": dict(trainer.task.model.named_buffers()),
             "optimizer": trainer.optimizer.state_dict(),
-            "memory": trainer.exchange.feedback.memory,
-            "exchange": trainer.exchange.state_dict(),
+            **({} if trainer.settings.overlap else {"memory": trainer.exchange.feedback.memory}),
+            "exchange": trainer.average.state_dict(),
             "task": trainer.task.state_dict(),
         }
     )

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from tests.forks import workers_of
+
 ROOT = Path(__file__).parent.parent
 EPOCHS, BATCH = 3, 4
 STEPS = EPOCHS * (1437 // (2 * BATCH))
@@ -152,11 +154,7 @@ class Victim:
 
     def workers(self) -> dict[int, int]:
         """Process ids by rank; includes workers that were found by an earlier call and have ended since."""
-        listed = subprocess.run(["pgrep", "-P", str(self.pid), "-f", "run.py"], capture_output=True)
-        for pid in map(int, listed.stdout.split()):
-            with suppress(OSError):  # it has ended
-                if found := re.search(rb"(?:^|\0)RANK=(\d+)", Path(f"/proc/{pid}/environ").read_bytes()):
-                    self._workers[int(found[1])] = pid
+        self._workers |= workers_of(self.pid)
         return self._workers
 
     def send(self, number: Signals, *whom: int) -> None:

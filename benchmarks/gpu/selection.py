@@ -8,7 +8,6 @@ from torch import Tensor
 
 from benchmarks.gpu.checks import Check, Row, Section, Setup
 from benchmarks.gpu.measure import Timing, deterministic, timed
-from benchmarks.gpu.twin import TwinComm
 from benchmarks.reduce import (
     LAYOUTS,
     PROGRESS,
@@ -20,6 +19,7 @@ from benchmarks.reduce import (
 )
 from reducers import REDUCERS
 from sage.exchange.comm import CountingComm, LocalComm
+from sage.exchange.echo import EchoComm
 from sage.exchange.exchange import Exchange
 from sage.interfaces import Slot, lay_out
 
@@ -124,7 +124,7 @@ def measure_reducer(name: str, label: str, density: float, world_size: int, setu
 def _exchange_of(case: Case, label: str, density: float, world_size: int) -> Exchange:
     constant, first = case.thresholds(density) if label in ("sage", "threshold") else (1.0, 1.0)
     threshold = first if label == "sage" else constant
-    comm: CountingComm = LocalComm.alone() if world_size == 1 else TwinComm()
+    comm: CountingComm = LocalComm.alone() if world_size == 1 else EchoComm()
     return make_entry(label, case.layout, density, threshold, comm, 0, case.device).exchange
 
 

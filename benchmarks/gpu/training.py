@@ -12,13 +12,13 @@ import torch
 
 import run
 from benchmarks.gpu.checks import Check, Row, Section, Setup
-from benchmarks.gpu.twin import TwinComm
 from benchmarks.gpu.waits import counted_waits
 from benchmarks.made import PLACES, find_or_make
 from benchmarks.published import CONFIGS, PHASES
 from sage.config import Settings
 from sage.exchange.clock import Clock
 from sage.exchange.comm import CountingComm
+from sage.exchange.echo import EchoComm
 from sage.interfaces import Place
 from sage.training.experiment import RunPlan, run_worker
 from sage.training.precision import set_up_arithmetic
@@ -62,7 +62,7 @@ class TwinContext(WorkerContext):
 
     def connect(self, world_size: int, clock: Clock | None = None) -> CountingComm:
         self.clock = self.clock or clock
-        return TwinComm(clock)
+        return EchoComm(clock=clock)
 
 
 OnStep = Callable[[int, Clock], None]

@@ -1,42 +1,115 @@
-"""Where the host waits for the device, by line of code."""
+"""Where the host waits for the device: by line of code, or by what it waits for.
 
+On a GPU torch itself reports each wait. On a CPU what would wait, if its tensors were a GPU's, is counted.
+"""
+
+import threading
 import traceback
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sage.runfolder.provenance import ROOT
 
-READS = {
-    "_local_scalar_dense",
-    "_unique2",
-    "bincount",
-    "is_nonzero",
-    "masked_select",
-    "nonzero",
-    "nonzero_numpy",
-    "unique_consecutive",
-    "unique_dim",
-}
-"""Operations that wait on a GPU, since their result, or its size, is needed on the host."""
+OPERATORS = (
+    "aten._local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten._unique2", "aten.unique_dim",
+    "aten.unique_consecutive", "aten.equal", "aten.repeat_interleave.Tensor", "aten.bincount",
+)  # fmt: skip
+"""Those whose result is a number for the host, or has a size that depends on the values."""
+METHODS = ("torch.Tensor.tolist", "torch.Tensor.cpu", "torch.Tensor.numpy", "torch.Tensor.__array__")
+"""Those that copy to the host."""
+MAKERS = ("torch.tensor", "torch.as_tensor", "torch.Tensor.new_tensor")
+"""Those that copy from the host, and wait for that where they are given a device."""
 
 
 @contextmanager
 def counted_waits(device: torch.device) -> Iterator[Counter[str]]:
-    """Count the host's waits in the with-block by "file:line".
+    """Count the host's waits in the with-block by "file:line". On a CPU without copies to the host, which its
+    own forms of the kernels make."""
+    if device.type == "cuda":
+        found: Counter[str] = Counter()
+        with _reported_waits(found):
+            yield found
+        return
+    waits = Waits(by_line=True)
+    with waits.counted():
+        yield waits.found
 
-    On a GPU torch itself reports each of them. On a CPU operations are counted that would wait on a GPU, but
-    for copies to the host (tolist, cpu), which are none there.
-    """
-    found: Counter[str] = Counter()
-    with _reported_waits(found) if device.type == "cuda" else _CountReads(found):
-        yield found
+
+class Waits:
+    """What a block of code would wait for, were the CPU's tensors a GPU's: by name, "read" being the reads
+    through one communicator; or by line."""
+
+    _active = threading.local()
+
+    def __init__(self, reader: object = None, *, by_line: bool = False) -> None:
+        """reader: that communicator."""
+        self.found: Counter[str] = Counter()
+        self._reader, self._by_line = reader, by_line
+        self._on_host: list[Tensor] = []
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        """Count in the with-block, in this thread."""
+        self._active.waits = self
+        copies: AbstractContextManager[Any] = nullcontext() if self._by_line else _Functions(self)
+        with _Operators(self), copies:
+            yield
+        self._active.waits = None
+
+    @classmethod
+    def read(cls, x: Tensor, reader: object = None) -> Tensor:
+        """What a communicator reads: a copy, which is on the host."""
+        waits = getattr(cls._active, "waits", None)
+        if waits is None:
+            return x.clone()
+        waits.found["read" if reader is waits._reader else "read by another"] += 1
+        with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
+            copy = x.clone()
+        waits._on_host.append(copy)
+        return copy
+
+    def note(self, name: str, x: Any) -> None:
+        if not any(x is tensor for tensor in self._on_host):
+            self.found[calling_line() if self._by_line else name] += 1
+
+
+class _Operators(TorchDispatchMode):
+    def __init__(self, waits: Waits) -> None:
+        super().__init__()
+        self._waits = waits
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, size_is_given = str(func), (kwargs or {}).get("output_size") is not None
+        if name.startswith(OPERATORS) and not size_is_given:
+            self._waits.note(name, args[0])
+        elif name.startswith(("aten.index.", "aten.index_put")) and any(
+            index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
+        ):
+            self._waits.note("a mask as an index", args[0])
+        return func(*args, **(kwargs or {}))
+
+
+class _Functions(TorchFunctionMode):
+    def __init__(self, waits: Waits) -> None:
+        super().__init__()
+        self._waits = waits
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, kwargs = resolve_name(func) or "", kwargs or {}
+        if name in METHODS:
+            self._waits.note(name, args[0])
+        elif name in MAKERS and kwargs.get("device") is not None:
+            self._waits.note(f"{name} on a device", args[0])
+        return func(*args, **kwargs)
 
 
 @contextmanager
@@ -54,26 +127,6 @@ def _reported_waits(found: Counter[str]) -> Iterator[None]:
             yield
         finally:
             torch.cuda.set_sync_debug_mode("default")
-
-
-class _CountReads(TorchDispatchMode):
-    def __init__(self, found: Counter[str]) -> None:
-        super().__init__()
-        self._found = found
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        by_mask = name.startswith("index") and len(args) > 1 and _has_mask(args[1])
-        if name in READS or by_mask:
-            self._found[calling_line()] += 1
-        return func(*args, **(kwargs or {}))
-
-
-def _has_mask(indices: Any) -> bool:
-    """Whether x[mask] is meant: its size must be known on the host."""
-    return isinstance(indices, list | tuple) and any(
-        isinstance(index, torch.Tensor) and index.dtype in (torch.bool, torch.uint8) for index in indices
-    )
 
 
 def calling_line() -> str:

@@ -30,7 +30,7 @@ class Division:
     def edges_on(self, device: torch.device) -> Tensor:
         """The edges (parts + 1,) int64 there."""
         if device not in self._copies:
-            self._copies[device] = self.edges.to(device)
+            self._copies[device] = self.edges.to(device, non_blocking=True)
         return self._copies[device]
 
 

@@ -3,6 +3,10 @@ bits in every run, whether torch is asked for deterministic algorithms or not.
 
 A scan is three steps: mark reads everything once and leaves one bit an element and the number of marked
 elements of each block; torch adds these numbers up; place reads the bits and writes the indices.
+
+Triton starts a kernel on the current device, which need not be that of the tensors. It compiles a kernel anew
+for numbers and addresses that are multiples of 16, and for the number 1, unless it is told not to: the length
+of a message, and where one begins among others, change from step to step.
 """
 
 from typing import NamedTuple
@@ -69,13 +73,15 @@ def scan_into(
 
 def take(send: Tensor, indices: Tensor, values: Tensor) -> None:
     if len(indices):
-        _take_kernel[_grid(indices)](send, indices, values, len(indices), SMALL_BLOCK)
+        with torch.cuda.device_of(send):
+            _take_kernel[_grid(indices)](send, indices, values, len(indices), SMALL_BLOCK)
 
 
 def add_share(mean: Tensor, indices: Tensor, values: Tensor, world_size: int) -> None:
     if len(indices):
         divisor = torch.full((1,), world_size, dtype=mean.dtype, device=mean.device)
-        _add_share_kernel[_grid(indices)](mean, indices, values, divisor, len(indices), SMALL_BLOCK)
+        with torch.cuda.device_of(mean):
+            _add_share_kernel[_grid(indices)](mean, indices, values, divisor, len(indices), SMALL_BLOCK)
 
 
 def _grid(indices: Tensor) -> tuple[int]:
@@ -120,14 +126,17 @@ def _mark(
     if num_blocks:
         has_grad, added = grad is not None, send if grad is None else grad
         tables = (bounds, *blocks, bits, marked)
-        _mark_kernel[(num_blocks,)](send, added, *tables, has_grad, zeroes_grad, selects_nan, BLOCK, WORD)
+        choices = (has_grad, zeroes_grad, selects_nan)
+        with torch.cuda.device_of(send):
+            _mark_kernel[(num_blocks,)](send, added, *tables, *choices, BLOCK, WORD)
     return bits, marked
 
 
 def _place(bits: Tensor, marked: Tensor, blocks: Blocks, firsts: Tensor, ends: Tensor, slots: Tensor) -> None:
     """Write each block's marked indices into slots from its first place on, and none at its end or behind."""
     if len(marked):
-        _place_kernel[(len(marked),)](bits, marked, blocks.starts, firsts, ends, slots, BLOCK, WORD)
+        with torch.cuda.device_of(slots):
+            _place_kernel[(len(marked),)](bits, marked, blocks.starts, firsts, ends, slots, BLOCK, WORD)
 
 
 @triton.jit
@@ -187,7 +196,7 @@ def _place_kernel(  # type: ignore[no-untyped-def]
         tl.store(slots + place, index, (is_marked != 0) & (place < end))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["indices", "values", "k"])
 def _take_kernel(send, indices, values, k, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < k
@@ -197,7 +206,7 @@ def _take_kernel(send, indices, values, k, BLOCK: tl.constexpr):  # type: ignore
     tl.store(send + index, tl.zeros_like(value), inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["indices", "values", "k"])
 def _add_share_kernel(mean, indices, values, divisor, k, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < k

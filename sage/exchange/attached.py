@@ -1,15 +1,17 @@
 """The exchange of a model in a training loop of somebody's own, in one object."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sage.exchange.exchange import Exchange
-from sage.exchange.gradient import GradientBuffer
+from sage.exchange.absent import naming_absent
+from sage.exchange.comm import current_comm
+from sage.exchange.echo import Build, warm_up
+from sage.exchange.gradient import GradientBuffer, is_sharded
 from sage.exchange.progress import StepCounter
-from sage.interfaces import Communicator, Slot
+from sage.interfaces import Communicator
 
 
 class AttachedExchange:
@@ -21,18 +23,22 @@ class AttachedExchange:
     def __init__(
         self,
         model: nn.Module,
-        build: Callable[[list[Slot], Tensor], Exchange],
+        build: Build,
+        comm: Communicator | None = None,
         steps_per_epoch: int | None = None,
     ) -> None:
-        """build: makes the Exchange of a layout and of a tensor (n,) like its flat gradient.
+        """build: makes the exchange. comm: which workers; None: those of current_comm.
 
         Gives every worker rank 0's parameters and buffers, as DistributedDataParallel does. Raises ValueError
         where the model's gradients cannot be served.
         """
         self.gradient = GradientBuffer(model)
-        self.exchange = build(self.gradient.layout, self.gradient.flat)
+        layout, like = self.gradient.layout, self.gradient.flat
+        workers = comm or current_comm(like.device)
+        self.exchange = build(layout, like, workers)
         self.steps = StepCounter(steps_per_epoch)
-        copy_from_first(model, self.exchange.comm.another())
+        copy_from_first(model, workers.another())
+        warm_up(build, layout, like, workers.world_size)
 
     def step(
         self,
@@ -48,11 +54,13 @@ class AttachedExchange:
         False on all of them: memory and reducer are as they were, and all gradients are NaN, so that a
         GradScaler skips the step; without one skip optimizer.step() yourself.
 
-        Raises CommunicationError; RuntimeError where the parameters have changed or the gradients are
+        Raises CommunicationError, which names the workers that did not come to this step, where it can be
+        known; RuntimeError where the parameters have changed or the gradients are
         unscaled already; ValueError where a schedule follows what was not given.
         """
         self.steps.set(epoch, lr)
-        is_usable = self.exchange.step(self.gradient, self.steps.progress(), scaler=scaler)
+        with naming_absent(self.exchange.comm, self.steps.step):
+            is_usable = self.exchange.step(self.gradient, self.steps.progress(), scaler=scaler)
         self.steps.step += 1
         return is_usable
 
@@ -69,7 +77,9 @@ class AttachedExchange:
         """
         while True:
             self.gradient.distribute([False] * len(self.gradient.layout))  # no parameter has a gradient
-            is_usable = self.exchange.step_of_others(self.gradient, self.steps.progress(), scaler=scaler)
+            progress = self.steps.progress()
+            with naming_absent(self.exchange.comm, self.steps.step):
+                is_usable = self.exchange.step_of_others(self.gradient, progress, scaler=scaler)
             if is_usable is None:
                 return
             self.steps.step += 1
@@ -82,26 +92,31 @@ class AttachedExchange:
     @property
     def density(self) -> float:
         """Elements a worker sent in the last step / n, mean over workers."""
-        return self.exchange.reducer.density
+        return self.exchange.density
 
     def state_dict(self) -> dict[str, Any]:
         """All that the next step depends on, by parameter name; each worker's is its own."""
         return {"step": self.steps.step, **self.exchange.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take a state_dict, also one of a DDPHook of the same model. Raises KeyError where a parameter is
-        missing, ValueError where a shape or type is another."""
+        """Take a state_dict, also one of a DDPHook of the same model. Raises ValueError where a parameter is
+        missing, or a shape or type is another."""
         self.exchange.load_state_dict(state)
         self.steps.step = state["step"]
 
 
 @torch.no_grad()
 def copy_from_first(model: nn.Module, comm: Communicator) -> None:
-    """Give every worker rank 0's parameters and buffers."""
+    """Give every worker rank 0's parameters and buffers; of sharded ones each its shard."""
     if comm.world_size == 1:
         return
-    for tensor in (*model.parameters(), *model.buffers()):
+    for tensor in map(local_part, (*model.parameters(), *model.buffers())):
         values = tensor.contiguous()
         if values.numel():
             comm.broadcast(values.view(-1).view(torch.uint8))  # any type, bit for bit
             tensor.copy_(values)
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor that may be sharded (a DTensor)."""
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]

@@ -12,6 +12,7 @@ from abc import abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
@@ -28,6 +29,9 @@ WhileWaiting = Callable[[], AbstractContextManager[None]]
 """Entered by a worker while it waits for the others."""
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 """The older name is deprecated where torch has the newer one."""
+SHARE_OF_TIMEOUT = 0.9
+"""How much of a group's timeout a read waits in somebody's own loop. After all of it torch's watchdog ends
+the process, and with it all waits elsewhere."""
 
 
 @dataclass
@@ -67,7 +71,7 @@ class CountingComm(Communicator):
     def all_reduce(self, x: Tensor, op: Literal["sum", "max"] = "sum") -> None:
         if self.world_size > 1:
             self.ledger.add(x.nbytes, 2 * (self.world_size - 1) / self.world_size)
-            with self._clock.phase("communicate"):
+            with self._clock.part("communicate"):
                 self._all_reduce(x, op)
 
     def all_gather(self, x: Tensor) -> Tensor:
@@ -90,12 +94,12 @@ class CountingComm(Communicator):
     def broadcast(self, x: Tensor, source: int = 0) -> None:
         if self.world_size > 1:
             self.ledger.add(x.nbytes, (self.world_size - 1) / self.world_size)
-            with self._clock.phase("communicate"):
+            with self._clock.part("communicate"):
                 self._broadcast(x, source)
 
     def _counted_gather(self, x: Tensor, padding_bytes: int) -> Tensor:
         self.ledger.add(x.nbytes, self.world_size - 1, padding_bytes)
-        with self._clock.phase("communicate"):
+        with self._clock.part("communicate"):
             return self._all_gather(x)
 
     @abstractmethod
@@ -106,6 +110,12 @@ class CountingComm(Communicator):
 
     @abstractmethod
     def _broadcast(self, x: Tensor, source: int) -> None: ...
+
+
+def failed_collective(name: str, error: RuntimeError) -> CommunicationError:
+    """A collective's error in one line, without the source line before it and the advice after it."""
+    reason = re.sub(r"^\[\S+\] ", "", str(error).strip().splitlines()[0]).split(". ")[0]
+    return CommunicationError(f"{name} failed: {reason}")
 
 
 class DistComm(CountingComm):
@@ -157,11 +167,9 @@ class DistComm(CountingComm):
             with self.around_collective():
                 collective()
         except RuntimeError as error:  # gloo raises RuntimeError, NCCL its subclasses
-            # Without the source line before it and the advice after it.
-            reason = re.sub(r"^\[\S+\] ", "", str(error).strip().splitlines()[0]).split(". ")[0]
-            raise CommunicationError(f"{name} failed: {reason}") from error
+            raise failed_collective(name, error) from error
         if self._deadline is not None and self._deadline.applies_to(x):
-            self._deadline.enqueued(name)
+            self._deadline.enqueued(name, x.device)
 
 
 class LocalComm(CountingComm):
@@ -272,7 +280,30 @@ def connect_comm(
     return DistComm(clock, deadline) if world_size > 1 else LocalComm.alone(clock)
 
 
-def current_comm() -> CountingComm:
-    """The communicator of this process: of the default process group where there is one, else of a single
-    worker."""
-    return DistComm() if dist.is_available() and dist.is_initialized() else LocalComm.alone()
+def current_comm(device: torch.device) -> CountingComm:
+    """The communicator of this process, for tensors on a device: of the default process group where there is
+    one, else of a single worker."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return LocalComm.alone()
+    return comm_of(None, device)
+
+
+def comm_of(group: dist.ProcessGroup | None, device: torch.device, clock: Clock | None = None) -> DistComm:
+    """The communicator of a group's processes for tensors on a device. group: None is the default one."""
+    return DistComm(clock, deadline_of(group, device), group=group)
+
+
+def deadline_of(group: dist.ProcessGroup | None, device: torch.device) -> Deadline | None:
+    """For reading what a group's collectives have computed on a device; None: on a CPU they are done when
+    they return. group: None is the default one."""
+    if device.type != "cuda":
+        return None
+    return Deadline(SHARE_OF_TIMEOUT * timeout_of(group, device).total_seconds())
+
+
+def timeout_of(group: dist.ProcessGroup | None, device: torch.device) -> timedelta:
+    """How long a group's collectives on a device may take."""
+    group = group or dist.group.WORLD
+    assert group is not None  # there is one
+    found: timedelta = group._get_backend(device).options._timeout
+    return found

@@ -6,7 +6,7 @@ exchanges them in that order, on a stream and in a process group of its own, whi
 
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from queue import SimpleQueue
@@ -14,18 +14,20 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import Variable
+from torch.nn import SyncBatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from sage.exchange.comm import DistComm
-from sage.exchange.exchange import Exchange, State
+from sage.exchange.absent import named
+from sage.exchange.clock import Clock, HiddenClock
+from sage.exchange.comm import comm_of, timeout_of
+from sage.exchange.echo import Build, warm_up
+from sage.exchange.exchange import Exchange, ExchangeNorms, State, mean_density
 from sage.exchange.gradient import HALVES, memory_shape
 from sage.exchange.progress import StepCounter
-from sage.interfaces import Communicator, Progress, Slot, lay_out
+from sage.interfaces import Progress, Slot, lay_out, seed_of
 
-Build = Callable[[list[Slot], Tensor, Communicator], Exchange]
-"""Makes the Exchange of a layout, of a tensor (n,) like its flat gradient, over a communicator."""
 Job = Callable[[], None]
 
 
@@ -74,7 +76,9 @@ class Step:
     """One backward."""
 
     progress: Progress
+    measure: bool = False
     is_usable: bool = True
+    nonfinite: tuple[str, Tensor] | None = None
     parts: list[Part] = field(default_factory=list)
     """Of the buckets so far."""
     moved: list[Exchange] = field(default_factory=list)
@@ -93,7 +97,7 @@ class DDPHook:
     have moved, a copy of the state is kept: as much memory again.
 
     A bucket is an exchange of its own: a method that compares elements of the whole gradient (global_topk,
-    sage's threshold) compares those of a bucket.
+    sage's threshold) compares those of a bucket, and scaling by error keeps its share of each bucket's.
     """
 
     def __init__(
@@ -104,25 +108,43 @@ class DDPHook:
         overlap: bool = True,
         scaler: torch.amp.GradScaler | None = None,
         steps_per_epoch: int | None = None,
+        model: nn.Module | None = None,
+        clock: Clock | None = None,
+        restores: bool = True,
     ) -> None:
         """Register with DDP, before its first backward.
 
         overlap: exchange in a thread, while backward goes on; else at once, with the same bits. scaler: the
-        GradScaler of the loop, so that the memory is kept in unscaled units.
+        GradScaler of the loop, so that the memory is kept in unscaled units. model: whose names the
+        parameters have, where it is but a part of DDP's module. clock: times what the thread does. restores:
+        false keeps no copy for a step that cannot be used, for a loop that ends there.
         """
         if not isinstance(ddp, DistributedDataParallel):
             raise ValueError(
                 f"expected a model in DistributedDataParallel, got {type(ddp).__name__}: "
-                "for a model without it use reducers.attach"
+                "for a model without it use reducers.attach, after fully_shard reducers.hook_fsdp"
+            )
+        if overlap and any(isinstance(module, SyncBatchNorm) for module in ddp.modules()):
+            # NCCL may hang where two groups' collectives start in another order on another worker.
+            raise ValueError(
+                "overlap: expected False for a model with SyncBatchNorm, whose backward has collectives, too"
             )
         self._ddp, self._module = weakref.ref(ddp), ddp.module
-        self._names: dict[Tensor, str] = {p: name for name, p in ddp.module.named_parameters()}
+        named = (model or ddp.module).named_parameters()
+        self._names: dict[Tensor, str] = {parameter: name for name, parameter in named}
         self._finds_unused = ddp.find_unused_parameters or ddp.static_graph
         self._build, self._scaler = build, scaler
-        self.comm = DistComm(group=_another_group(ddp))
+        self._clock, self._restores = clock or Clock(torch.device("cpu")), restores
+        self.comm = comm_of(_another_group(ddp), next(iter(self._names)).device, self._clock)
         self.steps = StepCounter(steps_per_epoch)
         self.is_usable = True
         """Whether the last backward's gradients can be used: the same on all workers."""
+        self.nonfinite: tuple[str, Tensor] | None = None
+        """Where they cannot: Exchange.nonfinite of the first bucket that is to blame."""
+        self.measure = False
+        """Whether the next backward is to measure norms."""
+        self._seed: int | None = None
+        """Where buckets that are new take their own generators' seeds from."""
         self._parts: dict[tuple[str, ...], Part] = {}
         self._before: State | None = None
         """Where buckets that are new take their state from: that of another division."""
@@ -132,9 +154,18 @@ class DDPHook:
         self._stream: torch.cuda.Stream | None = None
         self._jobs: SimpleQueue[Job | None] | None = SimpleQueue() if overlap else None
         if self._jobs is not None:
-            threading.Thread(target=_work, args=(self._jobs,), daemon=True).start()
+            given = (self._jobs, torch.get_num_threads())
+            threading.Thread(target=_work, args=given, daemon=True).start()
             weakref.finalize(self, self._jobs.put, None)
+        self._warm_up()
         ddp.register_comm_hook(self, _take_bucket)
+
+    def _warm_up(self) -> None:
+        """Compile here, and not in the first backward, what an exchange needs."""
+        layout = lay_out((name, memory_shape(parameter)) for parameter, name in self._names.items())
+        first = next(iter(self._names))
+        like = first.new_empty(0, dtype=torch.float32 if first.dtype in HALVES else first.dtype)
+        warm_up(self._build, layout, like, self.comm.world_size)
 
     # --- what a loop calls ----------------------------------------------------------------------------
 
@@ -150,19 +181,11 @@ class DDPHook:
         at its start and after each load_state_dict, on all workers, with a loss of any batch. The model's
         buffers and torch's global generators are put back; what else the loss changes is the caller's.
         """
-        buffers = [(buffer, buffer.detach().clone()) for buffer in self._module.buffers()]
-        devices = {parameter.device for parameter in self._names if parameter.is_cuda}
         self._is_passive = True
         try:
-            with torch.random.fork_rng(devices):
-                compute_loss().backward()
+            prime(self._module, compute_loss)
         finally:
             self._is_passive = False
-        with torch.no_grad():
-            for buffer, values in buffers:
-                buffer.copy_(values)
-        for parameter in self._names:
-            parameter.grad = None
 
     @property
     def exchanges(self) -> list[Exchange]:
@@ -172,22 +195,49 @@ class DDPHook:
     @property
     def density(self) -> float:
         """Elements a worker sent in the last step / n, mean over workers."""
-        sizes = [exchange.layout[-1].stop for exchange in self.exchanges]
-        sent = sum(
-            size * exchange.reducer.density for size, exchange in zip(sizes, self.exchanges, strict=True)
-        )
-        return sent / sum(sizes) if sizes else 1.0
+        return mean_density(self.exchanges)
+
+    def metrics(self) -> Mapping[str, float | Tensor]:
+        """The reducer's metrics: of each the mean over the buckets that have it, weighted by their
+        elements."""
+        sums: dict[str, float | Tensor] = {}
+        sizes: dict[str, int] = {}
+        for exchange in self.exchanges:
+            size = exchange.layout[-1].stop
+            for name, value in exchange.metrics().items():
+                sums[name] = sums.get(name, 0.0) + size * value
+                sizes[name] = sizes.get(name, 0) + size
+        return {name: value / sizes[name] for name, value in sums.items()}
+
+    def norms(self) -> dict[str, Tensor]:
+        """Of the last backward, where it was measured: gradient_norm of this worker and ExchangeNorms.values,
+        over all buckets."""
+        measured = [exchange.measured for exchange in self.exchanges if exchange.measured is not None]
+        if not measured:
+            return {}
+        gradient_norm = torch.stack([norm.double() for norm, _ in measured]).norm()
+        return {
+            "gradient_norm": gradient_norm,
+            **ExchangeNorms.of_all([norms for _, norms in measured]).values(),
+        }
 
     def state_dict(self) -> State:
         """All that the next step depends on, by parameter name and by bucket; each worker's is its own."""
-        state = self._before or _merge(self._parts.values())
-        return {"step": self.steps.step, **state}
+        return {"step": self.steps.step, **self._state()}
 
     def load_state_dict(self, state: State) -> None:
         """Take a state_dict, also one of an AttachedExchange of the same model, or of other buckets. Errors
-        (KeyError, ValueError) come with the next backward, when the buckets are known."""
+        (ValueError) come with the next backward, when the buckets are known."""
         self._parts, self._before = {}, {name: state[name] for name in ("parameters", "buckets")}
         self.steps.step = state["step"]
+
+    def reseed(self, seed: int) -> None:
+        """Restart this worker's own generators from a seed, with the next backward."""
+        self._before, self._parts, self._seed = self._state(), {}, seed
+
+    def _state(self) -> State:
+        """Of all buckets."""
+        return self._before or merge(self._parts.values())
 
     # --- what DDP calls -------------------------------------------------------------------------------
 
@@ -199,7 +249,7 @@ class DDPHook:
             future.set_result(buffer)
             return future
         self._check()
-        step = self._step = self._step or Step(self.steps.progress())
+        step = self._step = self._step or Step(self.steps.progress(), self.measure)
         step.results.append((future, buffer))
         is_last, ready = bucket.is_last(), _now(buffer)
         self._do(step, lambda: self._exchange(step, parameters, buffer, is_last), buffer, ready)
@@ -221,7 +271,7 @@ class DDPHook:
         step.done.wait()
         if self._error is not None:
             raise self._error
-        self.is_usable = step.is_usable
+        self.is_usable, self.nonfinite = step.is_usable, step.nonfinite
         self.steps.step += 1
 
     def _do(self, step: Step, job: Job, buffer: Tensor, ready: torch.cuda.Event | None) -> None:
@@ -238,7 +288,7 @@ class DDPHook:
             with torch.no_grad(), self._on_stream(buffer, ready):
                 job()
         except BaseException as error:
-            self._error = self._error or error
+            self._error = self._error or named(error, self.comm, self.steps.step)
             step.done.set()  # backward raises it
 
     def _on_stream(self, buffer: Tensor, ready: torch.cuda.Event | None) -> AbstractContextManager[Any]:
@@ -258,13 +308,21 @@ class DDPHook:
             return
         part = self._part_of(parameters, buffer)
         step.parts.append(part)
-        if not step.is_usable:
-            return
-        part.gradient.hold(buffer)
-        if not is_last:
-            part.exchange.back_up()
-        step.is_usable = part.exchange.step(part.gradient, step.progress, scaler=self._scaler)
         if step.is_usable:
+            part.gradient.hold(buffer)
+            with self._clock.part(HiddenClock.EXCHANGE):
+                self._exchange_part(step, part, keeps=self._restores and not is_last)
+
+    def _exchange_part(self, step: Step, part: Part, keeps: bool) -> None:
+        """keeps: keep what is to be put back where a later bucket cannot be used."""
+        if keeps:
+            part.exchange.back_up()
+        step.is_usable = part.exchange.step(
+            part.gradient, step.progress, scaler=self._scaler, measure=step.measure
+        )
+        if not step.is_usable:
+            step.nonfinite = part.exchange.nonfinite
+        elif keeps:
             step.moved.append(part.exchange)
 
     def _end(self, step: Step) -> None:
@@ -277,6 +335,7 @@ class DDPHook:
                     buffer.fill_(torch.nan)
             if self._error is None:
                 self._parts, self._before = {part.names: part for part in step.parts}, None
+                self._seed = None
         finally:
             for future, buffer in step.results:
                 future.set_result(buffer)
@@ -297,10 +356,26 @@ class DDPHook:
         gradient.hold(buffer)
         part = Part(names, gradient, self._build(layout, gradient.flat, self.comm))
         if self._before is None and self._parts:
-            self._before = _merge(self._parts.values())
+            self._before = merge(self._parts.values())
         if self._before is not None:
             part.exchange.load_state_dict(self._before)
+        if self._seed is not None:
+            part.exchange.reseed(seed_of(self._seed, *names))
         return part
+
+
+def prime(module: nn.Module, compute_loss: Callable[[], Tensor]) -> None:
+    """Make a backward whose gradients nobody uses, and put back the module's buffers and torch's global
+    generators: DistributedDataParallel arranges its buckets by it. module: what it wraps."""
+    buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
+    parameters = list(module.parameters())
+    with torch.random.fork_rng({parameter.device for parameter in parameters if parameter.is_cuda}):
+        compute_loss().backward()
+    with torch.no_grad():
+        for buffer, values in buffers:
+            buffer.copy_(values)
+    for parameter in parameters:
+        parameter.grad = None
 
 
 def _take_bucket(hook: DDPHook, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
@@ -308,8 +383,9 @@ def _take_bucket(hook: DDPHook, bucket: dist.GradBucket) -> torch.futures.Future
     return hook.take(bucket)
 
 
-def _work(jobs: "SimpleQueue[Job | None]") -> None:
+def _work(jobs: "SimpleQueue[Job | None]", num_threads: int) -> None:
     """Do jobs in their order; holds no hook while it waits."""
+    torch.set_num_threads(num_threads)  # OpenMP's number is a thread's own
     while (job := jobs.get()) is not None:
         job()
         del job
@@ -335,7 +411,7 @@ def _another_group(ddp: DistributedDataParallel) -> dist.ProcessGroup:
     device = next(ddp.module.parameters()).device
     made = dist.new_group(
         dist.get_process_group_ranks(group),
-        timeout=group._get_backend(device).options._timeout,
+        timeout=timeout_of(group, device),
         backend=None if group == dist.group.WORLD else dist.get_backend(group),
         use_local_synchronization=True,
     )
@@ -343,7 +419,7 @@ def _another_group(ddp: DistributedDataParallel) -> dist.ProcessGroup:
     return made
 
 
-def _merge(parts: Iterable[Part]) -> State:
+def merge(parts: Iterable[Part]) -> State:
     """The states of all buckets as one."""
     states = [part.exchange.state_dict() for part in parts]
     return {

@@ -38,10 +38,9 @@ class Collective(NamedTuple):
     enqueued_at: float
 
 
-def record_event() -> Event:
-    """The point that the current stream's work has come to."""
-    event = torch.cuda.Event()
-    event.record()
+def record_event(device: torch.device) -> Event:
+    """The point that the work of a device's current stream has come to. The current device may be another."""
+    event: Event = torch.cuda.current_stream(device).record_event()
     return event
 
 
@@ -49,7 +48,7 @@ def copy_to_host(x: Tensor) -> tuple[Tensor, Event]:
     """A copy of x in the host's memory, which is complete after the event."""
     host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
     host.copy_(x, non_blocking=True)
-    return host, record_event()
+    return host, record_event(x.device)
 
 
 class Deadline:
@@ -63,7 +62,7 @@ class Deadline:
         self,
         timeout_seconds: float,
         device_type: str = "cuda",
-        record: Callable[[], Event] = record_event,
+        record: Callable[[torch.device], Event] = record_event,
         copy: Callable[[Tensor], tuple[Tensor, Event]] = copy_to_host,
     ) -> None:
         """device_type: where collectives are only enqueued."""
@@ -78,11 +77,11 @@ class Deadline:
         """Whether work on x is only enqueued."""
         return x.device.type == self._device_type
 
-    def enqueued(self, name: str) -> None:
-        """Note that a collective was enqueued in the current stream."""
+    def enqueued(self, name: str, device: torch.device) -> None:
+        """Note that a collective was enqueued in a device's current stream."""
         with self._lock:
             self._drop_finished()
-            self._unfinished.append(Collective(name, self._record(), time.monotonic()))
+            self._unfinished.append(Collective(name, self._record(device), time.monotonic()))
 
     def read(self, x: Tensor) -> Tensor:
         """A copy of x on the host. Raises CommunicationError."""

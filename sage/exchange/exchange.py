@@ -1,6 +1,6 @@
-"""One step between backward and the optimizer: error feedback, reducer and communicator in one object."""
+"""One step between backward and the optimizer: scaling, error feedback, reducer and communicator."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -10,9 +10,12 @@ from torch import Tensor
 
 from sage.exchange.clock import Clock
 from sage.exchange.feedback import Feedback
+from sage.exchange.scaling import ConstantScaling, Scaling
 from sage.interfaces import Communicator, Progress, Reducer, Slot, Stateful
 
 State = dict[str, Any]
+NUM_LISTED = 10
+"""How many names an error lists."""
 
 
 class Gradient(Protocol):
@@ -55,6 +58,14 @@ class ExchangeNorms:
         """The same as numbers. Waits for the device."""
         return {name: value.item() for name, value in self.values().items()}
 
+    @classmethod
+    def of_all(cls, parts: Sequence["ExchangeNorms"]) -> "ExchangeNorms":
+        """The norms of several parts of one gradient, from those of each."""
+        send, left = (
+            torch.stack([getattr(part, name).double() for part in parts]).norm() for name in ("send", "left")
+        )
+        return cls(send, left, parts[0].left_is_error)
+
 
 def norm(values: Tensor, found: Tensor | None = None, *, waits: bool = True) -> Tensor:
     """The 2-norm, a scalar; in float64 where the sum of squares is too large for the values' type.
@@ -94,9 +105,9 @@ def read_agreement(side: Communicator, flags: Tensor) -> tuple[int, list[bool]]:
 class Exchange:
     """Replaces this worker's gradient by the estimate of all workers' mean.
 
-    The only place that knows in which order feedback, reducer and communicator are called. A loop of your own
-    calls step() once between backward and the optimizer. The trainer calls average(), since it agrees with
-    the other workers on signals and checkpoints in the same message as on finite gradients.
+    The only place that knows in which order scaling, feedback, reducer and communicator are called. A loop of
+    your own calls step() once between backward and the optimizer. The trainer calls average(), since it
+    agrees with the other workers on signals and checkpoints in the same message as on finite gradients.
     """
 
     def __init__(
@@ -107,16 +118,30 @@ class Exchange:
         layout: Sequence[Slot],
         clock: Clock | None = None,
         reads_late: bool = False,
+        scaling: Scaling | None = None,
     ) -> None:
-        """layout: the parameters in the flat gradient. clock: counts the step as its phase "reduce".
-        reads_late: norms are computed without waiting for the device."""
+        """layout: the parameters in the flat gradient. clock: counts the step as its phase "reduce", and
+        norms that are only measured as "log". reads_late: norms are computed without waiting for the device.
+        scaling: of this reducer; None: its density stays."""
         self.feedback, self.reducer, self.comm, self.layout = feedback, reducer, comm, list(layout)
         self._side, self._waits = comm.another(), not reads_late
         self._backup: State = {}
+        self.measured: tuple[Tensor, ExchangeNorms] | None = None
+        """Of the last step, where it was to be measured: the norm of this worker's gradient, and the
+        exchange's."""
+        self.nonfinite: tuple[str, Tensor] | None = None
+        """Of the last step that could not be used: the first parameter whose gradient was not finite on this
+        worker, and a scalar, its first such element."""
         self._clock = clock or Clock(torch.device("cpu"))
+        self.scaling = scaling or ConstantScaling.of(reducer)
 
     def step(
-        self, gradient: Gradient, progress: Progress, *, scaler: torch.amp.GradScaler | None = None
+        self,
+        gradient: Gradient,
+        progress: Progress,
+        *,
+        scaler: torch.amp.GradScaler | None = None,
+        measure: bool = False,
     ) -> bool:
         """Replace a model's gradients by the estimate of their mean over the workers.
 
@@ -128,10 +153,10 @@ class Exchange:
         all: memory and reducer are as they were, and all workers' gradients are NaN, so that a GradScaler
         skips the step on all of them; without a GradScaler skip optimizer.step() yourself.
 
-        Raises CommunicationError, and RuntimeError where the parameters have changed, or the scaler has
-        already unscaled the gradients.
+        measure: leave norms in measured. Raises CommunicationError, and RuntimeError where the parameters
+        have changed, or the scaler has already unscaled the gradients.
         """
-        return bool(self._step(gradient, progress, scaler, has_batch=True))
+        return bool(self._step(gradient, progress, scaler, has_batch=True, measure=measure))
 
     def step_of_others(
         self, gradient: Gradient, progress: Progress, *, scaler: torch.amp.GradScaler | None = None
@@ -140,7 +165,12 @@ class Exchange:
         return self._step(gradient, progress, scaler, has_batch=False)
 
     def _step(
-        self, gradient: Gradient, progress: Progress, scaler: torch.amp.GradScaler | None, has_batch: bool
+        self,
+        gradient: Gradient,
+        progress: Progress,
+        scaler: torch.amp.GradScaler | None,
+        has_batch: bool,
+        measure: bool = False,
     ) -> bool | None:
         scale = _scale_of(scaler)
         used, grad = gradient.collect(self._side.read), gradient.flat
@@ -153,11 +183,14 @@ class Exchange:
         if not any_has_batch:
             return None
         if is_bad:
+            self.nonfinite = self._find_nonfinite(grad)
             grad.fill_(torch.nan)
         else:
             if scale != 1:
                 grad.div_(scale)
-            self.average(grad, progress, used=used)
+            gradient_norm = norm(grad, waits=self._waits) if measure else None
+            norms = self.average(grad, progress, used=used, measure=measure)
+            self.measured = None if gradient_norm is None or norms is None else (gradient_norm, norms)
             if scale != 1:
                 grad.mul_(scale)
         gradient.distribute(used)
@@ -178,28 +211,52 @@ class Exchange:
         has a gradient of it (None: all); the state of the others stays as it is. What is not sent stays in
         the feedback's memory. measure: return the norms, too. Raises CommunicationError.
         """
-        with self._kept_for_later([] if used is None else list(used)):
+        kept = self._kept_for_later([] if used is None else list(used))
+        with self._clock.phase("reduce"), kept:
             return self._average(grad, progress, measure)
 
     def _average(self, grad: Tensor, progress: Progress, measure: bool) -> ExchangeNorms | None:
         memory = self.feedback.memory
 
-        # 1. schedules
+        # 1. the density of this step, and schedules
+        self.scaling.begin_step(progress, self.comm)
+        reducer = self.scaling.current
         self.reducer.begin_step(progress)
         self.feedback.begin_step(progress)
 
         # 2. memory = what this worker wants to send
-        with self._clock.phase("reduce"):
-            self.feedback.compensate(self.reducer, grad)
-        send_norm = norm(memory, waits=self._waits) if measure else None
+        self.feedback.compensate(reducer, grad)
+        send_norm = self._norm_of_memory() if measure else None
 
         # 3. grad = the mean; memory = what was not sent
-        with self._clock.phase("reduce"):
-            self.reducer.reduce(memory, grad, self.comm)
-            self.feedback.after_reduce(self.reducer)
+        reducer.reduce(memory, grad, self.scaling.watched(self.comm))
+        self.feedback.after_reduce(reducer)
+        self.scaling.end_step(self.comm)
         if send_norm is None:
             return None
-        return ExchangeNorms(send_norm, norm(memory, waits=self._waits), self.reducer.takes_feedback)
+        return ExchangeNorms(send_norm, self._norm_of_memory(), reducer.takes_feedback)
+
+    def _norm_of_memory(self) -> Tensor:
+        with self._clock.phase("log"):
+            return norm(self.feedback.memory, waits=self._waits)
+
+    @property
+    def density(self) -> float:
+        """Elements a worker sent in the last step / n, mean over workers."""
+        return self.scaling.current.density
+
+    def metrics(self) -> Mapping[str, float | Tensor]:
+        """The reducer's and the scaling's, of the last step; asked for on logging steps only."""
+        return {**self.scaling.current.metrics(), **self.scaling.metrics()}
+
+    def _find_nonfinite(self, grad: Tensor) -> tuple[str, Tensor] | None:
+        """The first parameter whose gradient is not finite, and its first such element. Waits for the
+        device."""
+        bad = (~grad.isfinite()).nonzero()
+        if not len(bad):
+            return None
+        first = int(bad[0])
+        return next(slot.name for slot in self.layout if first < slot.stop), grad[first].clone()
 
     @contextmanager
     def _kept_for_later(self, used: list[bool]) -> Iterator[None]:
@@ -241,7 +298,7 @@ class Exchange:
         """All that the next step depends on, by parameter and by bucket.
 
         {"parameters": {name: {"feedback.memory": (size,), ...}},
-         "buckets": [{"names": [...], "feedback": {...}, "reducer": {...}}]}
+         "buckets": [{"names": [...], "feedback": {...}, "reducer": {...}, "scaling": {...}}]}
 
         parameters holds what belongs to single parameters (memory, velocity, factors, levels), buckets what
         one exchange has once (thresholds, counters, generators). This exchange is one bucket, of all its
@@ -259,12 +316,20 @@ class Exchange:
 
         What belongs to a parameter comes by its name. The rest comes from the bucket of the same parameters;
         where there is none, from the bucket that held the most elements of this one (the first of several).
-        Raises KeyError where a parameter is missing, ValueError where a shape or type is another.
+        Raises ValueError where a parameter is missing, or a shape or type is another.
         """
+        self._check_names(state["parameters"])
         parameters = [state["parameters"][slot.name] for slot in self.layout]
         bucket = max(state["buckets"], key=self._count_common)  # ValueError where there is none
         for prefix, owner in self._owners().items():
             owner.load_state_dict(_unite(bucket[prefix], parameters, f"{prefix}."))
+
+    def _check_names(self, parameters: State) -> None:
+        """Raise ValueError where one of the parameters is not among those of a state."""
+        missing = [slot.name for slot in self.layout if slot.name not in parameters]
+        if missing:
+            found = _listed(list(parameters)) or "a state without any"
+            raise ValueError(f"state: expected the parameter {missing[0]}, got {found}")
 
     def back_up(self) -> None:
         """Keep a copy of the state for restore(), in memory that is kept: as much as the state has."""
@@ -284,13 +349,20 @@ class Exchange:
             owner.reseed(seed)
 
     def _owners(self) -> dict[str, Stateful]:
-        return {"feedback": self.feedback, "reducer": self.reducer}
+        return {"feedback": self.feedback, "reducer": self.reducer, "scaling": self.scaling}
 
     def _count_common(self, bucket: State) -> tuple[bool, int]:
         """Whether a saved bucket is this one, and how many elements the two have in common."""
         names = set(bucket["names"])
         common = sum(slot.size for slot in self.layout if slot.name in names)
         return bucket["names"] == [slot.name for slot in self.layout], common
+
+
+def mean_density(exchanges: Sequence[Exchange]) -> float:
+    """Elements a worker sent in the last step / n, mean over workers, of several exchanges together."""
+    sizes = [exchange.layout[-1].stop for exchange in exchanges]
+    sent = sum(size * exchange.density for size, exchange in zip(sizes, exchanges, strict=True))
+    return sent / sum(sizes) if sizes else 1.0
 
 
 def _scale_of(scaler: torch.amp.GradScaler | None) -> float:
@@ -335,6 +407,12 @@ def _unite(rest: State, parameters: list[State], prefix: str) -> State:
                 target = target[owner]
             target[name] = torch.cat([parameter[key] for parameter in parameters])
     return state
+
+
+def _listed(names: list[str]) -> str:
+    """Names in one line, however many."""
+    rest = len(names) - NUM_LISTED
+    return ", ".join(names[:NUM_LISTED]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _copied(value: Any) -> Any:

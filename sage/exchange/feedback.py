@@ -30,6 +30,7 @@ class MomentumSettings(Named):
     momentum: float = Field(default=0.9, ge=0, lt=1)
     """mu; the optimizer's own momentum must be 0."""
     nesterov: bool = False
+    """Nesterov's momentum."""
     masking: bool = True
     """Momentum factor masking: the momentum of what was sent starts again at 0, since its delayed sum would
     push on in an old direction. false: momentum as at density 1."""

@@ -147,6 +147,12 @@ class _Mark:
             buffer._was_written[self._index] = True
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is one of torch.distributed's (a DTensor), which this process may hold but a part
+    of."""
+    return hasattr(tensor, "to_local")
+
+
 def _common_kind(named: list[tuple[str, nn.Parameter]]) -> tuple[torch.dtype, torch.device]:
     """The type and device of all parameters. Raises ValueError where there are several, or none is
     trained."""
@@ -154,6 +160,8 @@ def _common_kind(named: list[tuple[str, nn.Parameter]]) -> tuple[torch.dtype, to
         raise ValueError("expected parameters to train, got none that has elements and requires a gradient")
     first_name, first = named[0]
     for name, parameter in named:
+        if is_sharded(parameter):
+            raise ValueError(f"parameter {name}: expected it whole, got a shard: use reducers.hook_fsdp")
         if not parameter.is_floating_point():
             raise ValueError(f"parameter {name}: expected a real floating point type, got {parameter.dtype}")
         if (parameter.dtype, parameter.device) != (first.dtype, first.device):

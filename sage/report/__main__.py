@@ -17,11 +17,13 @@ from sage.report.advice import Network, advice_sheets, advise
 from sage.report.curves import TITLES
 from sage.report.formats import to_terminal
 from sage.report.groups import Section, find_baseline, gather
-from sage.report.output import KINDS, Content, Output, write_report
+from sage.report.output import Chapter, Content, Output, write_report
+from sage.report.pictures import KINDS
 from sage.report.published import published_sheet
 from sage.report.runs import ReportError, Run, find_runs, read_run
 from sage.report.spread import BANDS
-from sage.report.tables import Sheet, build_sheets
+from sage.report.tables import build_sheets
+from sage.report.webpage import check_packages, write_page
 from sage.sweep import Point, read
 
 HELP = """\
@@ -148,12 +150,21 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         help="the pictures' name and kind, .png, .pdf or .svg "
         f"(default: report.png in RUN; for several, {where})",
     )
+    add(
+        "--html",
+        metavar="FILE",
+        type=Path,
+        help="also one page that needs no network: tables that sort and filter, plots with hover, what "
+        "differs between two runs",
+    )
     _add_network(parser)
     options = parser.parse_args(arguments)
     if bool(options.runs) == bool(options.sweep):
         parser.error("expected RUNs, or --sweep FILE")
     if options.output and options.output.suffix not in KINDS:
         parser.error(f"--output {options.output}: expected a name that ends in {', '.join(KINDS)}")
+    if options.html and options.html.suffix != ".html":
+        parser.error(f"--html {options.html}: expected a name that ends in .html")
     return options
 
 
@@ -214,8 +225,8 @@ def network_of(options: argparse.Namespace) -> Network | None:
     return Network(Link(options.link, options.latency), options.workers, compute)
 
 
-def report(options: argparse.Namespace) -> str:
-    """Write the report's files; returns what to print: the tables, notes and the files' paths."""
+def compose(options: argparse.Namespace) -> Content:
+    """Read the runs, and find what there is to say of them."""
     folders, notes = find_folders(options)
     runs = [read_run(folder) for folder in folders]
     cut_off = [run.folder / "metrics.jsonl" for run in runs if run.cut_off]
@@ -226,17 +237,26 @@ def report(options: argparse.Namespace) -> str:
     sections = gather(runs)
     if options.baseline is not None:
         check_baseline(options.baseline, sections)
-    sheets: list[Sheet] = []
+    advice = advise(sections, network) if (network := network_of(options)) else {}
+    chapters = []
     for section in sections:
-        sheets += build_sheets(section, target, options.band, options.baseline)
+        sheets = build_sheets(section, target, options.band, options.baseline)
         sheets += [sheet] if (sheet := published_sheet(section)) else []
-    advice = advise(sections, network) if (network := network_of(options)) else []
-    sheets += [sheet for one in advice for sheet in advice_sheets(one, target)]
+        one = advice.get(section.workload)
+        chapters.append(Chapter(section, sheets + (advice_sheets(one, target) if one else []), one))
+    return Content(chapters, notes, target, options.band)
 
+
+def report(options: argparse.Namespace) -> str:
+    """Write the report's files; returns what to print: the tables, notes and the files' paths."""
+    if options.html:
+        check_packages()
+    content = compose(options)
     given = [sweep_folder(options.runs_folder, options.sweep)] if options.sweep else options.runs
     output = Output(options.output or default_output(given), options.output is not None, options.panel or [])
-    paths = write_report(output, Content(sections, sheets, notes, target, options.band, advice))
-    return to_terminal(sheets, terminal_width()) + "\n".join([*notes, *map(str, paths)])
+    paths = write_report(output, content)
+    paths += [write_page(options.html, content)] if options.html else []
+    return to_terminal(content.sheets, terminal_width()) + "\n".join([*content.notes, *map(str, paths)])
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,7 +1,8 @@
 """What the advisor says of a section: tables for one network, and a picture over networks."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import inf
 from statistics import fmean
 from typing import TYPE_CHECKING
@@ -19,6 +20,7 @@ from sage.report.advisor import (
     workload_of,
 )
 from sage.report.groups import Group, Section, exactness
+from sage.report.looks import Style, look_of, styles_of
 from sage.report.runs import ReportError
 from sage.report.tables import Sheet, costs_to_reach, format_number
 
@@ -67,14 +69,14 @@ class Advice:
         return f"{readable_speed(self.link.bits_per_second)}, {latency}"
 
 
-def advise(sections: Sequence[Section], network: Network) -> list[Advice]:
-    """What can be said of each section. Raises ReportError where it is nothing of any."""
-    found = []
+def advise(sections: Sequence[Section], network: Network) -> dict[str, Advice]:
+    """What can be said of sections, by workload. Raises ReportError where it is nothing of any."""
+    found = {}
     for section in sections:
         workload, methods = workload_of(section, network.compute_seconds), methods_of(section)
         world_size = network.world_size or section.groups[0].runs[0].world_size
         if workload and methods and world_size > 1:
-            found.append(Advice(section, workload, methods, network.link, world_size))
+            found[section.workload] = Advice(section, workload, methods, network.link, world_size)
     if not found:
         raise ReportError(
             "--link: expected a finished run of a compressor with two workers or more (or --simulate)"
@@ -174,28 +176,72 @@ def _score_row(label: str, group: Group, target: float, seconds: float, sent: fl
 # --- the picture ------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class SpeedLine:
+    """How many steps a method makes while COMPARED_WITH makes one, over some networks."""
+
+    label: str
+    style: Style
+    ratios: list[float]
+
+
+def speed_lines(advice: Advice, networks: Sequence[tuple[Link, int]]) -> list[SpeedLine]:
+    """A line for each other exact average, and for each method."""
+
+    def ratios(seconds: Callable[[Link, int], float]) -> list[float]:
+        return [other / seconds(*network) for other, network in zip(compared, networks, strict=True)]
+
+    workload = advice.workload
+    compared = [exact_step_seconds(COMPARED_WITH, workload, *network) for network in networks]
+    others = [baseline for baseline in BASELINES if baseline is not COMPARED_WITH]
+    styles = styles_of([*["exact"] * len(others), *(method.reducer for _, method in advice.methods)])
+    lines = [
+        (f"exact {one.name}", ratios(partial(exact_step_seconds, one, workload)))  # of a link and workers
+        for one in others
+    ]
+    lines += [(group.label, ratios(partial(step_seconds, one, workload))) for group, one in advice.methods]
+    return [SpeedLine(label, style, ys) for (label, ys), style in zip(lines, styles, strict=True)]
+
+
+def over_speeds(advice: Advice, steps: int = 120) -> tuple[list[float], list[SpeedLine]]:
+    """Bits per second, and the lines over them."""
+    speeds = [FIRST_SPEED * (LAST_SPEED / FIRST_SPEED) ** (index / steps) for index in range(steps + 1)]
+    latency, size = advice.link.latency_seconds, advice.world_size
+    return speeds, speed_lines(advice, [(Link(speed, latency), size) for speed in speeds])
+
+
+def over_workers(advice: Advice) -> tuple[list[float], list[SpeedLine]]:
+    """Numbers of workers, and the lines over them."""
+    return list(map(float, WORKERS)), speed_lines(advice, [(advice.link, count) for count in WORKERS])
+
+
+def break_evens(advice: Advice) -> list[tuple[Method, float]]:
+    """The methods that break even with COMPARED_WITH at a speed that the picture covers, and that speed."""
+    latency, size = advice.link.latency_seconds, advice.world_size
+    found = [
+        (method, break_even_speed(method, advice.workload, COMPARED_WITH, latency, size))
+        for _, method in advice.methods
+    ]
+    return [(method, speed) for method, speed in found if FIRST_SPEED <= speed <= LAST_SPEED]
+
+
 def draw_advice(advice: Advice) -> "Figure":
     """Draw how many steps each method makes while the overlapped bfloat16 average makes one: over links, with
     the break-even marked, and over workers."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 5.5 + len(advice.methods) / 10), dpi=110, layout="constrained")
-    over_speeds, over_workers = figure.subplots(1, 2)
-    latency, size = advice.link.latency_seconds, advice.world_size
-    steps = 120
-    speeds = [FIRST_SPEED * (LAST_SPEED / FIRST_SPEED) ** (index / steps) for index in range(steps + 1)]
-    _draw_speedups(over_speeds, advice, speeds, lambda speed: (Link(speed, latency), size))
-    _draw_speedups(over_workers, advice, WORKERS, lambda count: (advice.link, int(count)))
-    _mark_break_even(over_speeds, advice)
+    speeds_axes, workers_axes = figure.subplots(1, 2)
+    _draw_speedups(speeds_axes, *over_speeds(advice))
+    _draw_speedups(workers_axes, *over_workers(advice))
+    _mark_break_even(speeds_axes, advice)
 
-    over_speeds.set(xlabel="link (bit/s)", title=f"{advice.title}, {1e6 * latency:g} µs a message")
-    ticks = (1e7, 1e8, 1e9, 1e10, 1e11)
-    over_speeds.set_xticks(
-        ticks, [readable_speed(tick).replace(".0 ", " ").replace("1.00", "1") for tick in ticks]
-    )
-    over_workers.set(xlabel="workers", title=advice.network)
-    over_workers.set_xticks(WORKERS, [str(count) for count in WORKERS])
-    lines = {str(line.get_label()): line for line in over_speeds.get_lines()}
+    latency = advice.link.latency_seconds
+    speeds_axes.set(xlabel="link (bit/s)", title=f"{advice.title}, {1e6 * latency:g} µs a message")
+    speeds_axes.set_xticks(TICKS, [readable_tick(tick) for tick in TICKS])
+    workers_axes.set(xlabel="workers", title=advice.network)
+    workers_axes.set_xticks(WORKERS, [str(count) for count in WORKERS])
+    lines = {str(line.get_label()): line for line in speeds_axes.get_lines()}
     shown = {label: line for label, line in lines.items() if not label.startswith("_")}
     title = "predicted; x: break-even"
     figure.legend(
@@ -204,37 +250,28 @@ def draw_advice(advice: Advice) -> "Figure":
     return figure
 
 
-def _draw_speedups(
-    axes: "Axes", advice: Advice, xs: Iterable[float], place: Callable[[float], tuple[Link, int]]
-) -> None:
-    """Draw a line for each method and each other exact average. place: the network of an x."""
+TICKS = (1e7, 1e8, 1e9, 1e10, 1e11)
+"""Bits per second that the axis of links names."""
+
+
+def readable_tick(speed: float) -> str:
+    """A round speed, as in 10 Mbit/s."""
+    return readable_speed(speed).replace(".0 ", " ").replace("1.00", "1")
+
+
+def _draw_speedups(axes: "Axes", xs: Sequence[float], lines: Sequence[SpeedLine]) -> None:
+    """Draw the lines of methods and exact averages."""
     from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
     from sage.report.figures import plain, wear
-    from sage.report.looks import styles_of
 
-    xs = list(xs)
-    networks = [place(x) for x in xs]
-    compared = [exact_step_seconds(COMPARED_WITH, advice.workload, *network) for network in networks]
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.axhline(1, color="0.5", linewidth=1)
-    lines = {
-        f"exact {baseline.name}": [
-            exact_step_seconds(baseline, advice.workload, *network) for network in networks
-        ]
-        for baseline in BASELINES
-        if baseline is not COMPARED_WITH
-    }
-    styles = styles_of([*["exact"] * len(lines), *(method.reducer for _, method in advice.methods)])
-    lines |= {
-        group.label: [step_seconds(method, advice.workload, *network) for network in networks]
-        for group, method in advice.methods
-    }
-    for (label, seconds), style in zip(lines.items(), styles, strict=True):
-        ys = [other / one for other, one in zip(compared, seconds, strict=True)]
-        (line,) = axes.plot(xs, ys, label=plain(label), markevery=max(1, len(xs) // 8))
-        wear(line, style)
+    for speed_line in lines:
+        every = max(1, len(xs) // 8)
+        (line,) = axes.plot(xs, speed_line.ratios, label=plain(speed_line.label), markevery=every)
+        wear(line, speed_line.style)
     axes.set_ylabel(f"times as fast as exact {COMPARED_WITH.name}")
     low, high = axes.get_ylim()
     plain_number = FuncFormatter(lambda y, _: f"{y:g}")
@@ -245,13 +282,8 @@ def _draw_speedups(
 
 
 def _mark_break_even(axes: "Axes", advice: Advice) -> None:
-    from sage.report.looks import look_of
-
-    for _, method in advice.methods:
-        latency = advice.link.latency_seconds
-        speed = break_even_speed(method, advice.workload, COMPARED_WITH, latency, advice.world_size)
-        if FIRST_SPEED <= speed <= LAST_SPEED:
-            colour = look_of(method.reducer).colour
-            axes.plot(speed, 1, marker="x", markersize=12, markeredgewidth=2, color=colour, linestyle="none")
-            text = axes.annotate(readable_speed(speed), (speed, 1), (-6, -8), textcoords="offset points")
-            text.set(color=colour, rotation=45, ha="right", va="top", zorder=5)
+    for method, speed in break_evens(advice):
+        colour = look_of(method.reducer).colour
+        axes.plot(speed, 1, marker="x", markersize=12, markeredgewidth=2, color=colour, linestyle="none")
+        text = axes.annotate(readable_speed(speed), (speed, 1), (-6, -8), textcoords="offset points")
+        text.set(color=colour, rotation=45, ha="right", va="top", zorder=5)

@@ -28,7 +28,7 @@ from sage.network import (
     parse_speed,
     wire_bytes,
 )
-from sage.report.groups import Group, Section, exactness
+from sage.report.groups import Group, Section, exactness, is_overlapped
 from sage.report.runs import COMPUTE, Run, mean_density, per_step
 
 GATHERS = {"sign_norm": 1, "signsgd": 1, "signum": 1, "svd": 1, "atomo": 2}
@@ -181,8 +181,10 @@ def break_even_speed(
 
 
 def methods_of(section: Section) -> list[tuple[Group, Method]]:
-    """Each finished configuration that sends something, other than the exact average in any format."""
-    groups = [group for group in section.groups if group.done and not exactness(group.runs[0].config)]
+    """Each finished configuration that sends something, other than the exact average in any format; of
+    one that overlaps with backward it is not known what compression takes."""
+    configs = [(group, group.runs[0].config) for group in section.groups if group.done]
+    groups = [group for group, config in configs if not exactness(config) and not is_overlapped(config)]
     return [(group, method_of(group)) for group in groups if group.runs[0].world_size > 1]
 
 
@@ -243,7 +245,7 @@ def workload_of(section: Section, compute_seconds: float | None = None) -> Workl
     if not num_elements:
         return None
     exact = [group for group in done if exactness(group.runs[0].config) == 2]
-    timed = exact or done
+    timed = exact or [group for group in done if not is_overlapped(group.runs[0].config)] or done
     measured = fmean(_compute(run) for group in timed for run in group.runs)
     backward = fmean(_seconds(run, "backward") for group in timed for run in group.runs)
     compute = measured if compute_seconds is None else compute_seconds

@@ -20,6 +20,11 @@ TITLES = {
     "time": "Time per step",
 }
 """The titles of a picture's panels, by name."""
+UNITS = {"accuracy": "fraction", "perplexity": "tokens", "density": "fraction", "threshold": "|gradient|"}
+LOG_FACTOR = 20
+"""The axis of bytes is logarithmic where they differ by a larger factor."""
+NARROW = 3
+"""A log axis shows at least this factor on both sides where its values are nearly the same."""
 Points = list[tuple[float, float]]
 
 
@@ -37,6 +42,8 @@ Curve = list[CurvePoint]
 
 def average_curve(group: Group, of: Callable[[Run], Points], band: Band) -> Curve:
     """The curve over all seeds, as far as the shortest run."""
+    if len(group.runs) == 1:
+        return [CurvePoint(x, y, y, y) for x, y in of(group.runs[0])]
     curve: Curve = []
     for points in zip(*map(of, group.runs), strict=False):  # a point of each seed
         xs, ys = zip(*points, strict=True)
@@ -92,6 +99,39 @@ def over_steps(run: Run, name: str) -> Points:
     return values if name == "threshold" or any(value != 1 for _, value in values) else []
 
 
-def every_value(curves: Sequence[Curve]) -> list[float]:
-    """The means of all curves."""
-    return [point.mean for points in curves for point in points]
+def target_densities(groups: Sequence[Group]) -> list[Points]:
+    """The different target densities over steps."""
+    targets = {tuple(over_steps(group.runs[0], "target_density")) for group in groups} - {()}
+    return list(map(list, sorted(targets)))
+
+
+# --- axes -----------------------------------------------------------------------------------------
+
+
+def with_unit(score: str) -> str:
+    """A score's name as an axis says it."""
+    return f"{score} ({UNITS.get(score, 'no unit')})"
+
+
+def is_wide(xs: Sequence[float]) -> bool:
+    """Whether the values differ so much that their axis is logarithmic."""
+    return bool(xs) and min(xs) > 0 and max(xs) > LOG_FACTOR * min(xs)
+
+
+class LogLimits(NamedTuple):
+    """The ends of a log axis; None where it may choose them itself."""
+
+    low: float | None
+    high: float | None
+
+
+def log_limits(curves: Sequence[Curve]) -> LogLimits | None:
+    """What a log axis shows of curves: neither do tiny differences fill it, nor does a band that reaches 0
+    stretch it. None where no curve has a value, of which it could show nothing."""
+    means = [point.mean for points in curves for point in points if not isnan(point.mean)]
+    if not means:
+        return None
+    high = max(point.high for points in curves for point in points if not isnan(point.high))
+    if high < NARROW * min(means) or any(point.low <= 0 for points in curves for point in points):
+        return LogLimits(min(means) / NARROW, high * NARROW)
+    return LogLimits(None, None)

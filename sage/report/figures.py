@@ -3,8 +3,7 @@
 import io
 import textwrap
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from math import ceil, isnan
+from math import ceil
 from typing import Any
 
 import matplotlib as mpl
@@ -14,34 +13,27 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import AutoLocator, FuncFormatter, LogFormatter, LogLocator, MaxNLocator, NullLocator
 
 from sage.console import printable
-from sage.report.curves import SCORE_AXES, TITLES, Curve, average_curve, every_value, over_steps
-from sage.report.groups import Group, Section
-from sage.report.looks import Style, styles_of
-from sage.report.spread import BANDS, Band
+from sage.report.curves import (
+    SCORE_AXES,
+    TITLES,
+    Curve,
+    average_curve,
+    is_wide,
+    log_limits,
+    over_steps,
+    target_densities,
+    with_unit,
+)
+from sage.report.groups import LONGEST_LABEL, Group
+from sage.report.looks import FILLS, Style
+from sage.report.pictures import Page
 from sage.report.tables import format_number, mean_milliseconds
 
-MOST_PER_PICTURE = 8
-"""Configurations in one picture: more lines in a panel cannot be told apart."""
-LOG_FACTOR = 20
-"""The axis of bytes is logarithmic where they differ by a larger factor."""
-NARROW = 3
-"""A log axis shows at least this factor on both sides where its values are nearly the same."""
 LEGEND_COLUMNS = 3
 LINE, LETTER = 0.2, 0.085
 """The height of a line and the width of a letter, in inches."""
 PANEL_HEIGHT, BETWEEN, ABOVE = 3.0, 0.85, 0.65
 """Of a panel, between panels, and above them; in inches."""
-UNITS = {"accuracy": "fraction", "perplexity": "tokens", "density": "fraction", "threshold": "|gradient|"}
-FILLS = {  # colour and hatch of each phase, which differ in grey too
-    "data": ("#eeeeee", "..."),
-    "forward": ("#c6dbef", ""),
-    "backward": ("#9ecae1", "//"),
-    "optimizer": ("#eeeeee", "\\\\"),
-    "compression": ("#fdae6b", "xx"),
-    "communication": ("#555555", ""),
-    "agree": ("#ffffff", "--"),
-    "log": ("#ffffff", "oo"),
-}
 SETTINGS: Any = {  # of a file: fonts as journals ask for, and the same bytes in every run
     "pdf.fonttype": 42,
     "ps.fonttype": 42,
@@ -49,49 +41,6 @@ SETTINGS: Any = {  # of a file: fonts as journals ask for, and the same bytes in
 }
 UNDATED: dict[str, dict[str, Any]] = {"png": {}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}
 """The metadata of each kind of file: no date."""
-
-
-@dataclass(frozen=True)
-class Page:
-    """What is drawn in one picture: some of a section's configurations."""
-
-    workload: str
-    score: str
-    """The score's name."""
-    groups: list[Group]
-    styles: list[Style]
-    band: Band
-    part: str
-    """Which of the section's configurations, in words; empty where these are all."""
-
-    @property
-    def title(self) -> str:
-        return self.workload + (f", {self.part}" if self.part else "")
-
-    @property
-    def caption(self) -> str:
-        """What lines and bands are, in words; empty where every configuration has one seed."""
-        if all(len(group.runs) == 1 for group in self.groups):
-            return ""
-        return f"lines: means over seeds; bands: {BANDS[self.band]}"
-
-
-def pages(section: Section, band: Band = "std") -> list[Page]:
-    """Divide a section into pictures of about as many configurations each."""
-    count = len(section.groups)
-    size = ceil(count / ceil(count / MOST_PER_PICTURE))
-    styles = styles_of([group.runs[0].config["reducer.name"] for group in section.groups])
-    return [
-        Page(
-            section.workload,
-            section.score,
-            section.groups[start : start + size],
-            styles[start : start + size],
-            band,
-            "" if size >= count else f"configurations {start + 1} to {min(start + size, count)} of {count}",
-        )
-        for start in range(0, count, size)
-    ]
 
 
 def to_file(figure: Figure, kind: str) -> bytes:
@@ -106,7 +55,8 @@ def to_file(figure: Figure, kind: str) -> bytes:
 def draw(page: Page) -> Figure:
     """Draw all panels (score over epochs, bytes and seconds; density, threshold, time) and a legend below.
 
-    Their places are worked out here, in inches: matplotlib's own layout takes twice the time.
+    Their places are worked out here, in inches, and so are those of titles and labels: matplotlib's own
+    layout takes twice the time.
     """
     labels = [_legend(group) for group in page.groups]
     names = [_bar_name(group) for group in page.groups]
@@ -129,10 +79,19 @@ def draw(page: Page) -> Figure:
     figure.suptitle(plain(page.title), y=1 - 0.15 / height, va="top")
     for axes, (name, draw_panel) in zip(figure.subplots(3, 2).flat, PANELS.items(), strict=True):
         draw_panel(axes, page)
-        axes.set_title(TITLES[name])
+        axes.set_title(TITLES[name], y=1)
         limit_ticks(axes)
+        if name != "time":
+            place_labels(axes, panel_width)
     _add_legend(figure, page, loc="lower center", ncols=LEGEND_COLUMNS)
     return figure
+
+
+def place_labels(axes: Axes, width: float) -> None:
+    """Place the labels of a panel (width inches) beside its ticks; by itself each would measure all of them,
+    at every drawing."""
+    axes.xaxis.set_label_coords(0.5, -0.28 / PANEL_HEIGHT)
+    axes.yaxis.set_label_coords(-0.63 / width, 0.5)
 
 
 def draw_single(page: Page, name: str) -> Figure:
@@ -164,17 +123,17 @@ def _add_legend(figure: Figure, page: Page, loc: Any, ncols: int) -> None:
 
 def draw_scores(axes: Axes, page: Page, over: str) -> None:
     """Draw the groups' scores over epochs, bytes or seconds."""
-    axis, score = SCORE_AXES[over], page.score
+    axis = SCORE_AXES[over]
     curves = [average_curve(group, axis.points, page.band) for group in page.groups]
     draw_lines(axes, curves, page)
     if axis.is_log_where_wide:
         choose_x_scale(axes, [point.x for points in curves for point in points])
-    axes.set(xlabel=axis.label, ylabel=f"{score} ({UNITS.get(score, 'no unit')})")
+    axes.set(xlabel=axis.label, ylabel=with_unit(page.score))
 
 
 def choose_x_scale(axes: Axes, xs: Sequence[float]) -> None:
     """Make the x axis logarithmic where its values differ by more than LOG_FACTOR."""
-    if xs and min(xs) > 0 and max(xs) > LOG_FACTOR * min(xs):
+    if is_wide(xs):
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(LogFormatter())
         axes.xaxis.set_minor_locator(NullLocator())
@@ -182,8 +141,7 @@ def choose_x_scale(axes: Axes, xs: Sequence[float]) -> None:
 
 def draw_density(axes: Axes, page: Page) -> None:
     """Draw the target densities as broad grey lines, and over them the densities."""
-    targets = {tuple(over_steps(group.runs[0], "target_density")) for group in page.groups} - {()}
-    for target in sorted(targets):
+    for target in target_densities(page.groups):
         axes.plot(*zip(*target, strict=True), color="0.7", linewidth=4, label="target density")
     draw_over_steps(axes, page, "density")
 
@@ -192,15 +150,13 @@ def draw_over_steps(axes: Axes, page: Page, name: str) -> None:
     """Draw density or threshold on a log axis."""
     curves = [average_curve(group, lambda run: over_steps(run, name), page.band) for group in page.groups]
     draw_lines(axes, curves, page)
-    axes.set(xlabel="training (steps)", ylabel=f"{name} ({UNITS[name]})")
-    if all(map(isnan, every_value(curves))):
-        return  # a log axis could show nothing
+    axes.set(xlabel="training (steps)", ylabel=with_unit(name))
+    limits = log_limits(curves)
+    if limits is None:
+        return
     axes.set_yscale("log")
-    means = [mean for mean in every_value(curves) if not isnan(mean)]
-    high = max(point.high for points in curves for point in points if not isnan(point.high))
-    if high < NARROW * min(means) or any(point.low <= 0 for points in curves for point in points):
-        # Neither do tiny differences fill the panel, nor does a band that reaches 0 stretch it.
-        axes.set_ylim(min(means) / NARROW, high * NARROW)
+    if limits.low is not None:
+        axes.set_ylim(*limits)
     # Plain text, as 0.01: the default is a formula, whose fonts may be missing.
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
     bottom, top = axes.get_ylim()
@@ -273,7 +229,7 @@ def draw_times(axes: Axes, page: Page) -> None:
 
 
 def _bar_name(group: Group) -> str:
-    return textwrap.fill(plain(group.short_label), 16)
+    return textwrap.fill(plain(group.short_label), LONGEST_LABEL)  # a line each: there may be many bars
 
 
 PANELS: dict[str, Callable[[Axes, Page], None]] = {

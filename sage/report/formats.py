@@ -1,14 +1,12 @@
-"""The report's tables as text for a terminal, as Markdown and as LaTeX, and the same numbers as CSV.
-
-Imports rich only when it lays out for a terminal.
-"""
+"""The report's tables as text for a terminal, as Markdown and as LaTeX, and the same numbers as CSV."""
 
 import csv
 import io
 import re
+import textwrap
 from collections.abc import Sequence
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sage.console import printable
 from sage.report.groups import Group, Section
@@ -25,9 +23,6 @@ from sage.report.tables import (
     target_density,
 )
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
 FOLDED = "settings"
 """The column whose texts are folded where they are long, as the first one's are."""
 MOST_FOR_FIRST = 24
@@ -41,60 +36,89 @@ Record = dict[str, Any]
 def to_terminal(sheets: Sequence[Sheet], width: int) -> str:
     """Lay the tables out for a terminal. Long texts are folded, numbers never are: a table that is wider than
     the terminal continues below, with its first column again."""
-    from rich.console import Console
-
-    text = io.StringIO()
-    console = Console(file=text, width=width, markup=False, highlight=False, emoji=False)
+    parts = []
     for sheet in sheets:
-        console.print(sheet.title)
-        for columns in blocks_of(sheet, width):
-            console.print(_rich_table(sheet, columns))
-        console.print(f"{sheet.note}\n" if sheet.note else "")
-    return text.getvalue()
+        tables = (_terminal_table(sheet, columns, width) for columns in blocks_of(sheet, width))
+        notes = [_folded(sheet.note, width)] if sheet.note else []
+        parts += [_folded(sheet.title, width), "", *tables, *notes, ""]
+    return printable("\n".join(parts)) + "\n"
 
 
 def blocks_of(sheet: Sheet, width: int) -> list[list[int]]:
     """Divide a table's columns after the first into as few blocks as fit beside it in a terminal's width, all
     about as wide."""
-    blocks = _fill(sheet, width)
-    while len(narrower := _fill(sheet, width - 1)) == len(blocks) and width > 0:
+    first, *widths = _widths_of(sheet.columns, sheet.rows)
+    needed = [
+        GAP + (1 if name == FOLDED else each) for name, each in zip(sheet.columns[1:], widths, strict=True)
+    ]
+    left = min(first, MOST_FOR_FIRST)
+    blocks = _fill(needed, width - left)
+    while len(narrower := _fill(needed, width - left - 1)) == len(blocks) and width > 0:
         blocks, width = narrower, width - 1
     return blocks
 
 
-def _fill(sheet: Sheet, width: int) -> list[list[int]]:
-    """Divide a table's columns after the first into blocks, each as full as a width allows."""
-    widths = [
+def _widths_of(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[int]:
+    """The longest line of each column."""
+    return [
         max(len(line) for cell in column for line in cell.splitlines() or [""])
-        for column in zip(sheet.columns, *sheet.rows, strict=True)
+        for column in zip(columns, *rows, strict=True)
     ]
-    left = min(widths[0], MOST_FOR_FIRST)
+
+
+def _fill(needed: Sequence[int], width: int) -> list[list[int]]:
+    """Divide columns, numbered from 1, into blocks that are as full as a width allows. needed: characters."""
     blocks: list[list[int]] = [[]]
-    used = left
-    for index, name in enumerate(sheet.columns[1:], 1):
-        needed = GAP + (1 if name == FOLDED else widths[index])
-        if blocks[-1] and used + needed > width:
+    used = 0
+    for index, size in enumerate(needed, 1):
+        if blocks[-1] and used + size > width:
             blocks.append([])
-            used = left
+            used = 0
         blocks[-1].append(index)
-        used += needed
+        used += size
     return blocks
 
 
-def _rich_table(sheet: Sheet, columns: Sequence[int]) -> "Table":
-    from rich import box
-    from rich.table import Table
+def _terminal_table(sheet: Sheet, columns: Sequence[int], width: int) -> str:
+    """The first column and some others: texts to the left and folded, numbers to the right."""
+    chosen = [0, *columns]
+    names = [sheet.columns[index] for index in chosen]
+    rows = [[row[index] for index in chosen] for row in sheet.rows]
+    sizes = _widths_of(names, rows)
+    texts = [index for index, name in enumerate(names) if index == 0 or name == FOLDED]
+    room = width - 2 - sum(GAP + size for index, size in enumerate(sizes) if index not in texts)
+    for count, index in enumerate(texts):  # the last text takes what those before it leave
+        others = len(texts) - count - 1
+        sizes[index] = max(1, min(sizes[index], room if not others else min(MOST_FOR_FIRST, room - others)))
+        room -= sizes[index] + GAP
+    lines = _terminal_lines(names, sizes, texts, is_heading=True)
+    lines.append(" " + "─" * (sum(sizes) + GAP * (len(sizes) - 1)))
+    for row in rows:
+        lines += _terminal_lines(row, sizes, texts)
+    return "\n".join([*lines, ""])
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column(sheet.columns[0], overflow="fold")
-    for index in columns:
-        if sheet.columns[index] == FOLDED:
-            table.add_column(FOLDED, overflow="fold")
-        else:
-            table.add_column(sheet.columns[index], justify="right", no_wrap=True)
-    for row in sheet.rows:
-        table.add_row(row[0], *(row[index] for index in columns))
-    return table
+
+def _terminal_lines(
+    row: Sequence[str], sizes: Sequence[int], texts: Sequence[int], is_heading: bool = False
+) -> list[str]:
+    """A row, in as many lines as its highest cell has. The other cells begin with it; a heading's end with
+    it."""
+    columns = []
+    for index, (cell, size) in enumerate(zip(row, sizes, strict=True)):
+        lines = _folded(cell, size).split("\n") if index in texts else cell.splitlines()
+        columns.append([line.ljust(size) if index in texts else line.rjust(size) for line in lines])
+    height = max(map(len, columns))
+    for lines, size in zip(columns, sizes, strict=True):
+        empty = [" " * size] * (height - len(lines))
+        lines[:] = [*empty, *lines] if is_heading else [*lines, *empty]
+    return [(" " + (" " * GAP).join(line)).rstrip() for line in zip(*columns, strict=True)]
+
+
+def _folded(text: str, width: int) -> str:
+    """The text with its lines folded at a width, between words where it can be."""
+    return "\n".join(
+        "\n".join(textwrap.wrap(line, width, break_on_hyphens=False) or [""]) for line in text.split("\n")
+    )
 
 
 def to_markdown(sheet: Sheet) -> str:
@@ -177,7 +201,7 @@ def to_csv(sections: Sequence[Section], target: float | None, band: Band = "std"
 
     band: the spread beside each mean, named in the columns.
     """
-    keys = _differing_settings([group.runs[0].config for section in sections for group in section.groups])
+    keys = differing_settings([group.runs[0].config for section in sections for group in section.groups])
     rows = [
         _settings_record(section, group, keys)
         | _numbers_record(group, band)
@@ -199,7 +223,8 @@ def as_cell(value: Any) -> Any:
     return "'" + printable(value) if value[:1] in ("=", "+", "-", "@", "\t", "\r") else printable(value)
 
 
-def _differing_settings(configs: Sequence[Flat]) -> list[str]:
+def differing_settings(configs: Sequence[Flat]) -> list[str]:
+    """The settings that are not the same in all configurations; not the seed."""
     keys = sorted(set().union(*configs) - {"seed"})
     return [key for key in keys if len({str(config.get(key)) for config in configs}) > 1]
 

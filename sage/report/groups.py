@@ -122,7 +122,7 @@ def make_labels(members: Sequence[list[Run]]) -> list[str]:
     recording = [key for key in keys if _section_of(key) in RECORDING]
     others = [key for key in keys if key not in (*reducer, *recording)]
 
-    labels = [config["reducer.name"] for config in configs]
+    labels = [config["reducer.name"] + " overlap" * is_overlapped(config) for config in configs]
     labels = _tell_apart_by_settings(labels, configs, reducer)
     labels = _tell_apart_by_settings(labels, configs, others)
     labels = [
@@ -165,16 +165,25 @@ def _seeds_of(runs: Sequence[Run]) -> str:
 # --- what a group is compared with ----------------------------------------------------------------
 
 
+def is_overlapped(config: Flat) -> bool:
+    """Whether gradients were exchanged while backward computed the next ones."""
+    return "overlap.bucket_mb" in config
+
+
 def exactness(config: Flat) -> int:
-    """How exact the average is: 2 for a plain all-reduce, 1 for one of fewer bits, 0 for a compressor."""
+    """How exact the average is: 3 for a plain all-reduce that overlaps with backward, 2 for one that does
+    not, 1 for one of fewer bits, 0 for a compressor."""
     if config["reducer.name"] != "exact":
         return 0
-    return 2 if config.get("reducer.dtype", "float32") == "float32" else 1
+    if config.get("reducer.dtype", "float32") != "float32":
+        return 1
+    return 3 if is_overlapped(config) else 2
 
 
 def find_exact(group: Group, groups: Sequence[Group]) -> Group | None:
-    """Find the first finished plain all-reduce on the same task's settings and with as many workers."""
-    return _find_alike(group, groups, lambda other: exactness(other.runs[0].config) == 2)
+    """Find the first finished plain all-reduce on the same task's settings and with as many workers: one that
+    overlaps with backward where there is one."""
+    return _find_alike(group, groups, lambda other: exactness(other.runs[0].config) >= 2)
 
 
 def find_baseline(group: Group, groups: Sequence[Group], name: str | None) -> Group | None:

@@ -60,6 +60,18 @@ def look_of(reducer: str) -> Look:
     return known or SPARE[hashlib.sha256(reducer.encode()).digest()[0] % len(SPARE)]
 
 
+FILLS = {  # colour and hatch of each phase of a step, which differ in grey too
+    "data": ("#eeeeee", "..."),
+    "forward": ("#c6dbef", ""),
+    "backward": ("#9ecae1", "//"),
+    "optimizer": ("#eeeeee", "\\\\"),
+    "compression": ("#fdae6b", "xx"),
+    "communication": ("#555555", ""),
+    "agree": ("#ffffff", "--"),
+    "log": ("#ffffff", "oo"),
+}
+
+
 @dataclass(frozen=True)
 class Style:
     """How one configuration is drawn: its reducer's look, and what tells it from others with that look."""

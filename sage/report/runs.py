@@ -32,8 +32,8 @@ NEEDED = {
     "summary.json": ["score.last", "score.best"],
 }
 """The numbers that the report needs from each kind of object in a run's files."""
-STEP_KEYS = ("kind", "epoch", "step", "density", "target_density", "union_density", "threshold")
-"""What is kept of a line about a step; a run has many."""
+STEP_KEYS = ("epoch", "step", "density", "target_density", "union_density", "threshold")
+"""What is kept of a line about a step, all numbers or None; a run has many."""
 Flat = dict[str, Any]
 """A mapping without mappings in it: {"task": {"name": "cnn"}} is {"task.name": "cnn"}."""
 
@@ -147,11 +147,9 @@ def _read_line(text: bytes, origin: str) -> Flat:
         line = files.parse_json(text)
         if line["kind"] == "step":
             kept = {key: line[key] for key in STEP_KEYS if key in line}
-            numbers = [kept["epoch"], kept["step"]]  # these must be there
-            if all(type(value) in (int, float) for value in numbers) and all(
-                type(value) in (int, float, NoneType) for key, value in kept.items() if key != "kind"
-            ):
-                return kept
+            needed = {type(kept["epoch"]), type(kept["step"])}
+            if needed <= {int, float} and {*map(type, kept.values())} <= {int, float, NoneType}:
+                return {"kind": "step", **kept}
     except (ValueError, LookupError, TypeError):
         pass  # said below
     return _parse(text, origin)

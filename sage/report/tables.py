@@ -17,6 +17,10 @@ from sage.report.runs import (
 )
 from sage.report.spread import BANDS, Band, Difference, Spread, paired_difference
 
+HIDDEN = (
+    "\noverlap: compression and communication are what backward leaves to wait for; hidden: the exchange "
+    "meanwhile"
+)
 SIMULATED = "\nsimulated: one worker's times, measured while no other ran; communication was not timed"
 
 
@@ -271,17 +275,29 @@ def bytes_sheet(section: Section, band: Band = "std") -> Sheet:
     return Sheet("Density and bytes", columns, rows, note)
 
 
+def hidden_cell(group: Group) -> str:
+    """Milliseconds per step of the exchange while backward computed."""
+    if not has_phase(group, "hidden"):
+        return "-"
+    return format_number(1000 * fmean(per_step(run, "seconds.hidden") for run in group.runs))
+
+
 def time_sheet(section: Section) -> Sheet:
     times = ["compute\nms", "compression\nms", "communication\nms", "step\nms", "speed\nto exact"]
     harness = ["agree\nms", "log\nms", "other\nms"]
     rows = [
         [_first_cell(group), *time_row(group, find_exact(group, section.groups))] for group in section.groups
     ]
+    if any(has_phase(group, "hidden") for group in section.groups):
+        harness.append("hidden\nms")
+        rows = [[*row, hidden_cell(group)] for row, group in zip(rows, section.groups, strict=True)]
     note = (
         f"compute: {', '.join(COMPUTE)}\n"
         "step, speed: without the harness's own agree, log and other\n"
         "other: wall time in no phase; evaluation and checkpoints are not counted"
     )
+    if "hidden\nms" in harness:
+        note += HIDDEN
     if section.groups[0].runs[0].simulated:
         note += SIMULATED
     return Sheet("Time per step", ["run", *times, *harness], rows, note)

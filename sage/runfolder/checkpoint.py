@@ -18,7 +18,7 @@ from sage.console import first_line, say
 from sage.files import RunFolderLost
 from sage.interfaces import TrainingError
 from sage.runfolder import manifest
-from sage.runfolder.manifest import SHARED, Checkpoint, FileFacts, Manifest, worker_file
+from sage.runfolder.manifest import BEST, SHARED, Checkpoint, FileFacts, Manifest, worker_file
 from sage.workers.store import RendezvousStore
 
 VISIBLE_SECONDS = 10.0
@@ -35,7 +35,10 @@ class Checkpoints(Settings):
     every_minutes: Annotated[float, Field(gt=0)] | None = 30.0
     """When so many minutes have passed since the last, in the middle of an epoch too; null: never."""
     keep: int = Field(default=2, ge=1)
-    """How many of the newest are kept while the run trains; once it is done, only its final weights are."""
+    """How many of the newest are kept while the run trains; once it is done, only its weights are."""
+    best: bool = False
+    """Keep the weights of the epoch with the best score (the first, of several) too: in each checkpoint, and
+    in checkpoints/best.pt once the run is done."""
     required: bool = True
     """End the run where one cannot be written, on a full disk say; false: train on without it, and try again
     when the next is due. Lines of metrics.jsonl then wait until the disk has room for them."""
@@ -80,11 +83,20 @@ class CheckpointWriter:
         every = self.settings.every_epochs
         return every is not None and epochs % every == 0
 
-    def save(self, step: int, epoch: int, shared: State | None, own: State, sync: Callable[[], None]) -> None:
+    def save(
+        self,
+        step: int,
+        epoch: int,
+        shared: State | None,
+        own: State,
+        sync: Callable[[], None],
+        best: State | None = None,
+    ) -> None:
         """Write a checkpoint after so many steps and epochs, unless it is written already.
 
         shared: the state that all workers have in common, from rank 0; None on the others. own: this
-        worker's. sync: forces to the disk what must be there before the checkpoint; may raise OSError.
+        worker's. sync: forces to the disk what must be there before the checkpoint; may raise OSError. best:
+        the best epoch's weights, from rank 0, where they are kept.
 
         No worker returns before the manifest is written. Where the checkpoint cannot be written, its files
         are removed; raises TrainingError then if a checkpoint is required.
@@ -92,7 +104,8 @@ class CheckpointWriter:
         if step == self._last_step:
             return
         self._num_attempts += 1
-        states = {worker_file(self._place.rank): own} | ({SHARED: shared} if shared is not None else {})
+        given = {worker_file(self._place.rank): own, SHARED: shared, BEST: best}
+        states = {name: state for name, state in given.items() if state is not None}
         report = self._write_states(step, states, sync)
         reports = self._store.collect_messages(f"checkpoint/{self._num_attempts}", report)
 
@@ -242,9 +255,14 @@ def write_state(path: Path, state: State) -> FileFacts:
     return facts[0]
 
 
-def write_weights(path: Path, model: torch.nn.Module) -> None:
-    """Write the model's state_dict to a file that torch.load(path, weights_only=True) reads."""
-    write_state(path, model.state_dict())
+def read_weights(path: Path) -> State:
+    """Read a file of weights that a run has left, to the CPU. Raises ValueError where it cannot be read, or
+    holds more than data."""
+    try:
+        with files.open_regular(path) as file:
+            return _load(path, file)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def read_state(checkpoint: Checkpoint, name: str) -> State:

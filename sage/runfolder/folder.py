@@ -17,7 +17,7 @@ from sage import files, locks
 from sage.console import say
 from sage.interfaces import Stopped
 from sage.runfolder import checkpoint
-from sage.runfolder.manifest import Checkpoint
+from sage.runfolder.manifest import BEST, FINAL, Checkpoint
 from sage.runfolder.record import cut_back
 
 REQUEUE = "requeue"
@@ -102,10 +102,17 @@ def _say_changes(resumed: Checkpoint, old: dict[str, Any], new: dict[str, Any]) 
             say(f"{name} was {old.get(name)}, is {new.get(name)}: numbers may round differently from here on")
 
 
-def finish(folder: Path, summary: dict[str, Any], model: torch.nn.Module) -> None:
-    """Write the final weights and then the summary, which says that the run is done; then remove its
-    checkpoints."""
-    checkpoint.write_weights(folder / "checkpoints" / "final.pt", model)
+def finish(
+    folder: Path, summary: dict[str, Any], model: torch.nn.Module, best: dict[str, Any] | None = None
+) -> None:
+    """Write the final weights, those of the best epoch where they were kept, and then the summary, which says
+    that the run is done; then remove its checkpoints. torch.load(path, weights_only=True) reads the
+    weights."""
+    checkpoint.write_state(folder / "checkpoints" / FINAL, model.state_dict())
+    if best is not None:
+        checkpoint.write_state(folder / "checkpoints" / BEST, best)
+    else:  # a run that ended just here, and was resumed with other settings, has left one
+        (folder / "checkpoints" / BEST).unlink(missing_ok=True)
     files.write_json(folder / "summary.json", summary)
     checkpoint.prune(folder, kept=[])
 

@@ -1,6 +1,7 @@
 """The format of a checkpoint on disk, and how one is found and verified. Imports no torch.
 
 runs/<config>/<run id>/checkpoints/step-00001234/    shared.pt  rank0.pt  rank1.pt ...  manifest.json
+                                                     best.pt, where the best epoch's weights are kept
 
 The manifest is written last and names every file with its size and checksum: a folder without a manifest is
 not a checkpoint.
@@ -26,6 +27,10 @@ FORMAT = 3
 NAME = "manifest.json"
 SHARED = "shared.pt"
 """The name of the file of what all workers have in common."""
+FINAL = "final.pt"
+"""The name, in checkpoints/, of the weights of a run that is done."""
+BEST = "best.pt"
+"""The name of the file of the best epoch's weights; a checkpoint may be without it."""
 
 
 def worker_file(rank: int) -> str:
@@ -65,11 +70,12 @@ class Manifest(Settings):
         return self.model_copy(update={"checksum": checksum_of(self.model_dump(mode="json"))})
 
     def check_files(self) -> None:
-        """Raise ValueError unless files names the shared file and one file of each worker, and no other."""
+        """Raise ValueError unless files names the shared file and one file of each worker, and no other but
+        that of the best weights."""
         expected = {SHARED, *map(worker_file, range(self.world_size))}
         for name in sorted(expected - self.files.keys()):
             raise ValueError(f"files: expected {name} among them")
-        for name in sorted(self.files.keys() - expected):
+        for name in sorted(self.files.keys() - expected - {BEST}):
             raise ValueError(f"files: expected no {name} among them")
 
 

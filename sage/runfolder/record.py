@@ -1,11 +1,12 @@
 """What a run writes and shows while it trains: metrics.jsonl, TensorBoard, progress."""
 
 import json
-import threading
+import os
+import socket
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Self
@@ -15,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from sage import files
 from sage.config import Settings
-from sage.console import console, describe_gap, readable_bytes, say
+from sage.console import console, describe_gap, first_line, readable_bytes, say
 from sage.files import LineFile
 
 PLAIN_SECONDS = 10.0
@@ -28,9 +29,11 @@ class Log(Settings):
     every: int = Field(default=10, ge=1)
     """Steps between two step lines in metrics.jsonl."""
     tensorboard: bool = True
-    """Write the numbers of metrics.jsonl to the run's tensorboard/ folder too."""
+    """Write the numbers of metrics.jsonl to the run's tensorboard/ folder too, where the package tensorboard
+    is installed."""
     wandb: str | None = None
-    """A Weights & Biases project to send the same numbers to; null: none."""
+    """A Weights & Biases project to send the same numbers to; null: none. A resumed run goes on in the same
+    run there, which keeps the first numbers that it got of a step."""
 
     @model_validator(mode="after")
     def _wandb_is_installed(self) -> Self:
@@ -54,46 +57,92 @@ class _Sink(ABC):
 
 
 class _TensorBoard(_Sink):
+    """Writes an event for each line, with all its numbers, and hands it to the system at once. (torch's
+    SummaryWriter writes an event for each number, which takes several times as long.)"""
+
     name = "TensorBoard"
 
     def __init__(self, folder: Path, first_step: int) -> None:
-        # Imported here: it takes seconds, and most workers do not need it.
-        from torch.utils.tensorboard import SummaryWriter
+        # Imported here: it takes a second, and most workers do not need it.
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.record_writer import RecordWriter
 
-        # An epoch's numbers are logged at the step after its last one, so that those of the last epoch stay:
-        # only what was logged after first_step is removed.
-        self._writer = SummaryWriter(
-            folder / "tensorboard", purge_step=first_step + 1 if first_step else None
-        )
-        threading.excepthook = _ignore_errors_of_the_disk  # in the writer's thread: the next log raises them
+        self._event, self._summary = Event, Summary
+        (folder / "tensorboard").mkdir(exist_ok=True)
+        # TensorBoard reads the files in the order of their names.
+        seconds, nanoseconds = divmod(time.time_ns(), 10**9)
+        name = f"{seconds:010d}.{socket.gethostname()}.{os.getpid()}.{nanoseconds:09d}"
+        self._records = RecordWriter((folder / "tensorboard" / f"events.out.tfevents.{name}").open("xb"))
+        self._add(file_version="brain.Event:2")
+        if first_step:
+            # An epoch's numbers are logged at the step after its last one, so that those of the last epoch
+            # stay: only what was logged after first_step is removed.
+            self._add(step=first_step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
+        numbers = [self._summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        self._add(step=step, summary=self._summary(value=numbers))
 
     def close(self) -> None:
-        self._writer.close()
+        self._records.close()
 
-
-def _ignore_errors_of_the_disk(arguments: threading.ExceptHookArgs) -> None:
-    if not isinstance(arguments.exc_value, OSError):
-        threading.__excepthook__(arguments)
+    def _add(self, **fields: Any) -> None:
+        self._records.write(self._event(wall_time=time.time(), **fields).SerializeToString())
+        self._records.flush()
 
 
 class _Wandb(_Sink):
     name = "Weights & Biases"
 
     def __init__(self, folder: Path, project: str) -> None:
+        """Raises ValueError, in one line, where a run cannot be opened."""
         import wandb  # optional
 
-        run_id = folder.name
-        self._run = wandb.init(project=project, name=run_id, id=run_id, resume="allow", dir=folder)
+        try:
+            run_id = _wandb_id(folder)
+            self._run = wandb.init(project=project, name=run_id, id=run_id, resume="allow", dir=folder)
+        except Exception as error:  # of many kinds: no key, no such project, no network
+            raise ValueError(f"log.wandb: {project}: {first_line(error)}") from None
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        self._run.log(dict(values), step=step)
+        with _as_os_error():
+            self._run.log(dict(values), step=step)
 
     def close(self) -> None:
-        self._run.finish()
+        with _as_os_error():
+            self._run.finish()
+
+
+@contextmanager
+def _as_os_error() -> Iterator[None]:
+    """Raise whatever goes wrong as an OSError."""
+    try:
+        yield
+    except Exception as error:
+        raise OSError(0, first_line(error)) from error
+
+
+def _wandb_id(folder: Path) -> str:
+    """The run's id at Weights & Biases, which its folder holds, so that a run goes on there after it is
+    resumed, whatever its folder is called by then."""
+    path = folder / "wandb_id.txt"
+    if not path.exists():
+        files.write_text(path, f"{folder.name}\n")
+    return path.read_text().strip()
+
+
+def check_wandb(log: Log) -> None:
+    """Log in to Weights & Biases where its numbers are to go there; on a terminal it may ask for a key.
+    Raises ValueError, in one line, where that fails."""
+    if log.wandb is None:
+        return
+    import wandb
+
+    try:
+        wandb.login()  # does nothing where it is set to be offline or disabled
+    except Exception as error:
+        raise ValueError(f"log.wandb: {first_line(error)}") from None
 
 
 class Recorder:
@@ -107,7 +156,7 @@ class Recorder:
         first_step: int = 0,
         keep_waiting: bool = False,
     ) -> None:
-        """Opens no file before it is entered.
+        """Opens no file before it is entered, which raises ValueError or OSError where one cannot be opened.
 
         folder: the run's, or None on the other ranks. first_step: where a resumed run continues.
         keep_waiting: lines wait for room on a full disk, instead of raising OSError.
@@ -122,18 +171,27 @@ class Recorder:
     def __enter__(self) -> Self:
         if self._folder is None:
             return self
-        self._file = LineFile(self._folder / "metrics.jsonl", self._keep_waiting)
-        if self._log.tensorboard:
-            self._sinks.append(_TensorBoard(self._folder, self._first_step))
+        try:
+            self._open(self._folder)
+        except BaseException as failure:
+            self.__exit__(type(failure), failure)
+            raise
+        return self
+
+    def _open(self, folder: Path) -> None:
+        self._file = LineFile(folder / "metrics.jsonl", self._keep_waiting)
+        if self._log.tensorboard and find_spec("tensorboard") is None:
+            say("log.tensorboard: the package tensorboard is not installed, so its folder is not written")
+        elif self._log.tensorboard:
+            self._sinks.append(_TensorBoard(folder, self._first_step))
         if self._log.wandb is not None:
-            self._sinks.append(_Wandb(self._folder, self._log.wandb))
+            self._sinks.append(_Wandb(folder, self._log.wandb))
         if console().is_terminal:
             description = TextColumn("{task.description}")
             columns = (BarColumn(20), MofNCompleteColumn(), description, TimeRemainingColumn())
             self._progress = Progress(*columns, console=console(), transient=True)
             self._task = self._progress.add_task("", total=self._total_steps, completed=self._first_step)
             self._progress.start()
-        return self
 
     def __exit__(self, kind: object, failure: BaseException | None, *_: object) -> None:
         if self._progress:
@@ -158,13 +216,20 @@ class Recorder:
         """Append a line, handed to the system at once: a run that dies loses none."""
         if self._file:
             self._write_to(self._file, line)
-        values = {f"{line['kind']}/{name}": value for name, value in scalars(line).items()}
-        for sink in list(self._sinks):
-            try:
-                sink.log(values, line["step"])
-            except OSError as error:
-                self._sinks.remove(sink)
-                say(f"{sink.name}: {error.strerror}; it gets no more numbers")
+        if self._sinks:
+            values = {f"{line['kind']}/{name}": value for name, value in scalars(line).items()}
+            for sink in list(self._sinks):
+                self._log_to(sink, values, line["step"])
+
+    def _log_to(self, sink: _Sink, values: Mapping[str, float], step: int) -> None:
+        """Pass numbers on; a place that cannot take them gets no more."""
+        try:
+            sink.log(values, step)
+        except OSError as error:
+            self._sinks.remove(sink)
+            with suppress(OSError):
+                sink.close()
+            say(f"{sink.name}: {error.strerror}; it gets no more numbers")
 
     def _write_to(self, file: LineFile, line: Mapping[str, Any]) -> None:
         """Append a line to metrics.jsonl; say so when lines begin to wait for room on the disk."""

@@ -2,7 +2,6 @@
 watch for: numbers that are not finite, replicas that differ."""
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from enum import IntEnum
 from signal import Signals
@@ -11,8 +10,10 @@ import torch
 from torch import Tensor
 
 from sage.exchange.exchange import read_agreement, start_agreement
-from sage.interfaces import Communicator
+from sage.exchange.late import LateValues, stream_for_reading
+from sage.interfaces import Communicator, TrainingError
 from sage.workers.signals import WATCH
+from sage.workers.store import RendezvousStore
 
 
 class Request(IntEnum):
@@ -44,9 +45,11 @@ class Evidence:
     step: int
     values: Tensor
     """Finite where they are. A scalar, which may be too large all the same; or, to be read after the gradient
-    is gone, (1 + slots,): the loss, and the largest magnitude of each slot's gradient."""
+    is gone, (1 + slots,): the loss, and the largest magnitude of each slot's gradient, by names."""
     norm: Tensor | None = None
     """The gradient's norm in the gradient's type, where it was computed."""
+    names: tuple[str, ...] = ()
+    """What the values are, where they are to be read later."""
 
 
 class Agreement:
@@ -110,13 +113,13 @@ class LateAgreement(Agreement):
         """fail: raises the error of a step that is not finite on some worker; called on all of them."""
         super().__init__(side, device, is_due)
         self._fail = fail
-        self._waiting: list[tuple[Evidence, _LateNumber]] = []
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._waiting: list[tuple[Evidence, LateValues]] = []
+        self._stream = stream_for_reading(device)
 
     def agree(self, evidence: Evidence, used: Sequence[bool], waits: bool) -> tuple[Request, list[bool]]:
         """What all workers do, as agreed on a step before where this does not wait."""
         flags = self._start(evidence, used)
-        self._waiting.append((evidence, _LateNumber(flags[0], self._stream)))
+        self._waiting.append((evidence, LateValues(flags[0], self._stream)))
         if not all(used):
             _, used = read_agreement(self._side, flags)
         if waits:
@@ -124,7 +127,7 @@ class LateAgreement(Agreement):
         if len(self._waiting) == 1:
             return Request.NOTHING, list(used)
         earlier, number = self._waiting.pop(0)  # of the step before
-        return self._answer([earlier], [number.read(self._side)]), list(used)
+        return self._answer([earlier], [int(number.read(self._side))]), list(used)
 
     def settle(self) -> Request:
         if not self._waiting:
@@ -132,7 +135,7 @@ class LateAgreement(Agreement):
         steps, numbers = zip(*self._waiting, strict=True)
         self._waiting = []
         return self._answer(
-            steps, self._side.read(torch.stack([number.value for number in numbers])).tolist()
+            steps, self._side.read(torch.stack([number.values for number in numbers])).tolist()
         )
 
     def _answer(self, steps: Sequence[Evidence], agreed: Sequence[int]) -> Request:
@@ -141,24 +144,6 @@ class LateAgreement(Agreement):
             if request == Request.SKIP:
                 self._fail(evidence)
         return Request(max(agreed))
-
-
-class _LateNumber:
-    """A number of the device that the host reads later, without waiting for what the device was given to do
-    since."""
-
-    def __init__(self, value: Tensor, stream: torch.cuda.Stream | None) -> None:
-        """value: a scalar, never changed. stream: on which it is read; None: the device is no GPU."""
-        self.value, self._stream = value, stream
-        self._ready = torch.cuda.Event() if stream else None
-        if self._ready:
-            self._ready.record()
-
-    def read(self, side: Communicator) -> int:
-        if self._stream and self._ready:
-            self._stream.wait_event(self._ready)
-        with torch.cuda.stream(self._stream) if self._stream else nullcontext():
-            return int(side.read(self.value))
 
 
 def wait_for_all(side: Communicator, device: torch.device) -> None:
@@ -197,3 +182,21 @@ def _checksum(values: Tensor) -> Tensor:
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
     bits = values.reshape(-1).view(integers).long()
     return (bits * (2 * torch.arange(bits.numel(), device=bits.device) + 1)).sum()
+
+
+def on_all_workers(name: str, call: Callable[[], object], store: RendezvousStore) -> None:
+    """Make a call on every worker; raise TrainingError on all of them where it failed on one. name: new for
+    each call, the same on all workers."""
+    error = ""
+    try:
+        call()
+    except (ValueError, OSError) as failure:
+        error = str(failure)
+    raise_on_all_workers(name, error, store)
+
+
+def raise_on_all_workers(name: str, error: str, store: RendezvousStore) -> None:
+    """Raise TrainingError on all workers where one of them has an error."""
+    for rank, message in enumerate(store.collect(name, error)):
+        if message:
+            raise TrainingError(f"rank {rank}: {message}")

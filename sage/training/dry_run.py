@@ -1,5 +1,6 @@
 """--dry-run: how large a run is, what a worker holds, how long a simulated step takes."""
 
+from itertools import repeat
 from statistics import median
 from typing import Any
 
@@ -10,8 +11,9 @@ from torch import Tensor
 from sage.config import Named
 from sage.console import readable_bytes
 from sage.exchange.clock import Clock
-from sage.exchange.comm import CountingComm, LocalComm
-from sage.interfaces import Place, Progress
+from sage.exchange.comm import LocalComm
+from sage.exchange.echo import EchoComm
+from sage.interfaces import Place, Progress, Reducer
 from sage.network import Call, Link, exact_calls
 from sage.runfolder.record import Recorder
 from sage.training.settings import RunSettings
@@ -40,16 +42,18 @@ def describe_run(settings: RunSettings, parts: TrainingParts, worker: Worker) ->
     total = sum(held.values())
     listed = ", ".join(f"{name} {count:,}" for name, count in held.items())
     lines = [
-        describe_size(parts, settings.epochs, worker.place),
+        describe_size(parts, settings, worker.place),
         *describe_network(parts, settings.reducer, world_size),
         f"memory      {total:,} B a worker: {listed}; data and activations not counted",
     ]
+    if settings.scaling.name != "constant":
+        lines.append(f"scaling     {settings.scaling.name}; the lines above are of the reducer's own density")
     if worker.simulated:
         once = held["parameters"] + held["optimizer"]
         in_all = once + world_size * (total - once)
         lines.append(f"simulated   {in_all:,} B for {world_size}: parameters and optimizer are held once")
         lines.append(
-            f"time        {_describe_time(_time_step(trainer), world_size, parts.task.steps_per_epoch)}"
+            f"time        {_describe_time(_time_step(trainer), world_size, trainer.steps_per_epoch)}"
         )
     return "\n".join(lines)
 
@@ -62,19 +66,26 @@ def break_even_density(world_size: int, dense_bytes: int) -> float:
     return 2 * dense_bytes / (8 * world_size)
 
 
-def describe_size(parts: TrainingParts, epochs: int, place: Place) -> str:
+def describe_size(parts: TrainingParts, settings: RunSettings, place: Place) -> str:
     """Parameters, workers, batches, steps and bytes of a run, line by line."""
-    task, gradient = parts.task, parts.gradient
-    num_elements, steps = gradient.flat.numel(), task.steps_per_epoch
-    payload, dense = parts.reducer.expected_payload_bytes(place.world_size), gradient.flat.nbytes
+    task, gradient, epochs, count = parts.task, parts.gradient, settings.epochs, settings.accumulate_steps
+    num_elements, steps = gradient.flat.numel(), settings.steps_of(task.steps_per_epoch)
+    batches = f", {count} batches a step, {task.batch_per_worker * place.world_size * count} in all"
+    payload, dense = parts.compression.reducer.expected_payload_bytes(place.world_size), gradient.flat.nbytes
     share = f", {payload / dense:.3%} of the dense gradient's {readable_bytes(dense)}" if payload else ""
     lines = [
         f"parameters  {num_elements:,} in {len(gradient.layout)} tensors",
         f"workers     {place.world_size}",
-        f"batch       {task.batch_per_worker} a worker, {task.batch_per_worker * place.world_size} in all",
+        f"batch       {task.batch_per_worker} a worker, {task.batch_per_worker * place.world_size} in all"
+        + (batches if count > 1 else ""),
         f"steps       {steps:,} an epoch, {steps * epochs:,} in {epochs} epochs",
         f"payload     {readable_bytes(payload)} a worker and step at the target density{share}",
     ]
+    if settings.overlap is not None:
+        lines.append(
+            f"overlap     in buckets of {settings.overlap.bucket_mb:g} MiB; what follows is the same run's "
+            "without overlap"
+        )
     if place.world_size > 1:
         full, half = (f"{break_even_density(place.world_size, size):.3g}" for size in (4, 2))
         lines.append(f"break-even  below density {full} a gather sends less than exact does; 16-bit: {half}")
@@ -87,7 +98,8 @@ def describe_network(parts: TrainingParts, config: Named, world_size: int) -> li
     saves. world_size: 1 where the user has not chosen one."""
     given = "" if world_size > 1 else " (--workers gives another number)"
     world_size = world_size if world_size > 1 else ASSUMED_WORKERS
-    n, calls = parts.gradient.flat.numel(), expected_calls(parts, config, world_size)
+    flat = parts.gradient.flat
+    n, calls = flat.numel(), expected_calls(parts.compression.reducer, flat, config, world_size)
     lines = [
         f"network     ms of a step's collectives, predicted, 50 µs a message, {world_size} workers{given}"
     ]
@@ -101,49 +113,26 @@ def describe_network(parts: TrainingParts, config: Named, world_size: int) -> li
     return lines
 
 
-def expected_calls(parts: TrainingParts, config: Named, world_size: int) -> list[Call]:
+def expected_calls(reducer: Reducer, flat: Tensor, config: Named, world_size: int) -> list[Call]:
     """The collectives of a step, of the kinds that the reducer makes and of as many bytes as it expects.
 
-    A step on drawn numbers, with other workers that have the same, says the kinds. A sparsifier that reduces
-    what it has gathered the indices of is expected to meet no index twice, though these workers all select
+    A step on drawn numbers, with another worker that has the same, says the kinds. A sparsifier that reduces
+    what it has gathered the indices of is expected to meet no index twice, though these workers both select
     the same.
     """
-    comm, flat = EchoComm(world_size), parts.gradient.flat
+    comm = EchoComm()
     send, mean = torch.randn(flat.shape, device=flat.device), torch.zeros_like(flat)
-    parts.reducer.accumulate(send, mean)
-    parts.reducer.reduce(send, mean, comm)
+    reducer.accumulate(send, mean)
+    reducer.reduce(send, mean, comm)
     kinds = {call.kind for call in comm.calls}
-    is_union = type(parts.reducer).is_sparsifier(config) and kinds == {"all_gather", "all_reduce"}
+    is_union = type(reducer).is_sparsifier(config) and kinds == {"all_gather", "all_reduce"}
     made = [
         Call(kind, size * (world_size if is_union and kind == "all_reduce" else 1))
         for kind, size in comm.calls
     ]
     in_all = sum(call.payload_bytes for call in made)
-    factor = parts.reducer.expected_payload_bytes(world_size) / in_all if in_all else 0.0
+    factor = reducer.expected_payload_bytes(world_size) / in_all if in_all else 0.0
     return [Call(kind, size * factor) for kind, size in made]
-
-
-class EchoComm(CountingComm):
-    """One worker among many that all have what it has; remembers its collectives."""
-
-    def __init__(self, world_size: int) -> None:
-        super().__init__(0, world_size)
-        self.calls: list[Call] = []
-
-    def another(self) -> "EchoComm":
-        return EchoComm(self.world_size)
-
-    def _all_reduce(self, x: Tensor, op: str) -> None:
-        self.calls.append(Call("all_reduce", x.nbytes))
-        if op == "sum":
-            x.mul_(self.world_size)
-
-    def _all_gather(self, x: Tensor) -> Tensor:
-        self.calls.append(Call("all_gather", x.nbytes))
-        return x.expand(self.world_size, *x.shape)
-
-    def _broadcast(self, x: Tensor, source: int) -> None:
-        self.calls.append(Call("broadcast", x.nbytes))
 
 
 def _single_trainer(settings: RunSettings, parts: TrainingParts) -> Trainer:
@@ -158,7 +147,7 @@ def _single_trainer(settings: RunSettings, parts: TrainingParts) -> Trainer:
 
 
 def _make_step(trainer: Trainer) -> None:
-    progress = Progress(0.0, 0, trainer.base_lrs[0], trainer.task.steps_per_epoch)
+    progress = Progress(0.0, 0, trainer.base_lrs[0], trainer.steps_per_epoch)
     every_slot = [True] * len(trainer.gradient.layout)
     trainer.exchange_gradient(progress, every_slot, measure=False)
     trainer.apply(0.0)
@@ -170,7 +159,7 @@ def _time_step(trainer: Trainer) -> dict[str, float]:
     batch, gradients = next(trainer.task.train_batches(0)), []
     for _ in range(1 + TIMED_STEPS):
         trainer.clock.take()
-        trainer.compute_gradient(batch)
+        trainer.compute_gradient(repeat(batch))
         taken = trainer.clock.take()
         gradients.append(taken["forward"] + taken["backward"])
     _make_step(trainer)
@@ -192,9 +181,9 @@ def held_bytes(parts: TrainingParts) -> dict[str, int]:
         "parameters": [parameter.data for parameter in parts.task.model.parameters()],
         "buffers": list(parts.task.model.buffers()),
         "gradient": parts.gradient.flat,
-        "residual": parts.feedback,
+        "residual": parts.compression.feedback,
         "optimizer": dict(parts.optimizer.state),
-        "reducer": parts.reducer,
+        "reducer": parts.compression.reducer,
     }
     found: dict[int, int] = {}
     held: dict[str, int] = {}

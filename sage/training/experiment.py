@@ -17,8 +17,9 @@ from sage.runfolder.folder import begin, check_unlocked, finish, leave, link, lo
 from sage.runfolder.manifest import Checkpoint
 from sage.runfolder.record import Recorder
 from sage.runfolder.resume import ResumePoint, ResumeRequest, choose
-from sage.training.agree import wait_for_all
+from sage.training.agree import on_all_workers, raise_on_all_workers, wait_for_all
 from sage.training.compiled import check_compiles
+from sage.training.overlap import OverlappedTrainer
 from sage.training.precision import set_up_arithmetic
 from sage.training.settings import RunSettings, notes
 from sage.training.simulate import WorkerContext, run_single, simulate
@@ -72,12 +73,20 @@ def find_resume_point(
         raise ValueError(f"--resume: expected a run with a whole checkpoint in {parent}, found none")
     if found is not None and found.checkpoint is not None and worker.place.rank == 0:
         check_unlocked(found.run)
+        _check_has_best(settings, found.checkpoint)
         try:
             checkpoint.check_readable(found.checkpoint)
         except ValueError as error:
             older = manifest.older_whole(found.checkpoint.folder / manifest.NAME)
             raise ValueError(f"--resume: the checkpoint is damaged: {error}; {older}") from None
     return found
+
+
+def _check_has_best(settings: RunSettings, found: Checkpoint) -> None:
+    """Raise ValueError where the best epoch's weights are to be kept, but those of a run so far are lost."""
+    if settings.checkpoint.best and found.manifest.epoch > 0 and manifest.BEST not in found.manifest.files:
+        problem = f"expected false, since {found.folder} has no weights of its best epoch so far"
+        raise ValueError(f"checkpoint.best: {problem}: that run did not keep them")
 
 
 def start(plan: RunPlan, build: Build, worker: Worker) -> int:
@@ -98,7 +107,7 @@ def run_point(
 ) -> None:
     """Run a sweep's point, on one worker, while no other process runs it."""
     with sweep.being_run(plan.parent if worker.place.rank == 0 else None) as error:
-        _raise_on_all_workers("point", error, store)
+        raise_on_all_workers("point", error, store)
         run_worker(plan, build, worker, store, context)
 
 
@@ -117,7 +126,7 @@ def run_worker(
     parts = build(settings, worker)
     context.share(parts.task)
     if settings.compile:
-        _on_all_workers("compiled", lambda: check_compiles(worker.device), store)
+        on_all_workers("compiled", lambda: check_compiles(worker.device), store)
 
     # 2. where, and from which step on
     resumed = _agree_on_checkpoint(plan, store)
@@ -129,16 +138,17 @@ def run_worker(
     writer = CheckpointWriter(folder, dump, settings.checkpoint, store, first_step)
     recorder = Recorder(
         folder if speaks else None,
-        settings.epochs * parts.task.steps_per_epoch,
+        settings.epochs * settings.steps_of(parts.task.steps_per_epoch),
         settings.log,
         first_step,
         keep_waiting=not settings.checkpoint.required,
     )
     reads_late = worker.device.type == "cuda"
     services = RunServices(comm, side, clock, recorder, store, writer, reads_late)
-    trainer = context.trainer(settings, parts, services)
+    kind = context.trainer if settings.overlap is None else OverlappedTrainer
+    trainer = kind(settings, parts, services)
     if resumed:
-        _on_all_workers("restored", lambda: trainer.restore(resumed), store)
+        on_all_workers("restored", lambda: trainer.restore(resumed), store)
 
     # 4. training
     _train_in(folder, trainer, plan, worker, store)
@@ -154,17 +164,17 @@ def _train_in(folder: Path, trainer: Trainer, plan: RunPlan, worker: Worker, sto
             if not speaks:
                 return
             say(f"{folder}: {worker.describe(workers)}")
-            for note in (*notes(plan.settings, worker.device), *trainer.exchange.reducer.notes()):
+            for note in (*notes(plan.settings, worker.device), *trainer.notes()):
                 say(note)
             held.enter_context(lock(folder))
             environment = provenance.environment(**worker.facts(), workers=workers)
             begin(folder, config.to_yaml(plan.settings), environment, plan.checkpoint)
             if plan.job_link:
                 link(plan.job_link, folder)
+            held.enter_context(trainer.recorder)
 
-        _on_all_workers("opened", open_folder, store)
-        with trainer.recorder:
-            _train(trainer, folder, speaks)
+        on_all_workers("opened", open_folder, store)
+        _train(trainer, folder, speaks)
 
 
 def _train(trainer: Trainer, folder: Path, speaks: bool) -> None:
@@ -181,7 +191,7 @@ def _train(trainer: Trainer, folder: Path, speaks: bool) -> None:
             trainer.recorder.sync()
         except RunFolderLost as error:  # nothing of it is made anew
             raise TrainingError(str(error)) from None
-        finish(folder, summary, trainer.task.model)
+        finish(folder, summary, trainer.task.model, trainer.best_weights)
 
 
 def _is_done(plan: RunPlan, worker: Worker, store: RendezvousStore) -> bool:
@@ -206,7 +216,7 @@ def _agree_on_folder(plan: RunPlan, store: RendezvousStore) -> Path:
         if not provenance.is_run_id(name):
             raise ValueError(f"the rendezvous store: expected the name of a run's folder, got {name[:60]!r}")
 
-    _on_all_workers("named", check_name, store)
+    on_all_workers("named", check_name, store)
     return plan.parent / name
 
 
@@ -233,22 +243,5 @@ def _agree_on_checkpoint(plan: RunPlan, store: RendezvousStore) -> Checkpoint | 
             _check_within(Path(folder), plan)
             seen.append(manifest.read(Path(folder)))
 
-    _on_all_workers("seen", see, store)
+    on_all_workers("seen", see, store)
     return seen[0] if seen else None
-
-
-def _on_all_workers(name: str, call: Callable[[], object], store: RendezvousStore) -> None:
-    """Make a call on every worker; raise TrainingError on all of them where it failed on one."""
-    error = ""
-    try:
-        call()
-    except (ValueError, OSError) as failure:
-        error = str(failure)
-    _raise_on_all_workers(name, error, store)
-
-
-def _raise_on_all_workers(name: str, error: str, store: RendezvousStore) -> None:
-    """Raise TrainingError on all workers where one of them has an error."""
-    for rank, message in enumerate(store.collect(name, error)):
-        if message:
-            raise TrainingError(f"rank {rank}: {message}")

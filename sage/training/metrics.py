@@ -1,6 +1,5 @@
 """What a run measures: means over workers, totals, the lines of metrics.jsonl."""
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -62,7 +61,11 @@ class Meter(Stateful):
         self._epoch_densities: list[float] = []
         self._densities: list[float] = []
         self._totals: dict[str, float] = {}
-        self._started = time.monotonic()
+        self._wall = 0.0  # seconds since the last epoch line, up to the clock's last reading
+
+    def start(self) -> None:
+        """Measure seconds from now on."""
+        self._clock.take()
 
     def add_step(self, loss: Tensor, density: float) -> None:
         """loss: a scalar on the device; it is read with the next step line, not now."""
@@ -89,8 +92,7 @@ class Meter(Stateful):
             raise TrainingError("every step of an epoch was skipped")
         self._drain()
         self._line = {}
-        wall, self._started = time.monotonic() - self._started, time.monotonic()
-        totals = self._means({**self._epoch, "seconds.wall": wall})
+        totals = self._means({**self._epoch, "seconds.wall": self._wall})
         for name, total in totals.items():
             self._totals[name] = self._totals.get(name, 0.0) + total
         line = {
@@ -100,7 +102,7 @@ class Meter(Stateful):
             "seconds": {name: totals[f"seconds.{name}"] for name in self._seconds_of(totals)},
         }
         self._densities += self._epoch_densities
-        self._epoch, self._epoch_losses, self._epoch_densities = {}, [], []
+        self._epoch, self._epoch_losses, self._epoch_densities, self._wall = {}, [], [], 0.0
         return line
 
     def totals(self) -> dict[str, Any]:
@@ -115,10 +117,9 @@ class Meter(Stateful):
 
     def state_dict(self) -> dict[str, Any]:
         self._drain()
-        wall = time.monotonic() - self._started
         kept = {name: getattr(self, f"_{name}") for name in self.KEPT}
         losses = self._side.read(torch.stack(self._losses)).tolist() if self._losses else []
-        return {"losses": losses, "wall": wall, **kept}
+        return {"losses": losses, "wall": self._wall, **kept}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name in self.KEPT:
@@ -127,7 +128,7 @@ class Meter(Stateful):
         self._losses = [
             torch.tensor(loss, dtype=torch.float64, device=self._device) for loss in state["losses"]
         ]
-        self._started = time.monotonic() - state["wall"]
+        self._wall = float(state["wall"])
         for name in self.KEPT:
             setattr(self, f"_{name}", state[name])
 
@@ -143,7 +144,9 @@ class Meter(Stateful):
 
     def _drain(self) -> None:
         """Move the clock's seconds into the sums of the line and of the epoch."""
+        before = self._clock.taken_at
         self._add({f"seconds.{name}": seconds for name, seconds in self._clock.take().items()})
+        self._wall += self._clock.taken_at - before
 
     def _add(self, values: Mapping[str, float]) -> None:
         for sums in (self._line, self._epoch):

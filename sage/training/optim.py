@@ -25,6 +25,7 @@ class Schedule(Settings):
     decay_epochs: Annotated[tuple[float, ...], Strict(False)] = ()
     """At each of these epochs the learning rate is multiplied by decay_factor."""
     decay_factor: float = Field(default=0.1, gt=0, le=1)
+    """What it is multiplied by there."""
 
     @field_validator("decay_epochs")
     @classmethod
@@ -87,7 +88,9 @@ class SGD(Named):
     lr: float = Field(gt=0)
     """Base learning rate, before the schedule."""
     momentum: float = Field(default=0.0, ge=0, lt=1)
+    """What each step keeps of the one before."""
     nesterov: bool = False
+    """Nesterov's momentum, in the form that nesterov_form says."""
     nesterov_form: Literal["torch", "published"] = "torch"
     """torch: the step is g + momentum m, with m the new momentum; published (SAGE's code): g + m."""
     weight_decay: float = Field(default=0.0, ge=0)
@@ -117,7 +120,9 @@ class Adam(Named):
         0.9,
         0.999,
     )
+    """Of the running means of the gradient and of its square."""
     eps: float = Field(default=1e-8, gt=0)
+    """Added to the root of the second moment."""
     weight_decay: float = Field(default=0.0, ge=0)
     """For weights; normalisation layers and biases have none."""
 

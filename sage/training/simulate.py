@@ -86,7 +86,8 @@ class SimulatedTrainer(Trainer):
         return self.comm.rank == 0
 
     def apply(self, lr_factor: float) -> None:
-        wait_for_all(self.side, self.device)  # until every worker has its gradient
+        with self.clock.phase("agree"):
+            wait_for_all(self.side, self.device)  # until every worker has its gradient
         with self.clock.phase("optimizer"):  # on all workers: the time that each of them would take
             if self.comm.rank == 0:
                 super().apply(lr_factor)

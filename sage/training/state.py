@@ -1,16 +1,25 @@
 """Everything that the next step depends on: what is the same on all workers, and what is each one's own."""
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from sage.console import first_line
-from sage.exchange.exchange import Exchange
 from sage.interfaces import Place, Stateful, Task, seed_of
 from sage.runfolder.checkpoint import State, read_state
 from sage.runfolder.manifest import SHARED, Checkpoint, worker_file
+
+
+class Saved(Protocol):
+    """What a checkpoint holds of a worker's own."""
+
+    def state_dict(self) -> State: ...
+
+    def load_state_dict(self, state: State) -> None: ...
+
+    def reseed(self, seed: int) -> None: ...
 
 
 class Position(Stateful):
@@ -31,7 +40,7 @@ class Position(Stateful):
         self.steps_per_epoch = steps_per_epoch
         self.epoch = 0
         self.index = 0
-        """The next batch of the epoch."""
+        """The next step of the epoch."""
         self.step = 0
         """Steps done, skipped ones included."""
         self.scores: list[float] = []
@@ -54,7 +63,7 @@ class TrainingState:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         position: Position,
-        parts: Mapping[str, Exchange | Stateful],
+        parts: Mapping[str, Saved],
         device: torch.device,
     ) -> None:
         """parts: what is the worker's own, by name."""
@@ -145,6 +154,30 @@ class TrainingState:
     def _load_buffers(self, state: State) -> None:
         for name, buffer in self.model.named_buffers():
             buffer.copy_(state["buffers"][name])
+
+
+class BestWeights:
+    """Keeps the weights of the epoch with the best score so far, the first of several, on the host."""
+
+    def __init__(self, model: nn.Module, higher_is_better: bool) -> None:
+        self._model, self._higher_is_better = model, higher_is_better
+        self.weights: State | None = None
+        """The model's state_dict as it was scored; None before the first epoch's end."""
+
+    def consider(self, scores: Sequence[float]) -> None:
+        """Keep the model's weights if the last of all scores so far, which is theirs, is the best.
+
+        On a GPU this waits for the device."""
+        if best_epoch(scores, self._higher_is_better) < len(scores) - 1:
+            return
+        self.weights = self._model.state_dict()
+        for name, value in self.weights.items():
+            self.weights[name] = value.to("cpu", copy=True)
+
+
+def best_epoch(scores: Sequence[float], higher_is_better: bool) -> int:
+    """The first epoch with the best score, counted from 0."""
+    return scores.index(max(scores) if higher_is_better else min(scores))
 
 
 class TaskSnapshot:

@@ -1,19 +1,23 @@
-"""The command behind prepare_dataset.sh: download or take an archive, verify, convert once."""
+"""The command behind prepare_dataset.sh: download or take an archive, verify, convert once.
+
+Imports a data set's code when it is asked for: --help answers at once.
+"""
 
 import argparse
 import sys
 from pathlib import Path
-
-from tasks.data import movielens, ptb, wikitext2
-from tasks.data.cifar import CIFAR10, CIFAR100
+from pkgutil import resolve_name
 
 PREPARE = {
-    "cifar10": CIFAR10.prepare,
-    "cifar100": CIFAR100.prepare,
-    "ptb": ptb.prepare,
-    "wikitext2": wikitext2.prepare,
-    **{name: ratings.prepare for name, ratings in movielens.SETS.items()},
+    "cifar10": "tasks.data.cifar:CIFAR10.prepare",
+    "cifar100": "tasks.data.cifar:CIFAR100.prepare",
+    "ptb": "tasks.data.ptb:prepare",
+    "wikitext2": "tasks.data.wikitext2:prepare",
+    "ml-100k": "tasks.data.movielens:ML_100K.prepare",
+    "ml-1m": "tasks.data.movielens:ML_1M.prepare",
+    "ml-20m": "tasks.data.movielens:ML_20M.prepare",
 }
+"""Where each data set's function is: from the data folder and an archive or None to what there is to say."""
 
 
 def main() -> int:
@@ -29,7 +33,7 @@ def main() -> int:
     )
     arguments = parser.parse_args()
     try:
-        print(PREPARE[arguments.name](arguments.data, arguments.archive))
+        print(resolve_name(PREPARE[arguments.name])(arguments.data, arguments.archive))
     except (
         ValueError,
         OSError,
