@@ -21,7 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from sage.exchange.absent import naming_absent
 from sage.exchange.attached import copy_from_first, local_part
-from sage.exchange.comm import comm_of
+from sage.exchange.comm import DistComm, comm_of
 from sage.exchange.ddp_hook import BucketGradient, Build, Part, Step, merge
 from sage.exchange.exchange import Exchange, State, mean_density
 from sage.exchange.progress import StepCounter
