@@ -137,7 +137,7 @@ def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--config", default="python_docs", help="of the training (default: python_docs)")
     parser.add_argument("--data", type=Path, default=Path("data"), metavar="DIR", help="prepared data sets")
-    parser.add_argument("--reducer", choices=REDUCERS, default="global_topk")
+    parser.add_argument("--reducer", choices=REDUCERS, default="global_topk", metavar="NAME")
     parser.add_argument("--density", type=float, default=0.01, help="at the start")
     parser.add_argument("--share", type=float, default=0.2, help="of a step, that the exchange may take")
     parser.add_argument("--dense", choices=["float32", "bfloat16"], default="float32")

@@ -24,7 +24,7 @@ truth = torch.nn.Linear(20, 4)  # what the model is to learn
 for layer in (model[0], model[2], model):
     fully_shard(layer, mesh=mesh["shard"])  # inside a replica gradients are averaged in full precision
 hook = reducers.hook_fsdp(model, "topk", replicas=mesh["replicate"], density=0.05)  # before the first forward
-optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
 
 rng = torch.Generator().manual_seed(rank)  # other data in every process
 for step in range(100):

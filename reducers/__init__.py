@@ -11,13 +11,12 @@ from sage.config import Named, Settings, validate
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
-    from torch.distributed.device_mesh import DeviceMesh
     from torch.nn.parallel import DistributedDataParallel
 
     from sage.exchange.attached import AttachedExchange
     from sage.exchange.ddp_hook import Build, DDPHook
     from sage.exchange.exchange import Exchange
-    from sage.exchange.fsdp_hook import FSDPHook
+    from sage.exchange.fsdp_hook import DeviceMesh, FSDPHook
     from sage.exchange.scaling import Scaling
     from sage.interfaces import Communicator, Reducer, Seeds, Slot
 

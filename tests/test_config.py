@@ -43,6 +43,8 @@ clip: {norm: 2.5, before_reduce: false}
 precision: bfloat16
 deterministic: false
 compile: true
+accumulate_steps: 3
+overlap: {bucket_mb: 2, find_unused_parameters: true}
 timeout_seconds: 12.5
 on_nonfinite: skip
 skip_limit: 4
@@ -191,7 +193,7 @@ def test_of_two_names_the_last_one_decides_what_the_file_keeps(load: Load) -> No
 def test_settings_are_frozen(load: Load) -> None:
     settings = load(text=EVERYTHING_CHANGED)
     parts = parts_of(settings)
-    assert len(parts) == 11
+    assert len(parts) == 12
     for part in parts:
         for name, value in part:
             with pytest.raises(ValidationError, match="frozen"):

@@ -124,8 +124,9 @@ def test_with_exact_and_three_workers_a_step_differs_by_the_order_of_the_sum_at_
     words += [f"optimizer={{name: sgd, lr: {lr}}}", "schedule={}"]  # one step, w <- w - lr g
     simulated = weights(simulate(tmp_path / "s", 3, *words))
     processes = weights(start(tmp_path / "w", *words, "--workers", "3"))
-    magnitudes, begin = torch.stack(sent).abs().sum(0), 0  # (n,), sum |x_i|
-    assert len(sent) == 3
+    # Before its only step each worker has made one on the smallest parameter (warm_up).
+    magnitudes, begin = torch.stack(sent[-3:]).abs().sum(0), 0  # (n,), sum |x_i|
+    assert len(sent) == 6
     for name, parameter in small_cnn(10).named_parameters():
         sums = magnitudes[begin : (begin := begin + parameter.numel())].view(parameter.shape)
         # The sums differ by at most 2 (W-1) 2^-24 sum|x_i|; the division by W, the product with lr and the
@@ -242,9 +243,10 @@ def built(words: list[str], world_size: int, tmp_path: Path) -> list[Any]:
     worker, shared, tasks = launch.find_worker(1, tmp_path, None, None, world_size), [], []
     for rank in (*range(1, world_size), 0):
         comm = LocalComm(rank, ThreadRoom(world_size, 1))
-        task = run.build(settings, worker.with_rank(rank)).task
-        SimulatedContext(comm, TurnLock(threading.Lock(), worker.device), shared).share(task)
-        tasks.append(task)
+        parts = run.build(settings, worker.with_rank(rank))
+        SimulatedContext(comm, TurnLock(threading.Lock(), worker.device), shared).share(parts.task)
+        assert parts.gradient.flat.numel()  # the parameters have gradients now
+        tasks.append(parts.task)
     return tasks
 
 

@@ -139,7 +139,8 @@ def test_each_table_of_the_paper_and_each_small_configuration_has_a_sweep() -> N
     small = ["digits", "python_docs", "synthetic_ratings"]
     small += [path.stem for path in (ROOT / "configs").glob("*_small.yaml")]
     tables = {"accuracy", "density", "ablation", "initial_threshold", "powersgd_ranks"}
-    assert {path.stem for path in SWEEPS} == tables | {f"reducers_{name}" for name in small}
+    budgets = {"budget_embedded", "budget_small"}
+    assert {path.stem for path in SWEEPS} == tables | budgets | {f"reducers_{name}" for name in small}
 
 
 # --- what is refused ------------------------------------------------------------------------------

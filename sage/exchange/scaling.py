@@ -34,6 +34,7 @@ class ScheduleSettings(Named):
     """E: the density rises at an even pace over E epochs, by the factor rising_ratio, with the reducer's
     density as its mean; then it stays."""
     rising_ratio: float = Field(default=4.0, ge=1)
+    """How many times as large the density is after the rise as before it."""
 
     @model_validator(mode="after")
     def _is_one_of_the_three(self) -> Self:
