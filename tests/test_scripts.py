@@ -64,7 +64,8 @@ def test_a_missing_environment_is_refused_in_one_line(repository: Path) -> None:
 
 def test_a_signal_to_run_sh_reaches_python(repository: Path) -> None:
     write_script(repository / ".venv/bin/python", "echo started; exec sleep 60")
-    process = subprocess.Popen([str(repository / "run.sh")], stdout=subprocess.PIPE, text=True)
+    environ = {"PATH": os.environ["PATH"]}
+    process = subprocess.Popen([str(repository / "run.sh")], env=environ, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "started\n"
     process.terminate()
