@@ -29,7 +29,7 @@ quickstart: setup
 	  $(RUN) run.py configs/digits.yaml reducer.name=$$reducer --workers 2 --runs $(QUICKSTART) || exit $$?; \
 	done
 	@$(RUN) -m sage.report $(QUICKSTART)
-	@echo "On one machine every compressor is slower than exact: no link is saved. From which speed on one pays:"
+	@echo "On one machine a compressor only adds work: there is no link to save. From which speed on one pays:"
 	@echo "  $(RUN) -m sage.report $(QUICKSTART) --link 100mbit"
 
 test: setup

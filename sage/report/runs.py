@@ -204,7 +204,7 @@ def phase_milliseconds(run: Run) -> dict[str, float]:
         "compression": milliseconds("reduce") - communication,
         "communication": 0.0 if run.simulated else communication,
         "agree": 0.0 if run.simulated else agree,  # a simulation's holds the other workers' turns
-        "log": milliseconds("log"),
+        "log": 0.0 if run.simulated else milliseconds("log"),
     }
 
 
@@ -213,7 +213,7 @@ def unaccounted_milliseconds(run: Run) -> float | None:
     if run.simulated or not run.epochs or not all("seconds.wall" in line for line in run.epochs):
         return None
     timed = sum(per_step(run, f"seconds.{name}") for name in (*PHASES, *HARNESS, *OUTSIDE))
-    return 1000 * (per_step(run, "seconds.wall") - timed)
+    return round(1000 * (per_step(run, "seconds.wall") - timed), 6)  # a sum's rounding is not time
 
 
 def training_seconds(line: Flat) -> float:
