@@ -75,12 +75,11 @@ class OverlappedTrainer(Trainer):
         assert overlap is not None
         return DistributedDataParallel(
             module,
-            init_sync=False,  # run() gives every worker rank 0's parameters
             # DDP's own default has a smaller first bucket.
             bucket_cap_mb=None if overlap.bucket_mb == DEFAULT_BUCKET_MB else overlap.bucket_mb,
             find_unused_parameters=overlap.find_unused_parameters,
             gradient_as_bucket_view=True,
-            **_own_buffers(),
+            **_without_sync(),
         )
 
     def _make_hook(self, clock: HiddenClock) -> DDPHook:
@@ -251,11 +250,12 @@ class BucketNumbers:
             yield from parts_of("what was not sent", exchange.layout, exchange.feedback.memory)
 
 
-def _own_buffers() -> dict[str, Any]:
-    """DDP's option to let every worker keep its own buffers (BatchNorm's) while it trains; torch has renamed
-    it."""
+def _without_sync() -> dict[str, Any]:
+    """DDP's options to let every worker keep its own buffers (BatchNorm's) while it trains, and, where torch
+    has that one, to leave the first weights alone: run() gives every worker rank 0's."""
     known = inspect.signature(DistributedDataParallel).parameters
-    return {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    return {name: False for name in (buffers, "init_sync") if name in known}
 
 
 def _at_the_end_of_backward(loss: Tensor, call: Callable[[], Any]) -> None:
