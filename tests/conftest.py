@@ -57,7 +57,8 @@ def forks(request: pytest.FixtureRequest) -> Forks:
 
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
-    """The tensors are small, and the tests run side by side: more threads would wait for one another."""
+    """The tensors are small, and the tests run side by side: more threads would wait for one another. And the
+    processes that are compared with have one: an eigenvector's bits depend on the number."""
     torch.set_num_threads(1)
 
 

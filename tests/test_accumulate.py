@@ -22,14 +22,6 @@ from tests.toy import NUM_TRAIN, ToyTask, lines_of, settings_of, state_of, train
 DIGITS = str(Path(__file__).parent.parent / "configs" / "digits.yaml")
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
-
-
 def weights_of(trainer: Any) -> Tensor:
     return torch.cat([parameter.detach().reshape(-1) for parameter in trainer.task.model.parameters()])
 

@@ -1,6 +1,5 @@
 """A run that reads the device's numbers late, as on a GPU: the same numbers, and no bad step gets past."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +20,6 @@ from tests.toy import ToyTask, lines_of, settings_of, state_of, train, train_unt
 WORLD_SIZE, STEPS = 2, 8
 """Of the toy with a batch of 4."""
 NORMS = ("gradient_norm", "residual_norm", "compression_error")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 class BranchTask(ToyTask):

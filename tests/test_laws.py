@@ -4,7 +4,6 @@ import io
 import random
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -271,17 +270,7 @@ def gloo_run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(request.param)]
 
 
-@pytest.fixture
-def one_torch_thread() -> Iterator[None]:
-    """As the processes have: an eigenvector's bits depend on the number of torch's threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @every_case
-@pytest.mark.usefixtures("one_torch_thread")
 def test_gloo_processes_are_threads(case: Case, gloo_run: list[dict]) -> None:
     world_size = len(gloo_run)
     threads = in_threads(case, world_size)

@@ -45,13 +45,9 @@ NO_MOMENTUM = {"momentum": 0.0, "nesterov": False}
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """One thread a worker, and no fsync: no test here cuts the power."""
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No fsync: no test here cuts the power."""
     monkeypatch.setattr(os, "fsync", lambda _: None)
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 def settings_in(name: str, /, **changes: Any) -> RunSettings:

@@ -30,11 +30,8 @@ Spoil = Callable[[Task, Tensor], Tensor]
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def restored() -> Iterator[None]:
     yield
-    torch.set_num_threads(num_threads)
     torch.use_deterministic_algorithms(False)  # as run.main sets it
 
 

@@ -13,14 +13,50 @@ Moment = float | torch.cuda.Event
 """A point in time: seconds, or on a GPU a point of a stream."""
 
 
-class Clock:
+class Stopwatch:
+    """Tells moments, and the seconds between two of them. On a GPU a moment is a CUDA event."""
+
+    def __init__(
+        self,
+        device: torch.device,
+        deadline: Deadline | None = None,
+        host_seconds: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """deadline: for waiting for a GPU; None: for ever. host_seconds: since some moment."""
+        self.on_gpu = device.type == "cuda"
+        self._deadline, self._host_seconds = deadline, host_seconds
+
+    def now(self) -> Moment:
+        """This moment; on a GPU the point that its current stream has come to."""
+        if not self.on_gpu:
+            return self._host_seconds()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def between(self, begin: Moment, end: Moment) -> float:
+        """Seconds; negative where end was before begin. On a GPU this waits for the end, and raises
+        CommunicationError where that does not come in time."""
+        if isinstance(begin, float):
+            assert isinstance(end, float)
+            return end - begin
+        assert not isinstance(end, float)
+        if self._deadline is None:
+            end.synchronize()
+        else:
+            self._deadline.wait(end)
+        milliseconds: float = begin.elapsed_time(end)
+        return milliseconds / 1000
+
+
+class Clock(Stopwatch):
     """Adds up the seconds spent in named phases.
 
     One phase counts at a time: one that begins within another interrupts it. So the phases within an
     outermost one divide its time among them, and leave out none of it. A part (of communication, say) is
     counted besides, and interrupts nothing. One thread at a time may use a clock.
 
-    On a GPU a moment is a CUDA event, read by take(), which waits for it.
+    On a GPU take() reads the moments, and waits for them.
     """
 
     def __init__(
@@ -29,9 +65,7 @@ class Clock:
         deadline: Deadline | None = None,
         host_seconds: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """deadline: for waiting for a GPU; None: take() waits for ever. host_seconds: since some moment."""
-        self.on_gpu = device.type == "cuda"
-        self._deadline, self._host_seconds = deadline, host_seconds
+        super().__init__(device, deadline, host_seconds)
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._waiting: list[tuple[str, Moment, Moment]] = []  # of a GPU, not yet read
         self._open: list[str] = []  # the phases that have begun, the innermost last
@@ -69,20 +103,12 @@ class Clock:
         yield
         self.add(name, begin, self.now())
 
-    def now(self) -> Moment:
-        """This moment; on a GPU the point that its current stream has come to."""
-        if not self.on_gpu:
-            return self._host_seconds()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
     def add(self, name: str, begin: Moment, end: Moment) -> None:
         """Count the seconds from one moment to another under a name."""
         if self.on_gpu:
             self._waiting.append((name, begin, end))
         else:
-            self._seconds[name] += self._between(begin, end)
+            self._seconds[name] += self.between(begin, end)
 
     def take(self) -> dict[str, float]:
         """The seconds by name since the last call, also of phases that have not ended. On a GPU this waits
@@ -90,7 +116,7 @@ class Clock:
         if self._open:
             self._count_innermost()
         for name, begin, end in self._waiting:
-            self._seconds[name] += self._between(begin, end)
+            self._seconds[name] += self.between(begin, end)
         self._waiting.clear()
         since = self._since
         self._taken_at = since if self._open and isinstance(since, float) else self._host_seconds()
@@ -103,22 +129,6 @@ class Clock:
         if self._open:
             self.add(self._open[-1], self._since, now)
         self._since = now
-
-    def _between(self, begin: Moment, end: Moment) -> float:
-        """Seconds; negative where end was before begin. On a GPU this waits for the end."""
-        if isinstance(begin, float):
-            assert isinstance(end, float)
-            return end - begin
-        assert not isinstance(end, float)
-        self._wait(end)
-        milliseconds: float = begin.elapsed_time(end)
-        return milliseconds / 1000
-
-    def _wait(self, event: torch.cuda.Event) -> None:
-        if self._deadline is None:
-            event.synchronize()
-        else:
-            self._deadline.wait(event)
 
 
 class HiddenClock(Clock):
@@ -154,8 +164,8 @@ class HiddenClock(Clock):
         taken = {"communicate": 0.0, "hidden": 0.0} if self._steps else {}
         for computed, spans in self._steps:
             for name, begin, end in spans:
-                whole = self._between(begin, end)
-                before = min(max(self._between(begin, computed), 0.0), whole)
+                whole = self.between(begin, end)
+                before = min(max(self.between(begin, computed), 0.0), whole)
                 if name == "communicate":
                     taken["communicate"] += whole - before
                 elif name == self.EXCHANGE:

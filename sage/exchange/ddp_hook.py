@@ -24,9 +24,9 @@ from sage.exchange.clock import Clock, HiddenClock
 from sage.exchange.comm import comm_of, timeout_of
 from sage.exchange.echo import Build, warm_up
 from sage.exchange.exchange import Exchange, ExchangeNorms, State, mean_density
-from sage.exchange.gradient import HALVES, memory_shape
+from sage.exchange.gradient import HALVES, layout_of
 from sage.exchange.progress import StepCounter
-from sage.interfaces import Progress, Slot, lay_out, seed_of
+from sage.interfaces import Progress, Slot, seed_of
 
 Job = Callable[[], None]
 
@@ -86,6 +86,22 @@ class Step:
     results: list[tuple[torch.futures.Future[Tensor], Tensor]] = field(default_factory=list)
     """What DDP waits for: each bucket's future and buffer."""
     done: threading.Event = field(default_factory=threading.Event)
+
+    def exchange(self, part: Part, scaler: torch.amp.GradScaler | None, *, keeps: bool) -> None:
+        """Exchange a part. All workers agree whether it can be used: if not, the step cannot. keeps: keep
+        what is to be put back where a later part cannot be used."""
+        if keeps:
+            part.exchange.back_up()
+        self.is_usable = part.exchange.step(part.gradient, self.progress, scaler=scaler, measure=self.measure)
+        if not self.is_usable:
+            self.nonfinite = part.exchange.nonfinite
+        elif keeps:
+            self.moved.append(part.exchange)
+
+    def put_back(self) -> None:
+        """Undo what parts have moved that were exchanged before one that cannot be used."""
+        for exchange in self.moved:
+            exchange.restore()
 
 
 class DDPHook:
@@ -162,7 +178,7 @@ class DDPHook:
 
     def _warm_up(self) -> None:
         """Compile here, and not in the first backward, what an exchange needs."""
-        layout = lay_out((name, memory_shape(parameter)) for parameter, name in self._names.items())
+        layout = layout_of((name, parameter) for parameter, name in self._names.items())
         first = next(iter(self._names))
         like = first.new_empty(0, dtype=torch.float32 if first.dtype in HALVES else first.dtype)
         warm_up(self._build, layout, like, self.comm.world_size)
@@ -311,26 +327,13 @@ class DDPHook:
         if step.is_usable:
             part.gradient.hold(buffer)
             with self._clock.part(HiddenClock.EXCHANGE):
-                self._exchange_part(step, part, keeps=self._restores and not is_last)
-
-    def _exchange_part(self, step: Step, part: Part, keeps: bool) -> None:
-        """keeps: keep what is to be put back where a later bucket cannot be used."""
-        if keeps:
-            part.exchange.back_up()
-        step.is_usable = part.exchange.step(
-            part.gradient, step.progress, scaler=self._scaler, measure=step.measure
-        )
-        if not step.is_usable:
-            step.nonfinite = part.exchange.nonfinite
-        elif keeps:
-            step.moved.append(part.exchange)
+                step.exchange(part, self._scaler, keeps=self._restores and not is_last)
 
     def _end(self, step: Step) -> None:
         """Put back what was moved where the step cannot be used; let DDP go on."""
         try:
             if not step.is_usable:
-                for exchange in step.moved:
-                    exchange.restore()
+                step.put_back()
                 for _, buffer in step.results:
                     buffer.fill_(torch.nan)
             if self._error is None:
@@ -346,7 +349,7 @@ class DDPHook:
         names = tuple(self._names[parameter] for parameter in parameters)
         if names in self._parts:
             return self._parts[names]
-        layout = lay_out((self._names[parameter], memory_shape(parameter)) for parameter in parameters)
+        layout = layout_of((self._names[parameter], parameter) for parameter in parameters)
         if buffer.layout is not torch.strided or buffer.numel() != layout[-1].stop:
             expected = f"{layout[-1].stop} dense elements"
             raise ValueError(

@@ -148,8 +148,8 @@ class FSDPHook:
         return {"step": self.steps.step, **merge(self._parts)}
 
     def load_state_dict(self, state: State) -> None:
-        """Take the state_dict of the same shard. Raises KeyError where a parameter is missing, ValueError
-        where a shape or type is another."""
+        """Take the state_dict of the same shard. Raises ValueError where a parameter is missing, or its
+        shape or type is another."""
         for exchange in self.exchanges:
             exchange.load_state_dict(state)
         self.steps.step = state["step"]
@@ -167,18 +167,9 @@ class FSDPHook:
             Variable._execution_engine.queue_callback(partial(self._end, self._step, buffer.device))
         with self._keeping_error(self.comm):
             _check_gradient(sharded, part, buffer)
-            self._exchange(self._step, part, buffer)
-
-    def _exchange(self, step: Step, part: Part, buffer: Tensor) -> None:
-        """All replicas agree whether the module's gradients can be used: if not, no later one's are
-        exchanged."""
-        if not step.is_usable:
-            return
-        part.gradient.hold(buffer)
-        part.exchange.back_up()
-        step.is_usable = part.exchange.step(part.gradient, step.progress, scaler=self._scaler)
-        if step.is_usable:
-            step.moved.append(part.exchange)
+            if self._step.is_usable:  # else no later module's gradients are exchanged
+                part.gradient.hold(buffer)
+                self._step.exchange(part, self._scaler, keeps=True)
 
     @torch.no_grad()
     def _end(self, step: Step, device: torch.device) -> None:
@@ -192,8 +183,7 @@ class FSDPHook:
             self._shards.all_reduce(flag, "max")
             self.is_usable = not self._shards.read(flag).item()
         if not self.is_usable:
-            for exchange in step.moved:
-                exchange.restore()
+            step.put_back()
             self._spoil_gradients()
         self.steps.step += 1
 

@@ -1,7 +1,7 @@
 """One flat gradient of a model: where autograd can write into it, every param.grad is a view of it."""
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,7 +57,7 @@ class GradientBuffer:
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         dtype, device = _common_kind(named)
         self._model = model
-        self.layout = lay_out((name, memory_shape(parameter)) for name, parameter in named)
+        self.layout = layout_of(named)
         n = self.layout[-1].stop
         self._grads = torch.zeros(n, dtype=dtype, device=device)  # what the views are of
         self.flat = torch.zeros(n, device=device) if dtype in HALVES else self._grads
@@ -182,7 +182,12 @@ def _is_dense(parameter: Tensor) -> bool:
     return True
 
 
-def memory_shape(parameter: Tensor) -> tuple[int, ...]:
+def layout_of(named: Iterable[tuple[str, Tensor]]) -> list[Slot]:
+    """The layout of parameters by name, one after the other in the order of their memory."""
+    return lay_out((name, _memory_shape(parameter)) for name, parameter in named)
+
+
+def _memory_shape(parameter: Tensor) -> tuple[int, ...]:
     """The shape with the dimensions in the order of the memory: that of a channels_last weight is (O, H, W,
     I)."""
     if parameter.is_contiguous() or not _is_dense(parameter):

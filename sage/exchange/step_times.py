@@ -1,39 +1,15 @@
 """How long a step's exchange takes on this worker: compression, communication, and what it sent."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-import torch
 from torch import Tensor
 
+from sage.exchange.clock import Moment, Stopwatch
 from sage.exchange.comm import CountingComm
 from sage.interfaces import Communicator
-
-Mark = Any
-"""A point in time: seconds, or on a GPU an event."""
-
-
-class Stopwatch:
-    """Marks points in time: on a GPU by events, which are read when they have long happened."""
-
-    def __init__(self, device: torch.device, now: Callable[[], float]) -> None:
-        """now: seconds, for what is no GPU."""
-        self.on_gpu, self._now = device.type == "cuda", now
-
-    def mark(self) -> Mark:
-        if not self.on_gpu:
-            return self._now()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def seconds(self, start: Mark, end: Mark) -> float:
-        if not self.on_gpu:
-            return float(end - start)
-        end.synchronize()  # of two steps ago: the host does not wait
-        return float(start.elapsed_time(end)) / 1000
 
 
 class TimedComm(Communicator):
@@ -42,13 +18,13 @@ class TimedComm(Communicator):
     def __init__(self, comm: Communicator, watch: Stopwatch) -> None:
         self.rank, self.world_size = comm.rank, comm.world_size
         self._comm, self._watch = comm, watch
-        self.spans: list[tuple[Mark, Mark]] = []
+        self.spans: list[tuple[Moment, Moment]] = []
 
     @contextmanager
     def _noted(self) -> Iterator[None]:
-        begin = self._watch.mark()
+        begin = self._watch.now()
         yield
-        self.spans.append((begin, self._watch.mark()))
+        self.spans.append((begin, self._watch.now()))
 
     def all_reduce(self, x: Tensor, op: Literal["sum", "max"] = "sum") -> None:
         with self._noted():
@@ -96,23 +72,24 @@ class StepTimes:
 class StepMarks:
     """When a step's exchange began and ended on this worker, and what it sent."""
 
-    begin: Mark
-    agreed: tuple[Mark, Mark]
+    begin: Moment
+    agreed: tuple[Moment, Moment]
     comm: TimedComm
     counted: tuple[float, float]
     """The bytes and collectives before, then of the step."""
     target: float
     is_dense: bool
     predicted: float
-    end: Mark = None
-    next_begin: Mark = None
+    end: Moment | None = None
+    next_begin: Moment | None = None
     density: float = 1.0
 
     def times(self, watch: Stopwatch) -> StepTimes:
-        latency = watch.seconds(*self.agreed)
-        communication = sum(watch.seconds(*span) for span in self.comm.spans)
-        compression = watch.seconds(self.begin, self.end) - communication - latency
-        rest = -1.0 if self.next_begin is None else watch.seconds(self.end, self.next_begin)
+        assert self.end is not None
+        latency = watch.between(*self.agreed)
+        communication = sum(watch.between(*span) for span in self.comm.spans)
+        compression = watch.between(self.begin, self.end) - communication - latency
+        rest = -1.0 if self.next_begin is None else watch.between(self.end, self.next_begin)
         sent = (*self.counted, self.density, self.target, float(self.is_dense), self.predicted)
         return StepTimes(compression, communication, latency, rest, *sent)
 

@@ -11,9 +11,10 @@ from pydantic import Field
 from torch import Tensor
 
 from sage.config import Named
+from sage.exchange.clock import Stopwatch
 from sage.exchange.late import LateValues, stream_for_reading
 from sage.exchange.scaling import BoundedSettings, BuildDense, Scaling, clamp
-from sage.exchange.step_times import StepMarks, StepTimes, Stopwatch, TimedComm, ledger_of
+from sage.exchange.step_times import StepMarks, StepTimes, TimedComm, ledger_of
 from sage.interfaces import Communicator, Progress, Reducer
 
 NUM_UNUSED = 2
@@ -95,7 +96,7 @@ class TimeScaling(Scaling):
     ) -> None:
         super().__init__(config, reducer, build_dense, device=device)
         self.config, self.dense, self._device = config, build_dense(config.dense), device
-        self._watch, self._stream = Stopwatch(device, now), stream_for_reading(device)
+        self._watch, self._stream = Stopwatch(device, host_seconds=now), stream_for_reading(device)
         self._lag = 1 if self._watch.on_gpu else 0
         self._waiting: list[StepMarks] = []  # steps whose times are to be agreed on
         self._agreed: list[tuple[LateValues, StepTimes]] = []  # and those to be read
@@ -129,18 +130,18 @@ class TimeScaling(Scaling):
 
     def begin_step(self, progress: Progress, comm: Communicator) -> None:
         # 1. The last step's times are known now; all workers agree on them.
-        begin = self._watch.mark()
+        begin = self._watch.now()
         if self._waiting:
             self._waiting[-1].next_begin = begin
         measured = self._next_measured()
         message = self._message(measured)
-        start = self._watch.mark()
+        start = self._watch.now()
         comm.all_reduce(message, "max")
         if measured is not None:
             self._agreed.append((LateValues(message, self._stream), measured))
         if len(self._agreed) > self._lag:
             self._learn(*self._agreed.pop(0), comm)
-        agreed = (start, self._watch.mark())
+        agreed = (start, self._watch.now())
 
         # 2. The density that follows.
         self._decide(comm.world_size)
@@ -157,7 +158,7 @@ class TimeScaling(Scaling):
     def end_step(self, comm: Communicator) -> None:
         step, self._step = self._step, None
         assert step is not None
-        step.end, step.density = self._watch.mark(), self.current.density
+        step.end, step.density = self._watch.now(), self.current.density
         before, now = step.counted, ledger_of(comm)
         step.counted = (now[0] - before[0], now[1] - before[1])
         self._waiting.append(step)

@@ -19,8 +19,8 @@ from torch.nn.parallel import DistributedDataParallel
 from sage.exchange.clock import HiddenClock, Moment
 from sage.exchange.comm import failed_collective
 from sage.exchange.ddp_hook import DDPHook, prime
-from sage.exchange.gradient import memory_shape
-from sage.interfaces import Progress, Stateful, TrainingError, lay_out
+from sage.exchange.gradient import layout_of
+from sage.interfaces import Progress, Stateful, TrainingError
 from sage.training.metrics import Meter
 from sage.training.nonfinite import Named, NonFiniteFinder, StepNumbers, parts_of
 from sage.training.settings import DEFAULT_BUCKET_MB, is_plain_average
@@ -110,11 +110,9 @@ class OverlappedTrainer(Trainer):
 
     def notes(self) -> list[str]:
         """Those of a reducer of the whole gradient."""
-        named = [(name, p) for name, p in self.task.model.named_parameters() if p.requires_grad]
-        layout = lay_out((name, memory_shape(parameter)) for name, parameter in named)
-        like = torch.empty(layout[-1].stop, device=self.device)
-        compression = self._parts.compress(layout, like, self._parts.seeds)
-        return [*compression.reducer.notes(), *compression.scaling.notes()]
+        layout = layout_of((name, p) for name, p in self.task.model.named_parameters() if p.requires_grad)
+        nothing = torch.empty(0, device=self.device)  # needs no memory as large as the model
+        return self._parts.compress(layout, nothing, self._parts.seeds).notes()
 
     # --- one step -------------------------------------------------------------------------------------
 

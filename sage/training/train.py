@@ -59,6 +59,10 @@ class Compression(NamedTuple):
     scaling: Scaling
     """Of this reducer."""
 
+    def notes(self) -> list[str]:
+        """What the user of these settings should know, a line each."""
+        return [*self.reducer.notes(), *self.scaling.notes()]
+
 
 Compress = Callable[[list[Slot], Tensor, Seeds], Compression]
 """Makes what compresses the flat gradient of a layout. The tensor (n,) is like that gradient."""
@@ -158,7 +162,7 @@ class Trainer:
         """Make what exchanges the gradients, what measures it, and what finds numbers that are not finite."""
         self.gradient = parts.gradient
         warm_up(parts.build_part, self.gradient.layout, self.gradient.flat, self.comm.world_size)
-        compression = parts.compression
+        compression = self._compression = parts.compression
         self.exchange = Exchange(
             compression.feedback,
             compression.reducer,
@@ -175,7 +179,7 @@ class Trainer:
 
     def notes(self) -> list[str]:
         """What the user of the reducer's settings should know, a line each."""
-        return [*self.exchange.reducer.notes(), *self.exchange.scaling.notes()]
+        return self._compression.notes()
 
     # --- one step -------------------------------------------------------------------------------------
 
