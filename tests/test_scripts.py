@@ -28,6 +28,7 @@ def repository(tmp_path: Path) -> Path:
     write_script(tmp_path / "bin/srun", 'echo "srun $hostip:$port"; printf "%s\\n" "$@"')
     write_script(tmp_path / "bin/scontrol", 'echo localhost; echo "$@" >&2')
     write_script(tmp_path / "bin/squeue", "echo RUNNING")
+    write_script(tmp_path / "bin/sleep", 'echo "sleep $*"')
     return tmp_path
 
 
@@ -172,13 +173,16 @@ def test_a_requeued_job_without_a_run_begins(repository: Path) -> None:
     assert (done.returncode, words_of(done)) == (0, ["a.yaml"])
 
 
-def test_a_restarted_jobs_training_has_another_step_number_than_before(repository: Path) -> None:
-    """SLURM numbers a job's steps from 0 at each start, and repeats late what was meant for an old step."""
-    for restarts in range(4):
-        done = call(repository, "pararun", "a.yaml", **job(repository, SLURM_RESTART_COUNT=str(restarts)))
-        steps = [line for line in done.stdout.splitlines() if line.startswith("srun ")]
-        assert len(steps) == 1 + restarts % 2
-        assert words_of(done) == ["a.yaml"]
+@pytest.mark.parametrize(("restarts", "files", "waits"), [("0", [], 0), ("1", [], 1), ("1", ["requeue"], 0)])
+def test_a_job_that_slurm_restarted_waits_until_its_lost_host_is_cleaned_up(
+    repository: Path, restarts: str, files: list[str], waits: int
+) -> None:
+    """SLURM repeats within a minute what it could not tell a lost host; one that asked for it lost none."""
+    leave_run(repository, MANIFEST, *files)
+    lines = call(repository, "pararun", "a.yaml", **job(repository, SLURM_RESTART_COUNT=restarts)).stdout.splitlines()
+    before = lines[: next(place for place, line in enumerate(lines) if line.startswith("srun "))]
+    assert before.count("sleep 75") == waits
+    assert lines.count("sleep 75") == waits
 
 
 def call_with_a_run_that_is_ended(
