@@ -179,7 +179,8 @@ def test_a_job_that_slurm_restarted_waits_until_its_lost_host_is_cleaned_up(
 ) -> None:
     """SLURM repeats within a minute what it could not tell a lost host; one that asked for it lost none."""
     leave_run(repository, MANIFEST, *files)
-    lines = call(repository, "pararun", "a.yaml", **job(repository, SLURM_RESTART_COUNT=restarts)).stdout.splitlines()
+    done = call(repository, "pararun", "a.yaml", **job(repository, SLURM_RESTART_COUNT=restarts))
+    lines = done.stdout.splitlines()
     before = lines[: next(place for place, line in enumerate(lines) if line.startswith("srun "))]
     assert before.count("sleep 75") == waits
     assert lines.count("sleep 75") == waits

@@ -186,8 +186,8 @@ def test_a_job_whose_host_loses_its_link_waits_for_it_and_resumes(
     assert "rank 2 fell behind: it no longer answers" in log_of(tmp_path)
     wait_until(lambda: not any(cluster.workers(host) for host in HOSTS), 60, cluster.processes)
     cluster.tool("heal", "n3")
-    # Back in service at once, while SLURM still ends what the job left there (REQUEST_ABORT_JOB), and a minute before
-    # it repeats that the old step is to end (REQUEST_SIGNAL_TASKS).
+    # Back in service at once, while SLURM still ends what the job left there (REQUEST_ABORT_JOB), and a
+    # minute before it repeats that the old step is to end (REQUEST_SIGNAL_TASKS).
     cluster.call("scontrol", "update", "NodeName=n3", "State=RESUME")
     wait_for_words(tmp_path, "pararun: restarted by SLURM")
     wait_for_words(tmp_path, "resumed after")
