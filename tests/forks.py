@@ -38,7 +38,7 @@ READ_BY_IMPORTS = ("PYTHON", "LD_", "OMP_", "GOMP_", "KMP_", "MKL_", "ONEDNN_", 
 READ_BY_IMPORTS += ("TRITON_", "CUDA_", "HOME")
 """What the names of environment variables begin with that count only before the imports."""
 SET_BY_IMPORTS = ("KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK")  # scikit-learn's
-IMPORTS = (SCRIPT.stem, "torch.distributed.elastic.multiprocessing", "torch.distributed.run")
+IMPORTS = (SCRIPT.stem, "torch.distributed.run")
 IMPORTS += ("torch.utils.tensorboard", "reducers.kernels.cpu", "tests.cases", "tests.test_own_loops")
 IMPORTS += ("torch._inductor.config",)  # by torch.use_deterministic_algorithms, which takes 3 s
 LOG_LEVEL = "TORCH_CPP_LOG_LEVEL"

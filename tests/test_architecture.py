@@ -178,7 +178,7 @@ def uses(path: Path, owner: str, attribute: str) -> bool:
     )
 
 
-def test_torch_distributed_appears_in_launch_group_comm_and_the_hooks_only() -> None:
+def test_torch_distributed_appears_in_group_comm_and_the_hooks_only() -> None:
     users = {
         module_of(path)
         for path in SOURCES
@@ -186,7 +186,6 @@ def test_torch_distributed_appears_in_launch_group_comm_and_the_hooks_only() -> 
         or any(name.startswith("torch.distributed") for name in imports_of(path))
     }
     assert users == {
-        "sage.workers.launch",
         "sage.workers.group",
         "sage.exchange.comm",
         "sage.exchange.absent",

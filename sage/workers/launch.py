@@ -1,18 +1,15 @@
 """From an environment to a running worker: which rank, which device.
 
 A run is one process, for one worker or for all of a simulation; or a worker that a launcher started
-(sage/workers/rendezvous.py knows which launchers); or, with --workers N, the parent of N processes, which it
-starts through torch's own launcher of processes.
+(sage/workers/rendezvous.py knows which launchers); or, with --workers N, the parent of N processes.
 """
 
-import logging
 import os
 import secrets
 import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -22,14 +19,13 @@ from sage.console import complain, readable_bytes, say
 from sage.interfaces import CommunicationError, Stopped, TrainingError
 from sage.workers import group, rendezvous
 from sage.workers.group import LOOPBACK, SECRET
+from sage.workers.processes import WorkerProcesses
 from sage.workers.signals import WATCH
 from sage.workers.store import PATIENCE_SECONDS, RendezvousStore
 from sage.workers.worker import Worker
 
 BYTES_PER_WORKER = 400_000_000
 """What torch and this program take in each process (measured: 450 MB on a CPU)."""
-POLL_SECONDS = 0.2
-"""How often the parent looks whether its workers have ended."""
 
 
 def is_first_on_host() -> bool:
@@ -100,59 +96,35 @@ def spawn(command: Sequence[str], num_workers: int) -> int:
     A command, not a function: each child is a process of its own session, so that Ctrl-C reaches it once,
     through this process, which hands all signals on and waits. When one fails, the others are ended.
     """
-    # Imported here: a worker, and a run of one worker, need none of it.
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
-
-    _quiet_torch_launcher()
     # The store belongs to this process, so it outlives every worker: survivors can tell who fell behind.
     store = group.open_local_store()
     secret = secrets.token_hex(16)
-    ranks, pids = range(num_workers), list[int]()
-
-    def send(number: signal.Signals) -> None:
-        for pid in pids:
-            with suppress(ProcessLookupError):
-                os.kill(pid, number)
-
-    with WATCH.handed_on(send):
-        with WATCH.held():
-            workers = start_processes(
-                "worker",
-                sys.executable,
-                {rank: ("-u", *command) for rank in ranks},
-                {rank: _worker_environment(rank, num_workers, store.port, secret) for rank in ranks},
-                DefaultLogsSpecs(log_dir=os.devnull),
-            )
-            pids.extend(workers.pids().values())
-        result = workers.wait(period=POLL_SECONDS)
-    assert result is not None  # without a timeout
-    if not result.failures:
-        return 0
-    first = min(result.failures.values(), key=lambda failure: failure.timestamp)
-    return _report_failure(first.local_rank, first.exitcode)
-
-
-def _quiet_torch_launcher() -> None:
-    """Turn off torch's own error messages and signal handlers, which would end the workers."""
-    for name in list(logging.root.manager.loggerDict):
-        if name.startswith("torch.distributed.elastic"):  # each has a level of its own
-            logging.getLogger(name).setLevel(logging.CRITICAL)
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # no C++ stacks: errors come as exceptions
-    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ""
+    environments = [_worker_environment(rank, num_workers, store.port, secret) for rank in range(num_workers)]
+    workers = WorkerProcesses()
+    with WATCH.handed_on(workers.send):
+        try:
+            with WATCH.held():
+                workers.start(command, environments)
+            failure = workers.wait()
+        finally:
+            workers.end()
+    return _report_failure(*failure) if failure else 0
 
 
 def _worker_environment(rank: int, num_workers: int, port: int, secret: str) -> dict[str, str]:
-    """The variables that torchrun sets for a worker, the secret of this run, and that all talk through the
-    loopback interface (unless the user has named another)."""
+    """This process's variables, those that torchrun sets for a worker, and the secret of this run. Unless the
+    user has set another value, all talk through the loopback interface, and torch's C++ side prints nothing:
+    its errors come as exceptions."""
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_workers, "LOCAL_WORLD_SIZE": num_workers}
-    variables = {name: str(number) for name, number in numbers.items()}
-    return variables | {
+    defaults = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", "TORCH_CPP_LOG_LEVEL": "FATAL"}
+    variables = {
         "MASTER_ADDR": LOOPBACK,
         "MASTER_PORT": str(port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         SECRET: secret,
-        **{name: os.environ.get(name, "lo") for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")},
+        **{name: str(number) for name, number in numbers.items()},
     }
+    return defaults | os.environ | variables
 
 
 def _report_failure(rank: int, code: int) -> int:
