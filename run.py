@@ -23,14 +23,14 @@ import reducers
 from reducers import REDUCERS
 from sage import config, files
 from sage.components import SettingsTable
-from sage.console import complain, show
+from sage.console import complain, fold_items, show, terminal_width
 from sage.exchange.feedback import FEEDBACKS
 from sage.exchange.scaling import SCALINGS
 from sage.interfaces import Seeds, Slot, Task
-from sage.reference import to_commented_yaml
+from sage.reference import COLUMNS, to_commented_yaml
 from sage.runfolder.folder import check_link
 from sage.runfolder.record import check_wandb
-from sage.training.dry_run import describe_run
+from sage.training.dry_run import NAME_WIDTH, describe_run
 from sage.training.experiment import RunPlan, find_resume_point, start
 from sage.training.optim import OPTIMIZERS, build_optimizer
 from sage.training.score import read_saved, score
@@ -63,10 +63,13 @@ def main(arguments: list[str]) -> int:
         point = cli.choose_point(options)
         settings = LOAD_SETTINGS(point.config, point.overrides)
         if options.print_config:
-            return show(to_commented_yaml(settings), launch.is_first_on_host())
+            width = min(COLUMNS, terminal_width(otherwise=COLUMNS))
+            return show(to_commented_yaml(settings, width), launch.is_first_on_host())
         worker = find_worker(options, settings)
         if options.dry_run:
-            return show(describe_run(settings, build(settings, worker), worker), launch.is_first_on_host())
+            text = describe_run(settings, build(settings, worker), worker)
+            width = terminal_width(otherwise=len(text))  # of a file: each item is a line
+            return show(fold_items(text, width, NAME_WIDTH), launch.is_first_on_host())
         run = prepare(options, settings, options.runs / point.folder, worker)
     except ValueError as error:
         return complain(str(error)) if launch.is_first_on_host() else launch.wait_before_exit()

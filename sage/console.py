@@ -6,7 +6,9 @@ the workers have met, the first of its host): the caller decides.
 
 import os
 import re
+import shutil
 import sys
+import textwrap
 from functools import cache
 from typing import TYPE_CHECKING, TextIO
 
@@ -48,6 +50,22 @@ def show(text: str, speaks: bool = True) -> int:
             complain(f"the answer cannot be written: {error.strerror}")
             return 1
     return 0
+
+
+def terminal_width(otherwise: int) -> int:
+    """The columns of the terminal, 40 or more; another number where there is none."""
+    return max(40, shutil.get_terminal_size((otherwise, 24)).columns)
+
+
+def fold_items(text: str, width: int, indent: int) -> str:
+    """Lines that begin with a name, folded at a width; what follows in a line is indented below its first
+    words."""
+    return "\n".join(
+        textwrap.fill(
+            line, width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False
+        )
+        for line in text.splitlines()
+    )
 
 
 def complain(message: str, program: str = "run.py") -> int:

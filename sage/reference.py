@@ -12,31 +12,34 @@ from pydantic.fields import FieldInfo
 from sage.config import Named, Settings, Tables, expected, one_line
 
 COLUMNS = 110
-"""The longest line of a comment."""
+"""The longest line of a comment where no terminal is narrower."""
 
 
-def to_commented_yaml(settings: Settings) -> str:
-    """The resolved configuration with each field's docstring above it; loading it gives equal settings."""
-    return "\n".join(_commented(settings, "")) + "\n"
+def to_commented_yaml(settings: Settings, width: int = COLUMNS) -> str:
+    """The resolved configuration with each field's docstring above it; loading it gives equal settings.
+
+    width: of the longest line of a comment.
+    """
+    return "\n".join(_commented(settings, "", width)) + "\n"
 
 
-def _commented(settings: Settings, indent: str) -> Iterator[str]:
+def _commented(settings: Settings, indent: str, width: int) -> Iterator[str]:
     values = settings.model_dump(mode="json")
     for name, field in type(settings).model_fields.items():
-        yield from _comment(field, indent)
+        yield from _comment(field, indent, width)
         value = getattr(settings, name)
         if isinstance(value, Settings) and values[name]:
             yield f"{indent}{name}:"
-            yield from _commented(value, indent + "  ")
+            yield from _commented(value, indent + "  ", width)
         else:
             yield f"{indent}{name}: {one_line(values[name])}"
 
 
-def _comment(field: FieldInfo, indent: str) -> list[str]:
+def _comment(field: FieldInfo, indent: str, width: int) -> list[str]:
     prefix = f"{indent}# "
     return textwrap.wrap(
         field.description or "",
-        COLUMNS,
+        width,
         initial_indent=prefix,
         subsequent_indent=prefix,
         break_long_words=False,

@@ -10,7 +10,7 @@ import pytest
 from benchmarks.network_model import read_comparisons
 from reducers import REDUCERS
 from sage.exchange.comm import LocalComm
-from sage.network import LATENCY_SECONDS, Call, Link, wire_bytes
+from sage.network import LATENCY_SECONDS, Call, Link, readable_speed, wire_bytes
 from sage.report import __main__ as report
 from sage.report import advice, advisor
 from sage.report.advice import Network, advise
@@ -223,6 +223,14 @@ def test_the_tables_hold_the_numbers_worked_by_hand(tmp_path: Path) -> None:
     assert score.rows[0][:4] == ["exact float32", "1 of 1", "4.00", f"{4 * exact / 1000:.2f}"]
 
 
+def test_bytes_to_a_score_are_those_sent_until_it_was_reached(tmp_path: Path) -> None:
+    run = measured_run(tmp_path / "t", "topk", 1000, 3000)
+    run.epochs[0]["bytes.wire"], run.epochs[1]["bytes.wire"] = 3000, 9000  # of two steps each
+    (one,) = advise(gather([exact_run(tmp_path / "e"), run]), Network(Link(8e6, 0.0))).values()
+    # the accuracy is 0.5 after the first epoch; on as many workers as there were, the same bytes
+    assert advice.score_sheet(one, 0.5).rows[-1][-1] == "0.00300"
+
+
 def test_the_command_predicts_and_draws(tmp_path: Path, capsys: Capture) -> None:
     for run in (exact_run(tmp_path / "runs/e"), measured_run(tmp_path / "runs/t", "topk", 1000, 3000)):
         summary = json.loads((run.folder / "summary.json").read_text()) | {"parameters": N}
@@ -239,7 +247,8 @@ def test_the_command_predicts_and_draws(tmp_path: Path, capsys: Capture) -> None
 def test_the_picture_marks_where_a_method_breaks_even(tmp_path: Path) -> None:
     runs = [exact_run(tmp_path / "e"), measured_run(tmp_path / "t", "topk", 1000, 3000)]
     (one,) = advise(gather(runs), Network(Link(1e9, 0.0))).values()
-    over_speeds, over_workers = advice.draw_advice(one).axes
+    drawn = advice.draw_advice(one)
+    over_speeds, over_workers = drawn.axes
     assert (over_speeds.get_xscale(), over_speeds.get_xlim()[0] < 1e7 < 4e11 < over_speeds.get_xlim()[1]) == (
         "log",
         True,
@@ -247,6 +256,7 @@ def test_the_picture_marks_where_a_method_breaks_even(tmp_path: Path) -> None:
     (mark,) = [line for line in over_speeds.get_lines() if line.get_marker() == "x"]
     speed = advisor.break_even_speed(one.methods[0][1], one.workload, OVERLAPPED16, 0.0, 4)
     assert (float(mark.get_xdata()[0]), mark.get_ydata()[0]) == (speed, 1)
+    assert f"topk ({readable_speed(speed)})" in [text.get_text() for text in drawn.legends[0].get_texts()]
     assert [int(x) for x in over_workers.get_lines()[1].get_xdata()] == [2**power for power in range(1, 11)]
 
 
@@ -255,8 +265,11 @@ def test_the_picture_marks_where_a_method_breaks_even(tmp_path: Path) -> None:
     [
         ("--link", "fast", "expected a number and a unit, as in 100mbit"),
         ("--latency", "5", "expected a number and a unit, as in 50us"),
+        ("--latency", "0ms", "expected --link SPEED, too"),
         ("--workers", "1", "expected an integer of 2 or more"),
+        ("--workers", "16", "expected --link SPEED, too"),
         ("--compute-ms", "0", "expected a number above 0"),
+        ("--compute-ms", "45", "expected --link SPEED, too"),
         ("--compute-ms", "nan", "expected a number above 0"),
     ],
 )

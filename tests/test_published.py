@@ -75,3 +75,19 @@ def test_a_payload_is_compared_over_as_many_steps_as_published(tmp_path: Path) -
     assert sheet is not None
     # 24 * 619,000 / 2^20
     assert [row[-2:] for row in sheet.rows] == [["14.2", "14"]]
+
+
+def test_the_readmes_scores_are_those_on_record() -> None:
+    names = ("exact", "topk", "threshold", "sage")
+    found = 0
+    for line in (SWEEPS.parent.parent / "README.md").read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) != 8 or not cells[0].startswith("`"):
+            continue
+        base = SWEEPS.parent / f"{cells[0].strip('`')}.yaml"
+        for name, shown in zip(names, cells[2:6], strict=True):
+            config = flatten(LOAD_SETTINGS(base, [f"reducer.name={name}"]).model_dump(mode="json"))
+            rows = [row for table in read_tables() if (row := table.find(config)) and row.value is not None]
+            assert [f"{row.value:g}" for row in rows] == [shown], (base.stem, name)
+            found += 1
+    assert found == 16

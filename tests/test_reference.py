@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from docs.__main__ import PAGE, make_page
-from run import LOAD_SETTINGS, TABLES
+from run import LOAD_SETTINGS, TABLES, main
 from sage import config, yamlfile
 from sage.reference import to_commented_yaml
 from sage.training.settings import RunSettings
@@ -29,6 +29,17 @@ def test_a_printed_configuration_loads_to_itself_and_explains_its_fields(path: P
     fields = [field for part in parts for field in type(part).model_fields.values() if field.description]
     assert len(fields) > 20
     assert all(" ".join((field.description or "").split()) in said for field in fields)
+
+
+def test_comments_are_folded_at_the_width_of_a_narrow_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    assert main([str(CONFIGS[0]), "--print-config"]) == 0
+    printed = capsys.readouterr().out
+    assert 50 < max(map(len, printed.splitlines())) <= 60
+    wide = to_commented_yaml(LOAD_SETTINGS(CONFIGS[0], []))
+    assert yamlfile.parse(printed, "narrow") == yamlfile.parse(wide, "wide")
 
 
 def test_a_comment_stands_above_its_field() -> None:

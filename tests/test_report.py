@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from io import StringIO
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -549,9 +550,15 @@ def test_forty_configurations_are_five_pictures_of_eight(tmp_path: Path) -> None
     assert [len(page.groups) for page in pictures.pages(section_of(*made[:9]))] == [5, 4]
 
 
-def test_of_very_many_configurations_there_are_twenty_pictures() -> None:
+def test_of_very_many_configurations_there_are_twelve_pictures_whose_bars_have_names_apart() -> None:
     group = Group([Run(Path(), {"reducer.name": "topk"}, "", [], [], {}, False, "", False)], "topk", None)
-    assert [len(page.groups) for page in pictures.pages(Section("", [group] * 400))] == [20] * 20
+    pages = pictures.pages(Section("", [group] * 300))
+    assert [len(page.groups) for page in pages] == [25] * 12
+    drawn = figures.draw(pages[0])
+    drawn.canvas.draw()
+    names = [label.get_window_extent() for label in drawn.axes[-1].get_yticklabels()]
+    assert len(names) == 25
+    assert not any(one.overlaps(other) for one, other in pairwise(names))
 
 
 def test_a_bar_is_as_long_as_a_step_and_stacked_from_its_phases(folder: Path) -> None:

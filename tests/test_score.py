@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from sage.runfolder.manifest import BEST
 from sage.training import agree
 from sage.training.agree import Request
 from tests.test_checkpoint import CONFIG, contents, error_line, only_run
+from tests.test_launch import PATIENCE_SECONDS, ROOT
 from tests.toy import ToyTask, bits_of, settings_of, train, train_until
 
 Capture = pytest.CaptureFixture[str]
@@ -73,6 +76,21 @@ def test_final_weights_score_what_the_summary_says_bit_for_bit_and_nothing_is_wr
     assert said["the"] == ["same", "numbers", "as", "in", "summary.json"]
     assert contents(made) == before
     assert evaluate(folder / "checkpoints" / "final.pt", capsys, *words)["score"] == said["score"]
+
+
+def test_workers_that_are_processes_score_what_those_that_trained_recorded(tmp_path: Path) -> None:
+    def run_two(*words: str) -> str:
+        command = [sys.executable, "run.py", *words, "--workers", "2", "--runs", str(tmp_path)]
+        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=PATIENCE_SECONDS)
+        assert done.returncode == 0
+        return done.stdout
+
+    run_two(*CONFIG, "epochs=1")
+    folder = only_run(tmp_path)
+    lines = run_two("--evaluate", str(folder)).splitlines()
+    assert summary_of(folder)["world_size"] == 2
+    assert lines[-2].split() == ["score", "accuracy", repr(summary_of(folder)["score"]["last"])]
+    assert lines[-1] == "the same numbers as in summary.json"
 
 
 def test_other_shares_of_the_data_are_said_where_the_numbers_differ(made: Path, capsys: Capture) -> None:

@@ -5,13 +5,12 @@ Imports matplotlib only when it draws: --help and a wrong argument are answered 
 
 import argparse
 import os
-import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from sage.config import ConfigError
-from sage.console import complain, show
+from sage.console import complain, show, terminal_width
 from sage.network import LATENCY_SECONDS, Link, parse_seconds, parse_speed
 from sage.report.advice import Network, advice_sheets, advise
 from sage.report.curves import TITLES
@@ -96,11 +95,6 @@ def check_baseline(name: str, sections: Sequence[Section]) -> None:
         raise ReportError(f"--baseline {name}: expected a finished configuration or reducer: {known}")
 
 
-def terminal_width() -> int:
-    """The columns of the terminal, 40 or more; 100 where there is none."""
-    return max(40, shutil.get_terminal_size((100, 24)).columns)
-
-
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
@@ -165,6 +159,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         parser.error(f"--output {options.output}: expected a name that ends in {', '.join(KINDS)}")
     if options.html and options.html.suffix != ".html":
         parser.error(f"--html {options.html}: expected a name that ends in .html")
+    if options.link is None and (options.latency, options.workers, options.compute_ms) != (None, None, None):
+        parser.error("--latency, --workers and --compute-ms belong to a network: expected --link SPEED, too")
     return options
 
 
@@ -177,7 +173,6 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
         "--latency",
         metavar="TIME",
         type=_quantity(parse_seconds),
-        default=LATENCY_SECONDS,
         help="of a message between two workers (default: 50us)",
     )
     add("--workers", metavar="W", type=_count, help="how many workers (default: as many as the runs had)")
@@ -222,7 +217,8 @@ def network_of(options: argparse.Namespace) -> Network | None:
     if options.link is None:
         return None
     compute = None if options.compute_ms is None else options.compute_ms / 1000
-    return Network(Link(options.link, options.latency), options.workers, compute)
+    latency = LATENCY_SECONDS if options.latency is None else options.latency
+    return Network(Link(options.link, latency), options.workers, compute)
 
 
 def compose(options: argparse.Namespace) -> Content:
@@ -256,7 +252,8 @@ def report(options: argparse.Namespace) -> str:
     output = Output(options.output or default_output(given), options.output is not None, options.panel or [])
     paths = write_report(output, content)
     paths += [write_page(options.html, content)] if options.html else []
-    return to_terminal(content.sheets, terminal_width()) + "\n".join([*content.notes, *map(str, paths)])
+    tables = to_terminal(content.sheets, terminal_width(otherwise=100))
+    return tables + "\n".join([*content.notes, *map(str, paths)])
 
 
 def main(arguments: list[str] | None = None) -> int:

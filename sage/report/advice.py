@@ -22,7 +22,7 @@ from sage.report.advisor import (
 from sage.report.groups import Group, Section, exactness
 from sage.report.looks import Style, look_of, styles_of
 from sage.report.runs import ReportError
-from sage.report.tables import Sheet, costs_to_reach, format_number
+from sage.report.tables import Sheet, bytes_sent_per_step, costs_to_reach, format_number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -164,13 +164,16 @@ def score_sheet(advice: Advice, target: float) -> Sheet:
 
 
 def _score_row(label: str, group: Group, target: float, seconds: float, sent: float) -> list[str]:
+    """seconds and sent (bytes): of a step, the mean over the whole run."""
     costs = costs_to_reach(group, target)
     reached = f"{len(costs)} of {len(group.runs)}"
     if not costs:
         return [label, reached, "-", "-", "-"]
     run = group.runs[0]
     steps = fmean(cost.epochs for cost in costs) * run.epochs[-1]["step"] / len(run.epochs)
-    return [label, reached, *map(format_number, (steps, steps * seconds, steps * sent / 1e6))]
+    until_then = fmean(cost.bytes for cost in costs)  # a step's bytes may differ along a run
+    megabytes = until_then * sent / bytes_sent_per_step(group) / 1e6
+    return [label, reached, *map(format_number, (steps, steps * seconds, megabytes))]
 
 
 # --- the picture ------------------------------------------------------------------------------------
@@ -215,20 +218,23 @@ def over_workers(advice: Advice) -> tuple[list[float], list[SpeedLine]]:
     return list(map(float, WORKERS)), speed_lines(advice, [(advice.link, count) for count in WORKERS])
 
 
-def break_evens(advice: Advice) -> list[tuple[Method, float]]:
-    """The methods that break even with COMPARED_WITH at a speed that the picture covers, and that speed."""
+def break_evens(advice: Advice) -> list[tuple[Group, float]]:
+    """The configurations that break even with COMPARED_WITH at a speed that the picture covers, and that
+    speed."""
     latency, size = advice.link.latency_seconds, advice.world_size
     found = [
-        (method, break_even_speed(method, advice.workload, COMPARED_WITH, latency, size))
-        for _, method in advice.methods
+        (group, break_even_speed(method, advice.workload, COMPARED_WITH, latency, size))
+        for group, method in advice.methods
     ]
-    return [(method, speed) for method, speed in found if FIRST_SPEED <= speed <= LAST_SPEED]
+    return [(group, speed) for group, speed in found if FIRST_SPEED <= speed <= LAST_SPEED]
 
 
 def draw_advice(advice: Advice) -> "Figure":
     """Draw how many steps each method makes while the overlapped bfloat16 average makes one: over links, with
     the break-even marked, and over workers."""
     from matplotlib.figure import Figure
+
+    from sage.report.figures import plain
 
     figure = Figure(figsize=(13, 5.5 + len(advice.methods) / 10), dpi=110, layout="constrained")
     speeds_axes, workers_axes = figure.subplots(1, 2)
@@ -242,8 +248,9 @@ def draw_advice(advice: Advice) -> "Figure":
     workers_axes.set(xlabel="workers", title=advice.network)
     workers_axes.set_xticks(WORKERS, [str(count) for count in WORKERS])
     lines = {str(line.get_label()): line for line in speeds_axes.get_lines()}
-    shown = {label: line for label, line in lines.items() if not label.startswith("_")}
-    title = "predicted; x: break-even"
+    evens = {plain(group.label): f" ({readable_speed(speed)})" for group, speed in break_evens(advice)}
+    shown = {label + evens.get(label, ""): line for label, line in lines.items() if label[0] != "_"}
+    title = "predicted; x: break-even, at the speed in brackets"
     figure.legend(
         shown.values(), shown.keys(), loc="outside lower center", ncols=3, handlelength=4, title=title
     )
@@ -261,7 +268,7 @@ def readable_tick(speed: float) -> str:
 
 def _draw_speedups(axes: "Axes", xs: Sequence[float], lines: Sequence[SpeedLine]) -> None:
     """Draw the lines of methods and exact averages."""
-    from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     from sage.report.figures import plain, wear
 
@@ -274,16 +281,14 @@ def _draw_speedups(axes: "Axes", xs: Sequence[float], lines: Sequence[SpeedLine]
         wear(line, speed_line.style)
     axes.set_ylabel(f"times as fast as exact {COMPARED_WITH.name}")
     low, high = axes.get_ylim()
-    plain_number = FuncFormatter(lambda y, _: f"{y:g}")
-    axes.yaxis.set_major_formatter(plain_number)
-    axes.yaxis.set_minor_formatter(plain_number if high < 8 * low else NullFormatter())
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 8 * low else range(1, 10)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_minor_locator(NullLocator())
     axes.grid(color="0.9")
 
 
 def _mark_break_even(axes: "Axes", advice: Advice) -> None:
-    for method, speed in break_evens(advice):
-        colour = look_of(method.reducer).colour
+    for group, speed in break_evens(advice):
+        colour = look_of(group.runs[0].config["reducer.name"]).colour
         axes.plot(speed, 1, marker="x", markersize=12, markeredgewidth=2, color=colour, linestyle="none")
-        text = axes.annotate(readable_speed(speed), (speed, 1), (-6, -8), textcoords="offset points")
-        text.set(color=colour, rotation=45, ha="right", va="top", zorder=5)

@@ -32,6 +32,8 @@ from sage.report.tables import format_number, mean_milliseconds
 LEGEND_COLUMNS = 3
 LINE, LETTER = 0.2, 0.085
 """The height of a line and the width of a letter, in inches."""
+LINE_SPACING = 1.2
+"""The distance of two lines of text, in their font's size, as matplotlib has it."""
 PANEL_HEIGHT, BETWEEN, ABOVE = 3.0, 0.85, 0.65
 """Of a panel, between panels, and above them; in inches."""
 SETTINGS: Any = {  # of a file: fonts as journals ask for, and the same bytes in every run
@@ -219,13 +221,21 @@ def draw_times(axes: Axes, page: Page) -> None:
         (colour, hatch), widths = FILLS[phase], [time[phase] for time in times]
         axes.barh(rows, widths, left=ends, color=colour, hatch=hatch, edgecolor="black", label=phase)
         ends = [end + width for end, width in zip(ends, widths, strict=True)]
+    size = bar_font_size(axes, sum(name.count("\n") + 1 for name in names))
     for row, end in enumerate(ends):
-        axes.text(end, row, f" {format_number(end)}" if end else " no epoch done", va="center")
+        text = f" {format_number(end)}" if end else " no epoch done"
+        axes.text(end, row, text, va="center", fontsize=size)
     axes.set(xlabel="time per step (ms); agree and log: the harness's own", ylabel="run (reducer)")
     axes.set(xlim=(0, 1.15 * max(ends) or 1), ylim=(len(page.groups) - 0.5, -0.5))
-    axes.set_yticks(rows, names)
+    axes.set_yticks(rows, names, fontsize=size)
     if any(ends):
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=3, frameon=False)
+
+
+def bar_font_size(axes: Axes, num_lines: int) -> float:
+    """The size, in points, at which so many lines of text fit beside the bars; 10 where they are few."""
+    height = axes.get_position().height * axes.get_figure().get_figheight()  # type: ignore[union-attr]
+    return min(10.0, 72 * height / (LINE_SPACING * num_lines))
 
 
 def _bar_name(group: Group) -> str:

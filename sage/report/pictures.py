@@ -24,8 +24,8 @@ KINDS = (".png", ".pdf", ".svg")
 """The endings of a picture's name, which say what kind of file it is."""
 MOST_PER_PICTURE = 8
 """Configurations in one picture: more lines in a panel are hard to tell apart."""
-MOST_PICTURES = 20
-"""Of a section: of more configurations each has more. A picture takes a second, whatever is in it."""
+MOST_PICTURES = 12
+"""Of a section: of very many configurations each has more. A picture takes a second, whatever is in it."""
 MOST_IN_ONE_PROCESS = 4
 """Pictures: more are drawn by several processes, each of which takes a second to start."""
 

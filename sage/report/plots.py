@@ -342,14 +342,17 @@ def _speed_traces(xs: Sequence[float], lines: Sequence[SpeedLine], panel: int) -
 
 
 def _break_even_traces(advice: Advice) -> list[Trace]:
-    """A mark on each method's line, which is hidden with it."""
+    """A mark on each method's line, which is hidden with it; its speed is said where the pointer is on it."""
     first = len(BASELINES) - 1  # the lines of the other exact averages come first
-    places = {method.label: str(index) for index, (_, method) in enumerate(advice.methods, first)}
+    places = {group.label: str(index) for index, (group, _) in enumerate(advice.methods, first)}
     return [
-        {"type": "scatter", "x": [speed], "y": [1], "mode": "markers+text"}
-        | {"marker": {"symbol": "x-thin-open", "size": 12, "color": look_of(method.reducer).colour}}
-        | {"text": [readable_speed(speed)], "textposition": "bottom left", "showlegend": False}
-        | {"legendgroup": places[method.label]}
-        | {"hovertemplate": f"{escaped(method.label)}<br>break-even: {readable_speed(speed)}<extra></extra>"}
-        for method, speed in break_evens(advice)
+        {"type": "scatter", "x": [speed], "y": [1], "mode": "markers", "showlegend": False}
+        | {"marker": {"symbol": "x-thin-open", "size": 12, "color": _colour(group)}}
+        | {"legendgroup": places[group.label]}
+        | {"hovertemplate": f"{escaped(group.label)}<br>break-even: {readable_speed(speed)}<extra></extra>"}
+        for group, speed in break_evens(advice)
     ]
+
+
+def _colour(group: Group) -> str:
+    return look_of(group.runs[0].config["reducer.name"]).colour

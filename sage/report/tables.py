@@ -239,7 +239,12 @@ def build_sheets(
 def scores_sheet(section: Section, band: Band = "std") -> Sheet:
     columns = ["run", "seeds", f"{section.score}\nlast", f"{section.score}\nbest"]
     rows = [[_first_cell(group), *results_row(group, band)] for group in section.groups]
-    return Sheet(f"Scores: {section.workload}", columns, rows, BANDS[band])
+    return Sheet(f"Scores: {section.workload}", columns, rows, spread_note(section, band))
+
+
+def spread_note(section: Section, band: Band) -> str:
+    """What follows the sign ± in a section's tables; empty where every configuration has one seed."""
+    return BANDS[band] if any(len(group.runs) > 1 for group in section.groups) else ""
 
 
 def differences_sheet(section: Section, baseline: str | None = None) -> Sheet | None:
@@ -261,7 +266,9 @@ def target_sheet(section: Section, target: float, band: Band = "std") -> Sheet:
     """What it took to reach a score; unfinished groups are left out."""
     columns = ["run", "reached\nby", "\nepochs", "trained\ns", "sent\nMB"]
     rows = [[_first_cell(group), *target_row(group, target, band)] for group in section.groups if group.done]
-    note = f"{BANDS[band]}, of those that reached it\ntrained: steps, without evaluation, agree and log"
+    spread = spread_note(section, band)
+    note = f"{spread}, of those that reached it\n" if spread else ""
+    note += "trained: steps, without evaluation, agree and log"
     return Sheet(f"To a score ({section.score}) of {target:g}", columns, rows, note)
 
 

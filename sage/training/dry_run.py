@@ -25,6 +25,8 @@ SPEEDS = {"100mbit": 100e6, "1gbit": 1e9, "10gbit": 10e9, "100gbit": 100e9}
 """Of the links that a dry run predicts for."""
 ASSUMED_WORKERS = 16
 """How many it predicts for where the user gives no number."""
+NAME_WIDTH = 12
+"""Characters that the name of an item takes, before what is said of it."""
 TIMED_STEPS = 3
 """Gradients that are timed, after one that is not; their median is shown."""
 

@@ -76,11 +76,11 @@ class Worker:
 
         workers: where() of each worker, by rank.
         """
+        threads = "1 thread" if self.num_threads == 1 else f"{self.num_threads} threads"
         if self.simulated:
-            in_turn = f"{self.place.world_size} simulated workers in turn on {self.device}"
-            return f"{in_turn}, {self.num_threads} threads"
+            return f"{self.place.world_size} simulated workers in turn on {self.device}, {threads}"
         if self.place.world_size == 1:
-            return f"1 worker on {self.device}, {self.num_threads} threads"
+            return f"1 worker on {self.device}, {threads}"
         sharing = ""
         if self.device.type == "cuda" and self.backend == "gloo":
             local = self.rendezvous.local_world_size
@@ -89,7 +89,7 @@ class Worker:
         return "\n".join(
             [
                 f"{self.place.world_size} workers over {self.backend} on {self.device.type}{sharing}, "
-                f"{self.num_threads} threads each",
+                f"{threads} each",
                 *rows,
             ]
         )
