@@ -17,6 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import reducers
 from reducers.exact import Exact
+from sage.exchange.attached import local_part
+from sage.exchange.bucket import BucketHook
 from sage.exchange.comm import DistComm
 from sage.exchange.ddp_hook import DDPHook
 from sage.interfaces import Communicator, Slot
@@ -36,7 +38,7 @@ class Failing(Exact):
 
     def __init__(self, config: Any, layout: list[Slot], **given: Any) -> None:
         super().__init__(config, layout, **given)
-        self.num_parameters = len(layout)
+        self.num_parameters, self.leaves_nothing = len(layout), False
 
     def reduce(self, send: Tensor, mean: Tensor, comm: Communicator) -> None:
         if self.num_parameters > 1:
@@ -78,10 +80,11 @@ def hooked(ddp: DistributedDataParallel, name: str = "exact", **given: Any) -> D
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    """This process's shards, where the model is sharded."""
+    return {name: local_part(p.grad).clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def memories(hook: DDPHook) -> dict[str, Tensor]:
+def memories(hook: BucketHook) -> dict[str, Tensor]:
     """What waits, by parameter; empty where nothing does."""
     parameters = hook.state_dict()["parameters"]
     return {name: part["feedback.memory"] for name, part in parameters.items() if "feedback.memory" in part}
@@ -153,16 +156,23 @@ def skip(case: Case) -> dict[str, Any]:
     ddp = wrap(layers())
     hook = hooked(ddp, case.reducer, **case.settings)
     spoil(ddp, lambda: hook.steps.step == BAD_STEP)
-    usable, is_same, grads, after = [], [], {}, []
+    return pass_bad_step(ddp, hook, lambda step: loss_of(ddp, step))
+
+
+def pass_bad_step(
+    model: nn.Module, hook: BucketHook, compute_loss: Callable[[int], Tensor]
+) -> dict[str, Any]:
+    """Steps of which somebody spoils BAD_STEP: which can be used, after which the hook's state is as before;
+    the bad step's gradients, and those of the step after it."""
+    usable, is_same, grads = [], [], []
     for step in range(BAD_STEP + 2):
         before = bits_of({**hook.state_dict(), "step": 0})
-        ddp.zero_grad()
-        loss_of(ddp, step).backward()
+        model.zero_grad()
+        compute_loss(step).backward()
         usable.append(hook.is_usable)
         is_same.append(bits_of({**hook.state_dict(), "step": 0}) == before)
-        grads = grads or (gradients(ddp.module) if not hook.is_usable else {})
-        after = [grad.isfinite().all().item() for grad in gradients(ddp.module).values()]
-    return {"usable": usable, "is_same": is_same, "bad": grads, "after": after}
+        grads.append(gradients(model))
+    return {"usable": usable, "is_same": is_same, "bad": grads[BAD_STEP], "after": grads[-1]}
 
 
 def in_reference(
@@ -229,7 +239,7 @@ def unused() -> list[dict[str, Tensor]]:
 def half() -> dict[str, Any]:
     """A bfloat16 model: its gradients by the hook, and this worker's."""
     ddp = wrap(layers().to(torch.bfloat16))
-    hook = hooked(ddp)
+    hook = hooked(ddp, feedback="residual")
     own = torch.autograd.grad(ddp.module(batch(0).bfloat16()).square().mean(), list(ddp.module.parameters()))
     ddp(batch(0).bfloat16()).square().mean().backward()
     return {"own": list(own), "mean": list(gradients(ddp.module).values()), "memory": memories(hook)}

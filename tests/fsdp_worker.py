@@ -16,13 +16,13 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 import reducers
 from sage.exchange.fsdp_hook import FSDPHook
 from tests.cases import CASES
-from tests.ddp_worker import text_of
+from tests.ddp_worker import BAD_STEP, gradients, memories, pass_bad_step, text_of
 from tests.gloo_worker import join_group
 from tests.test_own_loops import filled
-from tests.toy import bits_of
+from tests.test_warm_up import compiled
 
 REPLICAS, SHARDS, STEPS_PER_EPOCH, LR = 2, 2, 2, 0.1
-NUM_STEPS, BAD_STEP = 4, 2
+NUM_STEPS = 4
 FAMILIES = ("exact", "topk", "powersgd")
 ROWS = {case.reducer: case for case in reversed(CASES) if case.reducer in FAMILIES}
 """The table's first row of each: one that sends all, selected elements, factors."""
@@ -65,11 +65,6 @@ def loss_of(model: nn.Module, step: int, rank: int | None = None) -> Tensor:
     return model(x).square().mean()
 
 
-def gradients(model: nn.Module) -> dict[str, Tensor]:
-    """This process's shards."""
-    return {name: p.grad.to_local().clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
 def shard_means(model: nn.Module, step: int) -> dict[str, Tensor]:
     """The mean gradient of this process's replica, this process's part of it; computed without FSDP."""
     plain = layers()
@@ -83,11 +78,6 @@ def shard_means(model: nn.Module, step: int) -> dict[str, Tensor]:
     means = [(one + other) / 2 for one, other in zip(*found, strict=True)]
     names = (name for name, _ in plain.named_parameters())
     return {name: mean.chunk(SHARDS)[shard] for name, mean in zip(names, means, strict=True)}
-
-
-def memories(hook: FSDPHook) -> dict[str, Tensor]:
-    parameters = hook.state_dict()["parameters"]
-    return {name: part["feedback.memory"] for name, part in parameters.items() if "feedback.memory" in part}
 
 
 def descend(model: nn.Module) -> None:
@@ -149,16 +139,16 @@ def skip(mesh: DeviceMesh) -> dict[str, Any]:
             output.register_hook(lambda grad: grad.index_fill(1, torch.tensor([rows - 1]), torch.inf))
 
     model[0].register_forward_hook(spoil)  # type: ignore[index]
-    usable, is_same, bad, after = [], [], {}, {}
-    for step in range(BAD_STEP + 2):
-        before = bits_of({**hook.state_dict(), "step": 0})
-        model.zero_grad()
-        loss_of(model, step).backward()
-        usable.append(hook.is_usable)
-        is_same.append(bits_of({**hook.state_dict(), "step": 0}) == before)
-        bad = bad or (gradients(model) if not hook.is_usable else {})
-        after = gradients(model)
-    return {"usable": usable, "is_same": is_same, "bad": bad, "after": after}
+    return pass_bad_step(model, hook, lambda step: loss_of(model, step))
+
+
+def warm_up(mesh: DeviceMesh) -> dict[str, Any]:
+    """The types for which kernels are compiled before the first step, and after it; the process's first
+    scenario."""
+    model, _hook = hooked(mesh, "topk")
+    before = compiled()
+    loss_of(model, 0).backward()
+    return {"before": before, "after": compiled()}
 
 
 def half(mesh: DeviceMesh) -> dict[str, Any]:
@@ -168,7 +158,7 @@ def half(mesh: DeviceMesh) -> dict[str, Any]:
     loss_of(model, 0).backward()
     own = gradients(model)
     model.zero_grad()
-    hook = reducers.hook_fsdp(model, "exact", replicas=mesh["replicate"])
+    hook = reducers.hook_fsdp(model, "exact", replicas=mesh["replicate"], feedback="residual")
     loss_of(model, 0).backward()
     return {"own": own, "mean": gradients(model), "memory": memories(hook)}
 
@@ -229,7 +219,14 @@ def run(scenario: str, mesh: DeviceMesh) -> Any:
     """What a scenario has seen in this process."""
     if scenario in ROWS:
         return {"straight": train(mesh, scenario), "reloaded": train(mesh, scenario, reload_at=2)}
-    others = {"native": native, "skip": skip, "half": half, "unused": unused, "errors": errors}
+    others = {
+        "warm_up": warm_up,
+        "native": native,
+        "skip": skip,
+        "half": half,
+        "unused": unused,
+        "errors": errors,
+    }
     return others[scenario](mesh)
 
 

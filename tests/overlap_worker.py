@@ -177,13 +177,11 @@ def error_of(group: Group, settings: RunSettings, task: Task, **given: Any) -> s
 
 def unused(group: Group) -> dict[str, Any]:
     """A model of which a step does not use all parameters."""
-    # torch's fused SGD cannot begin a momentum later than others.
-    plain = {"momentum": 0.0, "nesterov": False}
     found: dict[str, Any] = {}
     found["refused"] = error_of(group, settings_of("topk", overlap=SMALL), BranchTask(4, group.place))
     for name in ("exact", "topk"):
         for overlap in (None, {**SMALL, "find_unused_parameters": True}):
-            settings = settings_of(name, reducer=REDUCERS[name], optimizer=plain, overlap=overlap)
+            settings = settings_of(name, reducer=REDUCERS[name], overlap=overlap)
             task = BranchTask(4, group.place)
             task._count = 0 if overlap is None else -1  # the backward that nobody uses
             way = "flat" if overlap is None else "overlapped"

@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -298,3 +300,20 @@ def test_the_optimizer_is_fused_where_torch_can_and_foreach_elsewhere(config: SG
     elsewhere = build_optimizer(config, nn.Linear(2, 2, device="meta"))
     assert [group["foreach"] for group in elsewhere.param_groups] == [True, True]
     assert not any(group["fused"] for group in elsewhere.param_groups)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_a_momentum_may_begin_later_than_others(nesterov: bool) -> None:
+    """A parameter's first gradient comes a step later. All numbers are sums of few powers of two: exact."""
+    given: dict[str, Any] = {"lr": 0.5, "momentum": 0.5, "nesterov": nesterov}
+    moved = []
+    for build in (SGD(**given).build, partial(torch.optim.SGD, foreach=False, **given)):
+        first, late = (nn.Parameter(torch.tensor([1.0, -2.0])) for _ in range(2))
+        optimizer = build([{"params": [first, late], "weight_decay": 0.25}])
+        for step in range(3):
+            first.grad = torch.tensor([1.0, 2.0])
+            late.grad = torch.tensor([-1.0, 4.0]) if step else None
+            optimizer.step()
+        moved.append(torch.stack([first, late]))
+    assert not torch.equal(moved[0][0], moved[0][1])
+    assert torch.equal(moved[0], moved[1])

@@ -6,9 +6,8 @@ exchanges them in that order, on a stream and in a process group of its own, whi
 
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any
 
@@ -20,91 +19,18 @@ from torch.nn import SyncBatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from sage.exchange.absent import named
+from sage.exchange.bucket import BucketGradient, BucketHook, Part, Step, merge
 from sage.exchange.clock import Clock, HiddenClock
 from sage.exchange.comm import comm_of, timeout_of
-from sage.exchange.echo import Build, warm_up
-from sage.exchange.exchange import Exchange, ExchangeNorms, State, mean_density
-from sage.exchange.gradient import HALVES, layout_of
-from sage.exchange.progress import StepCounter
-from sage.interfaces import Progress, Slot, seed_of
+from sage.exchange.echo import Build
+from sage.exchange.exchange import ExchangeNorms, State
+from sage.exchange.gradient import layout_of
+from sage.interfaces import seed_of
 
 Job = Callable[[], None]
 
 
-class BucketGradient:
-    """A bucket of DDP as an Exchange takes it: flat is its buffer, or a float32 copy where that has 16
-    bits."""
-
-    def __init__(self, layout: list[Slot], buffer: Tensor, finds_unused: bool) -> None:
-        """finds_unused: a parameter whose gradient is zero everywhere may be one that was not used."""
-        self._layout, self._finds_unused = layout, finds_unused
-        self._buffer = self.flat = buffer  # (n,)
-        self._wide = buffer.new_zeros(buffer.shape, dtype=torch.float32) if buffer.dtype in HALVES else None
-
-    def hold(self, buffer: Tensor) -> None:
-        """Take this step's buffer (n,)."""
-        self._buffer = buffer
-        self.flat = buffer if self._wide is None else self._wide
-
-    def collect(self, read: Callable[[Tensor], Tensor] = Tensor.cpu) -> list[bool]:
-        """Bring the gradients into flat; for each slot, whether its parameter has one. Where parameters may
-        be unused this waits for the device, by read."""
-        if self._wide is not None:
-            self._wide.copy_(self._buffer)
-        if not self._finds_unused:
-            return [True] * len(self._layout)
-        parts = [self._buffer[slot.start : slot.stop].any() for slot in self._layout]
-        return [bool(is_used) for is_used in read(torch.stack(parts)).tolist()]
-
-    def distribute(self, used: Sequence[bool]) -> None:
-        """Bring flat into the buffer; DDP knows itself which parameters are not used."""
-        if self._wide is not None:
-            self._buffer.copy_(self._wide)
-
-
-@dataclass
-class Part:
-    """What one bucket has."""
-
-    names: tuple[str, ...]
-    gradient: BucketGradient
-    exchange: Exchange
-
-
-@dataclass
-class Step:
-    """One backward."""
-
-    progress: Progress
-    measure: bool = False
-    is_usable: bool = True
-    nonfinite: tuple[str, Tensor] | None = None
-    parts: list[Part] = field(default_factory=list)
-    """Of the buckets so far."""
-    moved: list[Exchange] = field(default_factory=list)
-    """Those that have a state to put back where a later bucket cannot be used."""
-    results: list[tuple[torch.futures.Future[Tensor], Tensor]] = field(default_factory=list)
-    """What DDP waits for: each bucket's future and buffer."""
-    done: threading.Event = field(default_factory=threading.Event)
-
-    def exchange(self, part: Part, scaler: torch.amp.GradScaler | None, *, keeps: bool) -> None:
-        """Exchange a part. All workers agree whether it can be used: if not, the step cannot. keeps: keep
-        what is to be put back where a later part cannot be used."""
-        if keeps:
-            part.exchange.back_up()
-        self.is_usable = part.exchange.step(part.gradient, self.progress, scaler=scaler, measure=self.measure)
-        if not self.is_usable:
-            self.nonfinite = part.exchange.nonfinite
-        elif keeps:
-            self.moved.append(part.exchange)
-
-    def put_back(self) -> None:
-        """Undo what parts have moved that were exchanged before one that cannot be used."""
-        for exchange in self.moved:
-            exchange.restore()
-
-
-class DDPHook:
+class DDPHook(BucketHook):
     """Exchanges the gradients of a DistributedDataParallel model, in place of its all-reduce.
 
     After backward() every gradient is the estimate of the workers' mean. Where some worker's gradient was not
@@ -149,46 +75,31 @@ class DDPHook:
         named = (model or ddp.module).named_parameters()
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in named}
         self._finds_unused = ddp.find_unused_parameters or ddp.static_graph
-        self._build, self._scaler = build, scaler
-        self._clock, self._restores = clock or Clock(torch.device("cpu")), restores
-        self.comm = comm_of(_another_group(ddp), next(iter(self._names)).device, self._clock)
-        self.steps = StepCounter(steps_per_epoch)
-        self.is_usable = True
-        """Whether the last backward's gradients can be used: the same on all workers."""
+        self._build, self._restores = build, restores
+        self._clock = clock or Clock(torch.device("cpu"))
+        first = next(iter(self._names))
+        comm = comm_of(_another_group(ddp), first.device, self._clock)
+        super().__init__(comm, scaler=scaler, steps_per_epoch=steps_per_epoch)
         self.nonfinite: tuple[str, Tensor] | None = None
         """Where they cannot: Exchange.nonfinite of the first bucket that is to blame."""
         self.measure = False
         """Whether the next backward is to measure norms."""
         self._seed: int | None = None
         """Where buckets that are new take their own generators' seeds from."""
-        self._parts: dict[tuple[str, ...], Part] = {}
         self._before: State | None = None
         """Where buckets that are new take their state from: that of another division."""
-        self._step: Step | None = None
         self._is_passive = False
-        self._error: BaseException | None = None
         self._stream: torch.cuda.Stream | None = None
         self._jobs: SimpleQueue[Job | None] | None = SimpleQueue() if overlap else None
         if self._jobs is not None:
             given = (self._jobs, torch.get_num_threads())
             threading.Thread(target=_work, args=given, daemon=True).start()
             weakref.finalize(self, self._jobs.put, None)
-        self._warm_up()
+        layout = layout_of((name, parameter) for parameter, name in self._names.items())
+        self._warm_up(build, layout, first)
         ddp.register_comm_hook(self, _take_bucket)
 
-    def _warm_up(self) -> None:
-        """Compile here, and not in the first backward, what an exchange needs."""
-        layout = layout_of((name, parameter) for parameter, name in self._names.items())
-        first = next(iter(self._names))
-        like = first.new_empty(0, dtype=torch.float32 if first.dtype in HALVES else first.dtype)
-        warm_up(self._build, layout, like, self.comm.world_size)
-
     # --- what a loop calls ----------------------------------------------------------------------------
-
-    def set_progress(self, *, epoch: float | None = None, lr: float | None = None) -> None:
-        """Say where training stands, before backward: for schedules that follow the epoch (it may be a
-        fraction) or the learning rate. What was given last stays."""
-        self.steps.set(epoch, lr)
 
     def prime(self, compute_loss: Callable[[], Tensor]) -> None:
         """Let DDP arrange its buckets before the first step: one backward whose gradients nobody uses.
@@ -202,16 +113,6 @@ class DDPHook:
             prime(self._module, compute_loss)
         finally:
             self._is_passive = False
-
-    @property
-    def exchanges(self) -> list[Exchange]:
-        """One a bucket, in the order of the last backward."""
-        return [part.exchange for part in self._parts.values()]
-
-    @property
-    def density(self) -> float:
-        """Elements a worker sent in the last step / n, mean over workers."""
-        return mean_density(self.exchanges)
 
     def metrics(self) -> Mapping[str, float | Tensor]:
         """The reducer's metrics: of each the mean over the buckets that have it, weighted by their
@@ -238,7 +139,6 @@ class DDPHook:
         }
 
     def state_dict(self) -> State:
-        """All that the next step depends on, by parameter name and by bucket; each worker's is its own."""
         return {"step": self.steps.step, **self._state()}
 
     def load_state_dict(self, state: State) -> None:
@@ -420,12 +320,3 @@ def _another_group(ddp: DistributedDataParallel) -> dist.ProcessGroup:
     )
     assert isinstance(made, dist.ProcessGroup)  # this process is in it
     return made
-
-
-def merge(parts: Iterable[Part]) -> State:
-    """The states of all buckets as one."""
-    states = [part.exchange.state_dict() for part in parts]
-    return {
-        "parameters": {name: values for state in states for name, values in state["parameters"].items()},
-        "buckets": [bucket for state in states for bucket in state["buckets"]],
-    }

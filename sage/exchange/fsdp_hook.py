@@ -21,10 +21,10 @@ from torch.distributed.fsdp import FSDPModule
 
 from sage.exchange.absent import naming_absent
 from sage.exchange.attached import copy_from_first, local_part
+from sage.exchange.bucket import BucketGradient, BucketHook, Part, Step, merge
 from sage.exchange.comm import DistComm, comm_of
-from sage.exchange.ddp_hook import BucketGradient, Build, Part, Step, merge
-from sage.exchange.exchange import Exchange, State, mean_density
-from sage.exchange.progress import StepCounter
+from sage.exchange.echo import Build
+from sage.exchange.exchange import State
 from sage.interfaces import lay_out
 
 SINCE = "2.7"
@@ -55,7 +55,7 @@ class ShardedModule:
         ]
 
 
-class FSDPHook:
+class FSDPHook(BucketHook):
     """Exchanges the shards' gradients of a fully_shard model between replicas of it.
 
         mesh = init_device_mesh("cuda", (2, 4), mesh_dim_names=("replicate", "shard"))
@@ -90,21 +90,20 @@ class FSDPHook:
         mesh, shards = _check_replicas(replicas), _shard_group(sharded)
         _check_all_sharded(model, sharded)
         device = torch.device(mesh.device_type)
-        self.comm = comm_of(mesh.get_group(), device)
-        self.steps = StepCounter(steps_per_epoch)
-        self.is_usable = True
-        """Whether the last backward's gradients can be used: the same on all processes."""
-        self._model, self._shards, self._scaler = model, comm_of(shards, device), scaler
-        self._step: Step | None = None
+        comm = comm_of(mesh.get_group(), device)
+        super().__init__(comm, scaler=scaler, steps_per_epoch=steps_per_epoch)
+        self._model, self._shards = model, comm_of(shards, device)
         self._task = -1  # autograd's number of the backward of _step
-        self._error: BaseException | None = None
         self._check_same_shard(sharded, device)
         copy_from_first(model, self.comm.another())
-        self._parts: list[Part] = []
-        for one in sharded:
-            if one.trained():
-                self._parts.append(self._make_part(one, build, device))
-                one.module.set_all_reduce_hook(partial(self._take, one, self._parts[-1]))
+        trained = [one for one in sharded if one.trained()]
+        for dtype in {one.dtype for one in trained}:
+            layout = lay_out(pair for one in trained if one.dtype == dtype for pair in one.trained())
+            self._warm_up(build, layout, torch.empty(0, dtype=dtype, device=device))
+        for one in trained:
+            part = self._make_part(one, build, device)
+            self._parts[part.names] = part
+            one.module.set_all_reduce_hook(partial(self._take, one, part))
 
     def _check_same_shard(self, sharded: list[ShardedModule], device: torch.device) -> None:
         """Raise ValueError, on all of them, where the processes hold different shards."""
@@ -127,25 +126,10 @@ class FSDPHook:
 
     # --- what a loop calls ----------------------------------------------------------------------------
 
-    def set_progress(self, *, epoch: float | None = None, lr: float | None = None) -> None:
-        """Say where training stands, before backward: for schedules that follow the epoch (it may be a
-        fraction) or the learning rate. What was given last stays."""
-        self.steps.set(epoch, lr)
-
-    @property
-    def exchanges(self) -> list[Exchange]:
-        """One a module."""
-        return [part.exchange for part in self._parts]
-
-    @property
-    def density(self) -> float:
-        """Elements a process sent in the last step / those of its shards, mean over the replicas."""
-        return mean_density(self.exchanges)
-
     def state_dict(self) -> State:
         """All that the next step depends on, by parameter name and by module; each process's is its own, and
         that of its shards."""
-        return {"step": self.steps.step, **merge(self._parts)}
+        return {"step": self.steps.step, **merge(self._parts.values())}
 
     def load_state_dict(self, state: State) -> None:
         """Take the state_dict of the same shard. Raises ValueError where a parameter is missing, or its
@@ -176,7 +160,7 @@ class FSDPHook:
         """After backward: agree with the other shards, which have seen other gradients, whether the step can
         be used; put back what was moved where it cannot."""
         self._step = None
-        for part in self._parts:
+        for part in self._parts.values():
             part.gradient.hold(torch.empty(0, device=device))  # let go of FSDP's memory
         flag = torch.tensor([not step.is_usable], dtype=torch.int32, device=device)
         with self._keeping_error(self._shards):

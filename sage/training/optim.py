@@ -105,9 +105,12 @@ class SGD(Named):
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         if self.nesterov and self.nesterov_form == "published":
             return PublishedNesterov(groups, lr=self.lr, momentum=self.momentum)
-        return torch.optim.SGD(
+        optimizer = torch.optim.SGD(
             groups, lr=self.lr, momentum=self.momentum, nesterov=self.nesterov, **_implementation(groups)
         )
+        if self.momentum:
+            optimizer.register_step_pre_hook(_begin_late_momenta)
+        return optimizer
 
 
 class Adam(Named):
@@ -128,6 +131,18 @@ class Adam(Named):
 
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         return torch.optim.Adam(groups, lr=self.lr, betas=self.betas, eps=self.eps, **_implementation(groups))
+
+
+def _begin_late_momenta(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Let a momentum begin later than others, where a parameter's first gradient comes later: torch's fused
+    SGD has all begin in one step, and raises TypeError otherwise. From zeros it begins as in torch's other
+    forms: m = mu 0 + g."""
+    for group in optimizer.param_groups:
+        used = [parameter for parameter in group["params"] if parameter.grad is not None]
+        late = [parameter for parameter in used if optimizer.state[parameter].get("momentum_buffer") is None]
+        if len(late) < len(used):
+            for parameter in late:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 OPTIMIZERS: dict[str, type[Named]] = {"sgd": SGD, "adam": Adam}
