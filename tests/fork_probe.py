@@ -3,11 +3,14 @@
 python -m tests.fork_probe EXIT_CODE [children]
 """
 
+import atexit
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +34,14 @@ def facts() -> dict[str, Any]:
     }
 
 
+def end_late() -> None:
+    """What a thread does that the end of the program waits for."""
+    time.sleep(0.05)
+    print("of a thread", file=sys.stderr)
+
+
 if __name__ == "__main__":
+    atexit.register(print, "at the end", file=sys.stderr)
     told = [facts()]
     if sys.argv[2:]:
         command = [sys.executable, "-u", "-m", "tests.fork_probe", "0"]
@@ -39,4 +49,5 @@ if __name__ == "__main__":
         told += json.loads(done.stdout)
     print(json.dumps(told))
     print("to the other stream", file=sys.stderr)
+    threading.Thread(target=end_late).start()
     sys.exit(int(sys.argv[1]))

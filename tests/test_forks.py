@@ -32,7 +32,7 @@ def outcomes(forks: Forks, monkeypatch: pytest.MonkeyPatch, command: list[str], 
         monkeypatch.setattr(subprocess, "_fork_exec", start)
         given = {"cwd": ROOT, "env": os.environ, **given}
         done = subprocess.run(command, capture_output=True, text=True, **given)
-        assert done.stderr == "to the other stream\n"
+        assert done.stderr.splitlines() == ["to the other stream", "of a thread", "at the end"]
         found.append((done.returncode, json.loads(done.stdout)))
     return found
 
