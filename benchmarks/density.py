@@ -1,7 +1,7 @@
 """How well sparsifiers keep their density on real gradients, step by step.
 
     python -m benchmarks.density --data DIR [--configs NAME,...] [--steps N] [--workers W] [--densities D,...]
-                                 [--json FILE] [--picture FILE]
+                                 [--json FILE] [--picture FILE] [KEY.PATH=VALUE ...]
 
 A JSON file that is there keeps its rows of other configurations.
 
@@ -75,6 +75,9 @@ DRAWN = ("global_topk", "topk", "sage", "sage, 10 x fitted", "threshold auto")
 class Row:
     config: str
     n: int
+    workers: int
+    overrides: list[str]
+    """Of the configuration."""
     method: str
     target: float
     feedback: str
@@ -122,11 +125,13 @@ class Entry:
         promised = round(self.exchanges[0].reducer.expected_payload_bytes(2) / bytes_each(self.method))
         self.exact.append(set(counts) == {promised})
 
-    def row(self, name: str, n: int) -> Row:
+    def row(self, name: str, n: int, overrides: list[str]) -> Row:
         errors = torch.tensor([abs(density / self.target - 1) for density in self.densities])
         return Row(
             config=name,
             n=n,
+            workers=len(self.exchanges),
+            overrides=overrides,
             method=self.method,
             target=self.target,
             feedback=self.feedback,
@@ -175,8 +180,8 @@ def make_entry(
 class Stream:
     """The workers' gradients of an exact training, step by step."""
 
-    def __init__(self, name: str, data: Path, num_workers: int, num_steps: int) -> None:
-        self.settings = config.load(CONFIGS / f"{name}.yaml", [], RunSettings, TABLES)
+    def __init__(self, name: str, overrides: list[str], data: Path, num_workers: int, num_steps: int) -> None:
+        self.settings = config.load(CONFIGS / f"{name}.yaml", overrides, RunSettings, TABLES)
         self.num_steps, section = num_steps, self.settings.task
         torch.manual_seed(1)
         self.tasks: list[Task] = []
@@ -218,7 +223,8 @@ class Stream:
 
 
 def measure(name: str, arguments: argparse.Namespace) -> list[Row]:
-    stream, entries = Stream(name, arguments.data, arguments.workers, arguments.steps), list[Entry]()
+    stream = Stream(name, arguments.overrides, arguments.data, arguments.workers, arguments.steps)
+    entries: list[Entry] = []
     for progress, gradients in stream:
         if not entries:
             forgetting = NoFeedback(NoFeedbackSettings(), gradients[0])
@@ -230,7 +236,7 @@ def measure(name: str, arguments: argparse.Namespace) -> list[Row]:
             ]
         for entry in entries:
             entry.take_step(gradients, progress)
-    return [entry.row(name, len(gradients[0])) for entry in entries]
+    return [entry.row(name, len(gradients[0]), arguments.overrides) for entry in entries]
 
 
 def print_table(rows: list[Row]) -> None:
@@ -281,6 +287,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=4, help="whose gradients are taken (default: 4)")
     parser.add_argument("--densities", default="0.1,0.01,0.001,0.0001", metavar="D,...", help="targets")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw densities over steps into a PNG")
+    parser.add_argument("overrides", nargs="*", metavar="KEY.PATH=VALUE", help="of the configurations")
     arguments = parser.parse_args()
     arguments.densities = [float(text) for text in arguments.densities.split(",")]
     names = arguments.configs.split(",")
@@ -289,8 +296,8 @@ def main() -> None:
         rows += measure(name, arguments)
         print_table([row for row in rows if row.config == name])
         if arguments.json:  # after each, since all together take a while
-            given = {"workers": arguments.workers, "load_average_after": load_average()}
-            write_json(arguments.json, {**facts, **given, "rows": [asdict(row) for row in rows]})
+            given = {**facts, "load_average_after": load_average()}
+            write_json(arguments.json, {**given, "rows": [asdict(row) for row in rows]})
     if arguments.picture:
         draw(rows, arguments.picture)
 
