@@ -125,10 +125,10 @@ def attach(
 
     name and settings: a reducer's, as in a configuration. feedback: none, residual or momentum (then the
     optimizer has none), or such a section of a configuration; None is residual, or none for a reducer that
-    leaves no error. scaling: what the density is in each step, a rule's name or such a section:
-    {"name": "time", "share": 0.2}. steps_per_epoch: for schedules that follow the epoch. comm: which workers;
-    None is the default process group where there is one, else this process alone. Every worker gets rank 0's
-    weights. Raises ValueError where a value or the model cannot be served.
+    leaves no error, as exact does. scaling: what the density is in each step, a rule's name or such a
+    section: {"name": "time", "share": 0.2}. steps_per_epoch: for schedules that follow the epoch. comm: which
+    workers; None is the default process group where there is one, else this process alone. Every worker gets
+    rank 0's weights. Raises ValueError where a value or the model cannot be served.
     """
     from sage.exchange.attached import AttachedExchange
 
@@ -237,15 +237,15 @@ def build_exchange(
 
     config = _settings({"name": name, **settings})
     kind = REDUCERS[config.name]
+    reducer = build(config, layout, seeds=Seeds.derive(seed, comm.rank), device=like.device)
     if feedback is None:
-        feedback = "residual" if kind.takes_feedback else "none"
+        feedback = "residual" if kind.takes_feedback and not reducer.leaves_nothing else "none"
     section = {"name": feedback} if isinstance(feedback, str) else feedback
     table = {key: value.Settings for key, value in FEEDBACKS.items()}
     kept = validate({"feedback": section}, _ChosenFeedback, {"feedback": table}).feedback
     FEEDBACKS[kept.name].check(kind, config, _OwnOptimizer())
     scales = _scaling_settings(scaling)
     SCALINGS[scales.name].check(scales, kind, config, simulated=False)
-    reducer = build(config, layout, seeds=Seeds.derive(seed, comm.rank), device=like.device)
     rule = build_scaling(scales, reducer, layout, like.device)
     return Exchange(FEEDBACKS[kept.name](kept, like), reducer, comm, layout, scaling=rule)
 

@@ -13,13 +13,20 @@ from sage.interfaces import Communicator, Reducer
 
 
 def average(send: Tensor, mean: Tensor, comm: Communicator) -> None:
-    """mean = sum_i (send_i 1/W) by one all-reduce; send: zeros. Both (n,).
-
-    Multiplied by 1/W before it is added, as DistributedDataParallel does: the same bits.
-    """
-    torch.mul(send, 1 / comm.world_size, out=mean)
-    comm.all_reduce(mean)
+    """mean = sum_i (send_i 1/W) by one all-reduce; send: zeros. Both (n,)."""
+    _average(send, mean, comm)
     send.zero_()
+
+
+def average_in_place(mean: Tensor, comm: Communicator) -> None:
+    """mean = sum_i (mean_i 1/W) by one all-reduce. (n,)."""
+    _average(mean, mean, comm)
+
+
+def _average(values: Tensor, mean: Tensor, comm: Communicator) -> None:
+    # Multiplied by 1/W before it is added, as DistributedDataParallel does: the same bits.
+    torch.mul(values, 1 / comm.world_size, out=mean)
+    comm.all_reduce(mean)
 
 
 def average_at(

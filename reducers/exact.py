@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from reducers.common import average
+from reducers.common import average, average_in_place
 from sage.config import Named
 from sage.interfaces import Communicator, Reducer, Seeds, Slot
 
@@ -36,6 +36,7 @@ class Exact(Reducer):
         self._half: Tensor | None = None
         if config.dtype in HALVES:
             self._half = torch.empty(self.n, dtype=HALVES[config.dtype], device=device)  # (n,)
+        self.leaves_nothing = self._half is None
 
     def reduce(self, send: Tensor, mean: Tensor, comm: Communicator) -> None:
         if self._half is None:
@@ -49,6 +50,9 @@ class Exact(Reducer):
         send.sub_(mean.copy_(self._half), alpha=comm.world_size)
         comm.all_reduce(self._half)
         mean.copy_(self._half)
+
+    def reduce_in_place(self, mean: Tensor, comm: Communicator) -> None:
+        average_in_place(mean, comm)
 
     def sent_indices(self) -> Tensor:
         """All of them: for DGC's momentum, where a step of a sparsifier is dense."""

@@ -219,6 +219,8 @@ class Reducer(Stateful, ABC):
     nothing."""
     target_density: float = 1.0
     """What the density is meant to be from the next step on."""
+    leaves_nothing: bool = False
+    """Whether a step sends all of send as it is, so that nothing is left: then reduce_in_place works."""
     selects_largest: ClassVar[bool] = False
     """Whether it selects elements by their magnitude, so that measure_growth has something to measure."""
     growths: Tensor | None = None
@@ -246,6 +248,11 @@ class Reducer(Stateful, ABC):
         was not sent, so the caller decides whether to keep it (error feedback). mean holds this worker's raw
         gradient on entry, unless the reducer's own accumulate has overwritten it.
         """
+
+    def reduce_in_place(self, mean: Tensor, comm: Communicator) -> None:
+        """The same without a send: mean (n,) holds what this worker wants to send on entry. Where
+        leaves_nothing."""
+        raise NotImplementedError
 
     @classmethod
     def is_sparsifier(cls, config: Any) -> bool:

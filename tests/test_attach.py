@@ -31,7 +31,7 @@ def by_the_long_way(comm: LocalComm, name: str, num_steps: int) -> tuple[Tensor,
     model = model_of()
     gradient = GradientBuffer(model)
     reducer = build_reducer(name, gradient.layout, worker=comm.rank, **SETTINGS.get(name, {}))
-    kind = FEEDBACKS["residual" if reducer.takes_feedback else "none"]
+    kind = FEEDBACKS["residual" if reducer.takes_feedback and name != "exact" else "none"]
     feedback = kind(kind.Settings.model_validate({}), gradient.flat)
     exchange = Exchange(feedback, reducer, comm, gradient.layout)
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
@@ -202,6 +202,8 @@ def test_error_feedback_is_the_default_where_there_is_an_error() -> None:
 
     assert feedback_of("topk") is Residual
     assert feedback_of("signum") is NoFeedback
+    assert feedback_of("exact") is NoFeedback
+    assert feedback_of("exact", dtype="bfloat16") is Residual
     assert feedback_of("topk", feedback="none") is NoFeedback
     assert feedback_of("topk", feedback={"name": "momentum", "momentum": 0.8}) is Momentum
 

@@ -216,8 +216,6 @@ class Exchange:
             return self._average(grad, progress, measure)
 
     def _average(self, grad: Tensor, progress: Progress, measure: bool) -> ExchangeNorms | None:
-        memory = self.feedback.memory
-
         # 1. the density of this step, and schedules
         self.scaling.begin_step(progress, self.comm)
         reducer = self.scaling.current
@@ -225,20 +223,28 @@ class Exchange:
         self.feedback.begin_step(progress)
 
         # 2. memory = what this worker wants to send
-        self.feedback.compensate(reducer, grad)
-        send_norm = self._norm_of_memory() if measure else None
+        in_place = reducer.leaves_nothing and not self.feedback.remembers
+        send = grad if in_place else self.feedback.memory
+        if not in_place:
+            self.feedback.compensate(reducer, grad)
+        send_norm = self._norm(send) if measure else None
 
         # 3. grad = the mean; memory = what was not sent
-        reducer.reduce(memory, grad, self.scaling.watched(self.comm))
-        self.feedback.after_reduce(reducer)
+        comm = self.scaling.watched(self.comm)
+        if in_place:
+            reducer.reduce_in_place(grad, comm)
+        else:
+            reducer.reduce(send, grad, comm)
+            self.feedback.after_reduce(reducer)
         self.scaling.end_step(self.comm)
         if send_norm is None:
             return None
-        return ExchangeNorms(send_norm, self._norm_of_memory(), reducer.takes_feedback)
+        left = torch.zeros_like(send_norm) if in_place else self._norm(send)
+        return ExchangeNorms(send_norm, left, reducer.takes_feedback)
 
-    def _norm_of_memory(self) -> Tensor:
+    def _norm(self, values: Tensor) -> Tensor:
         with self._clock.phase("log"):
-            return norm(self.feedback.memory, waits=self._waits)
+            return norm(values, waits=self._waits)
 
     @property
     def density(self) -> float:

@@ -40,6 +40,8 @@ class Feedback(Stateful, ABC):
     """A memory (n,) of what this worker has not sent, and how the next gradient joins it."""
 
     Settings: ClassVar[type[Named]]
+    remembers: ClassVar[bool] = True
+    """Whether what was not sent is used again; else memory is but scratch space."""
 
     def __init__(self, config: Any, like: Tensor) -> None:
         """like (n,): a tensor of the flat gradient's size, dtype and device."""
@@ -71,6 +73,7 @@ class NoFeedback(Feedback):
     """Forgets what was not sent."""
 
     Settings = NoFeedbackSettings
+    remembers = False
 
     @classmethod
     def check(cls, reducer: type[Reducer], reducer_config: Named, optimizer: Named) -> None:
