@@ -18,7 +18,7 @@ from matplotlib.image import imread
 from matplotlib.lines import Line2D
 
 from sage.report import __main__ as report
-from sage.report import advisor, curves, figures, formats, pictures, runs, tables
+from sage.report import advisor, curves, figures, formats, pictures, plots, runs, tables
 from sage.report.groups import Group, Section, find_exact, gather
 from sage.report.looks import FILLS, look_of
 from sage.report.runs import Run
@@ -595,6 +595,20 @@ def test_nothing_is_clipped_and_no_legend_lies_on_data(tmp_path: Path) -> None:
     assert min(tight.x0, tight.y0, width - tight.x1, height - tight.y1) >= 0
     legends = [legend.get_window_extent() for legend in (*figure.legends, figure.axes[5].get_legend())]
     assert not any(axes.get_window_extent().overlaps(box) for axes in figure.axes for box in legends)
+
+
+def test_the_density_panel_shows_the_target_too_and_steps_are_whole_numbers(tmp_path: Path) -> None:
+    lines = lines_of([0.05, 0.04], 2e4, SAGE_SECONDS, target_density=0.01)
+    section = section_of(write_run(tmp_path / "far", "sage", lines))
+    drawn = figures.draw(pictures.pages(section)[0])
+    density = drawn.axes[list(curves.TITLES).index("density")]
+    low, high = density.get_ylim()
+    assert low < 0.01 < 0.05 < high
+    ticks = [tick for axes in (drawn.axes[0], density) for tick in axes.get_xticks()]
+    assert len(ticks) > 3
+    assert all(tick == round(tick) for tick in ticks)
+    # the page's axis is not narrowed to the densities, so that it holds all that is drawn
+    assert "range" not in plots.curves_plot(section, "std")["layout"]["yaxis4"]
 
 
 def test_a_density_of_zero_is_a_gap_and_a_panel_without_values_says_so(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ Curve = list[CurvePoint]
 def average_curve(group: Group, of: Callable[[Run], Points], band: Band) -> Curve:
     """The curve over all seeds, as far as the shortest run."""
     if len(group.runs) == 1:
-        return [CurvePoint(x, y, y, y) for x, y in of(group.runs[0])]
+        return as_curve(of(group.runs[0]))
     curve: Curve = []
     for points in zip(*map(of, group.runs), strict=False):  # a point of each seed
         xs, ys = zip(*points, strict=True)
@@ -82,10 +82,12 @@ class ScoreAxis:
     points: Callable[[Run], Points]
     is_log_where_wide: bool = False
     """The axis is logarithmic where its values differ by a large factor."""
+    is_whole: bool = False
+    """Only whole numbers have a tick."""
 
 
 SCORE_AXES = {
-    "epochs": ScoreAxis("epochs", "training (epochs)", _over_epochs),
+    "epochs": ScoreAxis("epochs", "training (epochs)", _over_epochs, is_whole=True),
     "bytes": ScoreAxis(
         "bytes", "sent by one worker (MB)", _over_total(lambda line: line["bytes.wire"] / 1e6), True
     ),
@@ -97,6 +99,11 @@ def over_steps(run: Run, name: str) -> Points:
     """A run's (step, value) pairs; 0, which a log axis cannot show, is a gap; a dense run has no pairs."""
     values = [(line["step"], line[name] or nan) for line in run.steps if line.get(name) is not None]
     return values if name == "threshold" or any(value != 1 for _, value in values) else []
+
+
+def as_curve(points: Points) -> Curve:
+    """Points as a curve without a band."""
+    return [CurvePoint(x, y, y, y) for x, y in points]
 
 
 def target_densities(groups: Sequence[Group]) -> list[Points]:

@@ -17,6 +17,7 @@ from sage.report.curves import (
     SCORE_AXES,
     TITLES,
     Curve,
+    as_curve,
     average_curve,
     is_wide,
     log_limits,
@@ -128,6 +129,8 @@ def draw_scores(axes: Axes, page: Page, over: str) -> None:
     axis = SCORE_AXES[over]
     curves = [average_curve(group, axis.points, page.band) for group in page.groups]
     draw_lines(axes, curves, page)
+    if axis.is_whole and any(curves):
+        tick_whole_numbers(axes)
     if axis.is_log_where_wide:
         choose_x_scale(axes, [point.x for points in curves for point in points])
     axes.set(xlabel=axis.label, ylabel=with_unit(page.score))
@@ -143,17 +146,21 @@ def choose_x_scale(axes: Axes, xs: Sequence[float]) -> None:
 
 def draw_density(axes: Axes, page: Page) -> None:
     """Draw the target densities as broad grey lines, and over them the densities."""
-    for target in target_densities(page.groups):
+    targets = target_densities(page.groups)
+    for target in targets:
         axes.plot(*zip(*target, strict=True), color="0.7", linewidth=4, label="target density")
-    draw_over_steps(axes, page, "density")
+    draw_over_steps(axes, page, "density", others=list(map(as_curve, targets)))
 
 
-def draw_over_steps(axes: Axes, page: Page, name: str) -> None:
-    """Draw density or threshold on a log axis."""
+def draw_over_steps(axes: Axes, page: Page, name: str, others: Sequence[Curve] = ()) -> None:
+    """Draw density or threshold on a log axis, which shows other curves too."""
     curves = [average_curve(group, lambda run: over_steps(run, name), page.band) for group in page.groups]
     draw_lines(axes, curves, page)
     axes.set(xlabel="training (steps)", ylabel=with_unit(name))
-    limits = log_limits(curves)
+    if not any(curves):
+        return
+    tick_whole_numbers(axes)
+    limits = log_limits([*curves, *others])
     if limits is None:
         return
     axes.set_yscale("log")
@@ -165,6 +172,11 @@ def draw_over_steps(axes: Axes, page: Page, name: str) -> None:
     if top < 100 * bottom:
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_minor_locator(NullLocator())  # half of the time of drawing are ticks
+
+
+def tick_whole_numbers(axes: Axes) -> None:
+    """Let only whole numbers have a tick on the x axis, at most six."""
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
 
 
 def limit_ticks(axes: Axes) -> None:

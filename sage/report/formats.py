@@ -39,8 +39,8 @@ def to_terminal(sheets: Sequence[Sheet], width: int) -> str:
     parts = []
     for sheet in sheets:
         tables = (_terminal_table(sheet, columns, width) for columns in blocks_of(sheet, width))
-        notes = [_folded(sheet.note, width)] if sheet.note else []
-        parts += [_folded(sheet.title, width), "", *tables, *notes, ""]
+        note = [_folded(sheet.note, width), ""] if sheet.note else []
+        parts += [_folded(sheet.title, width), "", *tables, *note]
     return printable("\n".join(parts)) + "\n"
 
 

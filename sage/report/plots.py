@@ -28,6 +28,7 @@ from sage.report.curves import (
     SCORE_AXES,
     TITLES,
     Curve,
+    as_curve,
     average_curve,
     is_wide,
     log_limits,
@@ -214,7 +215,8 @@ def _score_panel(over: str) -> Callable[[Section, Band], tuple[list[Curve], Axes
 def _steps_panel(name: str) -> Callable[[Section, Band], tuple[list[Curve], Axes]]:
     def panel(section: Section, band: Band) -> tuple[list[Curve], Axes]:
         curves = [average_curve(group, lambda run: over_steps(run, name), band) for group in section.groups]
-        limits = log_limits(curves)
+        targets = target_densities(section.groups) if name == "density" and any(curves) else []
+        limits = log_limits([*curves, *map(as_curve, targets)])
         if limits and limits.low is not None and limits.high is not None:
             floor, ends = limits.low, [log10(limits.low), log10(limits.high)]
             curves = [[point._replace(low=max(point.low, floor)) for point in points] for points in curves]
