@@ -16,8 +16,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the programs that the tests 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 COSTLY = (
-    *("test_ddp_hook", "test_laws", "test_faults", "test_kernels", "test_launch", "test_sweep", "test_jobs"),
-    *("test_resume_runs", "test_report", "test_simulate", "test_benchmarks", "test_environment"),
+    *("test_ddp_hook", "test_examples", "test_laws", "test_faults", "test_overlap", "test_language"),
+    *("test_kernels", "test_checkpoint", "test_ddp_digits", "test_launch", "test_resume_runs"),
+    *("test_simulate", "test_report", "test_benchmarks", "test_fsdp_hook", "test_environment", "test_jobs"),
+    "test_sweep",
 )
 """Files that begin first where files run side by side: one that began last would run alone."""
 FORKS = pytest.StashKey[Forks]()

@@ -33,7 +33,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "run.py"
 MODULES = ("tests.ddp_worker", "tests.fsdp_worker", "tests.overlap_worker", "tests.gloo_worker")
-MODULES += ("tests.enqueued_worker", "tests.fork_probe")
+MODULES += ("tests.enqueued_worker", "tests.fork_probe", "tests.hashing_worker", "tests.sweep_parent")
 MODULES += ("torch.distributed.run", "sage.report", "examples.own_loop")
 READ_BY_IMPORTS = ("PYTHON", "LD_", "OMP_", "GOMP_", "KMP_", "MKL_", "ONEDNN_", "DNNL_", "ATEN_", "NUMBA_")
 READ_BY_IMPORTS += ("TRITON_", "CUDA_", "HOME")

@@ -315,21 +315,36 @@ def test_a_damaged_checkpoint_is_refused_in_one_line_and_nothing_is_changed(
     assert contents(runs) == before
 
 
+def refusal(runs: Path, capsys: Capture) -> tuple[str, str]:
+    """What is said of a run whose newest checkpoint is damaged, and the older checkpoint that it names."""
+    assert resume(runs) == 2
+    line = error_line(capsys)
+    older = re.search(r"; an older one is whole: --resume (\S+)$", line)
+    assert older is not None
+    assert older[1].endswith("/checkpoints/step-00000011")
+    return line, older[1]
+
+
 @pytest.mark.parametrize("name", DAMAGES)
-def test_where_the_newest_is_damaged_the_message_names_an_older_one_that_is_then_resumed(
+def test_where_the_newest_is_damaged_the_message_names_an_older_one(
     name: str, runs: Path, capsys: Capture
 ) -> None:
     damage, expected = DAMAGES[name]
     damage(only_run(runs) / "checkpoints" / "step-00000014")
     before = contents(runs)
-    assert resume(runs) == 2
-    line = error_line(capsys)
-    assert re.search(f"checkpoint is damaged: .*{expected}", line)
-    older = re.search(r"; an older one is whole: --resume (\S+)$", line)
-    assert older is not None
-    assert older[1].endswith("/checkpoints/step-00000011")
+    message, _ = refusal(runs, capsys)
+    assert re.search(f"checkpoint is damaged: .*{expected}", message)
     assert contents(runs) == before
-    assert resume(runs, path=older[1]) == 0
+
+
+@pytest.mark.parametrize("name", ["altered", "a file missing", "not JSON", "another step"])
+def test_the_older_one_that_the_message_names_is_resumed_past_the_damaged_one(
+    name: str, runs: Path, capsys: Capture
+) -> None:
+    damage, _ = DAMAGES[name]
+    damage(only_run(runs) / "checkpoints" / "step-00000014")
+    _, older = refusal(runs, capsys)
+    assert resume(runs, path=older) == 0
     assert "resumed after epoch 1, step 11" in capsys.readouterr().out
     assert steps_of(only_run(runs)) == sorted(set(steps_of(only_run(runs))))
 
@@ -418,19 +433,6 @@ def test_a_resumed_run_hashes_each_file_once(runs: Path, hashed: list[str]) -> N
     assert sorted(hashed) == ["rank0.pt", "shared.pt"]
 
 
-HASHING = """
-import hashlib, os, sys
-from pathlib import Path
-file_digest = hashlib.file_digest
-def digest(file, kind):
-    print("rank", os.environ["RANK"], "hashes", Path(file.name).name, flush=True)
-    return file_digest(file, kind)
-hashlib.file_digest = digest
-import run
-sys.exit(run.main(sys.argv[1:]))
-"""
-
-
 def test_two_workers_hash_each_file_that_they_need_once_and_rank_0_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hashed: list[str]
 ) -> None:
@@ -444,7 +446,7 @@ def test_two_workers_hash_each_file_that_they_need_once_and_rank_0_all(
     assert sorted(hashed) == ["rank0.pt", "rank1.pt", "shared.pt"]
 
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-    command = [sys.executable, "-c", HASHING, *words, "epochs=1", "--resume"]
+    command = [sys.executable, "-m", "tests.hashing_worker", *words, "epochs=1", "--resume"]
     workers = [start(command, {**address, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)]
     for rank, worker in enumerate(workers):
         output, _ = worker.communicate(timeout=PATIENCE_SECONDS)

@@ -57,37 +57,44 @@ def test_what_the_user_has_set_stands(variable: str, value: str, tmp_path: Path)
 
 
 HOOK = """
-import json, os, sys
+import json, os, sys, time
 from pathlib import Path
 
 class Finder:
     @staticmethod
-    def find_spec(name, path=None, target=None):
-        if name == "torch" and Path(sys.argv[0]).name == "run.py":
-            Path(os.environ["FOUND"] + str(os.getpid())).write_text(json.dumps(dict(os.environ)))
+    def find_spec(module, path=None, target=None):
+        if module == "torch" and Path(sys.argv[0]).name == "run.py":
+            found, name = Path(os.environ["FOUND"]), str(os.getpid())
+            (found.parent / name).write_text(json.dumps(dict(os.environ)))
+            (found.parent / name).rename(found / name)  # whole
+            if "RANK" in os.environ:
+                until = time.monotonic() + 200
+                while len(list(found.iterdir())) < int(os.environ["COUNT"]) and time.monotonic() < until:
+                    time.sleep(0.01)
+                os._exit(3)
 
 sys.meta_path.insert(0, Finder)
 """
 """As a module sitecustomize, which Python imports at its start: it writes down the environment in which
-run.py imports torch, which succeeds."""
-LAUNCHES = {  # command, processes that are run.py
-    "--workers": ([*RUN, "task.batch_per_worker=700", "log.tensorboard=false", "--workers", "2"], 3),
-    "torchrun": (
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *RUN[1:], "--print-config"],
-        2,
-    ),
+run.py imports torch. That succeeds in a launcher; a worker ends there, once all have come so far: a launcher
+ends the others when one has ended."""
+LAUNCHES = {  # command, processes that are run.py, exit code where the workers end with 3
+    "--workers": ([*RUN, "--workers", "2"], 3, 3),
+    "torchrun": ([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *RUN[1:]], 2, 1),
 }
 
 
 @pytest.mark.parametrize("name", LAUNCHES)
 def test_threads_of_launched_workers_sleep_too(name: str, tmp_path: Path) -> None:
-    command, count = LAUNCHES[name]
-    (tmp_path / "first").mkdir()
-    (tmp_path / "first" / "sitecustomize.py").write_text(HOOK)
+    command, count, code = LAUNCHES[name]
+    first, found = tmp_path / "first", tmp_path / "found"
+    first.mkdir()
+    found.mkdir()
+    (first / "sitecustomize.py").write_text(HOOK)
     kept = {name: value for name, value in os.environ.items() if name not in environment.INSTEAD}
-    given = {**kept, "PYTHONPATH": str(tmp_path / "first"), "FOUND": str(tmp_path / "found-")}
+    given = {**kept, "PYTHONPATH": str(first), "FOUND": str(found), "COUNT": str(count)}
     command = [*command, "--runs", str(tmp_path / "runs")]
     done = subprocess.run(command, cwd=ROOT, env=given, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    policies = [json.loads(path.read_text())["OMP_WAIT_POLICY"] for path in tmp_path.glob("found-*")]
+    assert done.returncode == code, done.stderr
+    policies = [json.loads(path.read_text())["OMP_WAIT_POLICY"] for path in found.iterdir()]
     assert policies == ["PASSIVE"] * count

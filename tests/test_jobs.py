@@ -177,19 +177,13 @@ with WATCH.deferred(), open({log!r}, "a", buffering=1) as log:
     log.write(f"{{WATCH._num_interrupts}} interrupts\\n")
     sys.exit(5)
 """
-PARENT = """
-import sys
-from pathlib import Path
-from tests.test_sweep import run_points
-sys.exit(run_points(Path(sys.argv[1]), Path(sys.argv[2]), ["-c", sys.argv[3]], "--jobs", sys.argv[4]))
-"""
 
 
 def listening(tmp_path: Path, num_jobs: int, seconds: float) -> tuple[subprocess.Popen, Path]:
     """A sweep of three points whose processes, so many at once, wait for a signal and end so much later."""
     path, log = write(tmp_path, grid={"epochs": [1, 2, 3]}), tmp_path / "log"
     child = LISTEN.format(log=str(log), seconds=seconds)
-    words = [sys.executable, "-c", PARENT, str(path), str(tmp_path), child, str(num_jobs)]
+    words = [sys.executable, "-m", "tests.sweep_parent", str(path), str(tmp_path), child, str(num_jobs)]
     process = subprocess.Popen(words, cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL)
     wait_until(lambda: log.exists() and log.read_text() == "started\n" * num_jobs)
     return process, log

@@ -345,6 +345,32 @@ def test_spacys_tokens_are_lower_case_and_the_special_ones_in_one_piece() -> Non
     assert tokenizer("whitespace")(" The <unk>, \n") == ["The", "<unk>,"]
 
 
+HARD_LINES = [
+    "",
+    " ",
+    "  a  b ",
+    "a\tb \t c\u00a0d \u2003 e",
+    "\n a \n",
+    " = Title = \n",
+    "Don't can't we'll 10am 5 p.m. e.g. U.S. Mr. O'Neil's (U.K.) \"so-called\" end.",
+    "<unk>,<unk> < unk > <eos>? x<bos>y",
+    ":) :( ;-) : ( (: <3 xD ^_^ o.0 ...a.b,c",
+    "http://a.b/c?d=e. me@x.org, $5.30-$6 10km 3,4 a--b c/d ...",
+    "'s 's. cannot gonna' C++ 12:30 @-@ @,@ 1 @.@ 5",
+    "\u4e2d\u6587 \u00e9t\u00e9 \u201cx\u201d\u2014y\u3000 z  ",
+]
+
+
+def test_a_line_is_cut_as_spacy_cuts_it_in_one_piece() -> None:
+    import spacy
+
+    whole, ours = spacy.blank("en").tokenizer, tokenizer("spacy")
+    for word in ("<unk>", "<eos>", "<bos>"):
+        whole.add_special_case(word, [{spacy.symbols.ORTH: word}])
+    for line in [*HARD_LINES, *python_docs.paragraphs()["valid"]]:
+        assert ours(line) == [token.text.lower() for token in whole(line)]
+
+
 def test_a_prepared_text_is_read_as_it_was_saved(tmp_path: Path) -> None:
     text = build({"train": ["ä b"], "valid": ["b"], "test": ["c"]}, str.split, (UNK,))
     save(tmp_path / "text.npz", text)

@@ -1,9 +1,11 @@
 """Text as token numbers: the tokenizers, the vocabulary, and the prepared form, one npz file."""
 
+import re
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -58,14 +60,23 @@ def build(
     return Text(**numbers, vocabulary=np.array(vocabulary.itos))
 
 
+PIECES = re.compile(r"(?<=\S) |(\s+|\S+)")
+"""What spaCy cuts by itself: words between white space, and white space but for one blank after a word."""
+
+
 def _spacy_tokenizer() -> Tokenize:
     import spacy  # here: seconds, which training does not need
 
     tokenize: Any = spacy.blank("en").tokenizer
     for word in (UNK, EOS, BOS):
         tokenize.add_special_case(word, [{spacy.symbols.ORTH: word}])
-    # Lower-cased after cutting, as torchtext's Field does: the rules look at capitals.
-    return lambda line: [token.text.lower() for token in tokenize(line)]
+
+    @cache  # a text repeats its words, and spaCy's own cache still makes an object of each token
+    def cut(piece: str) -> list[str]:
+        # Lower-cased after cutting, as torchtext's Field does: the rules look at capitals.
+        return [token.text.lower() for token in tokenize(piece)]
+
+    return lambda line: [token for piece in PIECES.findall(line) if piece for token in cut(piece)]
 
 
 def _types_and_tokens(lines: Iterable[str], tokenize: Tokenize) -> tuple[list[str], np.ndarray]:
