@@ -29,7 +29,7 @@ from tests.test_own_loops import Branches, filled
 from tests.toy import bits_of
 
 STEPS_PER_EPOCH, LR, BAD_STEP = 2, 0.1, 3
-DIGITS_STEPS = 60
+DIGITS_STEPS = 200
 FEW_BYTES = {"bucket_cap_mb": 0.0005}
 """Makes several buckets of a small model: 1 before the first backward, 3 after it."""
 
@@ -364,7 +364,7 @@ def primed() -> dict[str, Any]:
 
 
 def digits(name: str, seed: int, hooks: bool, **settings: Any) -> float:
-    """The accuracy after a few steps on scikit-learn's digits: through the hook, or the flat gradient."""
+    """The accuracy after DIGITS_STEPS on scikit-learn's digits: through the hook, or the flat gradient."""
     data = read()
     learnt, learnt_y, tested, tested_y = map(
         torch.from_numpy, (data.train_x, data.train_y, data.test_x, data.test_y)
