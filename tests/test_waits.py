@@ -19,7 +19,7 @@ from tests.test_late import feedback_of
 from tests.toy import settings_of, trainer_of
 
 WORLD_SIZE, EVERY = 2, 3
-DEVICE_FREE = ("exact", "powersgd", "random_block", "topk", "global_topk")
+DEVICE_FREE = ("exact", "powersgd", "random_block", "topk", "global_topk", "clt_k")
 """The methods that wait for no device on a GPU's path, in torch operations; the others have paths of the
 CPU's own that are not replaced here."""
 
