@@ -116,8 +116,7 @@ class Deft(DensityReducer):
 
     def _largest(self, send: Tensor, layers: list[tuple[int, int, int]]) -> Tensor:
         """The indices (sum of k,) int64 of the k largest of each (start, stop, k)."""
-        if not layers:
-            return torch.empty(0, dtype=torch.int64, device=send.device)
+        layers = layers or [(0, 0, 0)]
         pieces = torch.cat([send[start:stop] for start, stop, _ in layers])  # a copy of size n / W
         parts, shifts, first = list[Part](), list[int](), 0
         for start, stop, k in layers:

@@ -40,7 +40,5 @@ class GaussianK(EstimatingSparsifier):
         threshold = mean - deviation * NormalDist().inv_cdf(self.target_density / 2)
         for _ in range(NUM_RESCALINGS):
             count = magnitudes.count(threshold)
-            if 2 * k / 3 <= count <= 4 * k / 3:
-                break
-            threshold *= 0.5 if count < 2 * k / 3 else 1.5
+            threshold *= 0.5 if count < 2 * k / 3 else 1.5 if count > 4 * k / 3 else 1.0
         return threshold
