@@ -46,7 +46,7 @@ class GlobalThresholdSparsifier(Sparsifier):
     """
 
     selects_largest = False  # but in a worker's own part
-    state_names = ("num_steps", "threshold", "counts")
+    state_names: tuple[str, ...] = ("num_steps", "threshold", "counts")
 
     def __init__(self, config: GlobalThresholdSettings, layout: list[Slot]) -> None:
         super().__init__(config, layout)

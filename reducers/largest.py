@@ -16,7 +16,7 @@ class LargestSparsifier(CandidateSparsifier[Any]):
     """Selects the k largest magnitudes of each part; a subclass says which parts. NaN is the largest, and is
     sent; of equal magnitudes the first are sent. On a GPU, FixedSearch may miss some in a rare step."""
 
-    state_names = ("num_draws", "inexact_steps", "sampled_density")
+    state_names: tuple[str, ...] = ("num_draws", "inexact_steps", "sampled_density")
     count_is_fixed = True
 
     def __init__(
