@@ -37,6 +37,13 @@ REDUCERS: "ComponentTable[Reducer]" = ComponentTable(
         "signum": "reducers.signum:Signum",
         "svd": "reducers.svd:SVD",
         "atomo": "reducers.atomo:Atomo",
+        "gaussian_k": "reducers.gaussian_k:GaussianK",
+        "redsync": "reducers.redsync:RedSync",
+        "sidco": "reducers.sidco:Sidco",
+        "clt_k": "reducers.clt_k:CltK",
+        "micro": "reducers.micro:Micro",
+        "exdyna": "reducers.exdyna:ExDyna",
+        "deft": "reducers.deft:Deft",
     },
 )
 _SETTINGS = SettingsTable(REDUCERS)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from reducers.search import Part, search_for
-from reducers.sparse import CandidateSparsifier, SparsifierSettings
+from reducers.sparse import CandidateSparsifier, SparsifierSettings, UnionSettings
 from sage.interfaces import Slot
 
 
@@ -16,10 +16,12 @@ class LargestSparsifier(CandidateSparsifier[Any]):
     """Selects the k largest magnitudes of each part; a subclass says which parts. NaN is the largest, and is
     sent; of equal magnitudes the first are sent. On a GPU, FixedSearch may miss some in a rare step."""
 
-    state_names = ("num_draws", "inexact_steps", "sampled_density")
+    state_names: tuple[str, ...] = ("num_draws", "inexact_steps", "sampled_density")
     count_is_fixed = True
 
-    def __init__(self, config: SparsifierSettings, layout: list[Slot], device: torch.device) -> None:
+    def __init__(
+        self, config: SparsifierSettings | UnionSettings, layout: list[Slot], device: torch.device
+    ) -> None:
         super().__init__(config, layout)
         self.layout = layout
         self._device = device

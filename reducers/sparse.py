@@ -25,6 +25,12 @@ class SparsifierSettings(DensitySettings):
     index."""
 
 
+class UnionSettings(DensitySettings):
+    """Of a method whose workers all send their values wherever one selected, whatever else is chosen."""
+
+    exchange: ClassVar[Literal["union"]] = "union"
+
+
 MOST_GROWTH = 2.0
 """By how much the density grows or shrinks at most from one step to the next, where its error is followed."""
 
@@ -34,6 +40,14 @@ Threshold = Annotated[float, Field(ge=1.2e-38, le=3.4e38)] | Literal["auto"]  # 
 def target_count(density: float, n: int) -> int:
     """k = max(1, floor(density n)), or 0 where n is 0."""
     return min(n, max(1, int(density * n)))
+
+
+def indexable(layout: list[Slot]) -> int:
+    """n. Raises ValueError where an int32 cannot be the index of every element."""
+    n = layout[-1].stop
+    if n >= 2**31:
+        raise ValueError(f"a sparsifier's indices are int32: needs fewer than 2^31 elements, got {n}")
+    return n
 
 
 def resolve_threshold(threshold: float | Literal["auto"], density: float, n: int) -> float:
@@ -136,14 +150,10 @@ class Sparsifier(DensityReducer):
     count_is_fixed: ClassVar[bool] = False
     """Whether all workers select equally many in a step: then no sizes travel."""
 
-    def __init__(self, config: SparsifierSettings, layout: list[Slot]) -> None:
-        self.n = layout[-1].stop
-        if self.n >= 2**31:
-            raise ValueError(
-                f"a sparsifier's indices are int32: needs fewer than 2^31 elements, got {self.n}"
-            )
+    def __init__(self, config: SparsifierSettings | UnionSettings, layout: list[Slot]) -> None:
+        self.n = indexable(layout)
         super().__init__(config)
-        self.exchange = config.exchange
+        self.exchange: Literal["gather", "union"] = config.exchange
         self._gathered: list[Tensor] = []
         self._mean_is_zero = False
         self._measured_share: float | None = None
@@ -215,7 +225,7 @@ Candidates = TypeVar("Candidates")
 class CandidateSparsifier(Sparsifier, Generic[Candidates]):
     """Finds candidates in the pass that adds the gradient, and selects among them."""
 
-    def __init__(self, config: SparsifierSettings, layout: list[Slot]) -> None:
+    def __init__(self, config: SparsifierSettings | UnionSettings, layout: list[Slot]) -> None:
         super().__init__(config, layout)
         self._candidates: Candidates | None = None
 

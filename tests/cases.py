@@ -12,6 +12,7 @@ import reducers
 from reducers import REDUCERS
 from sage.exchange.comm import CountingComm
 from sage.interfaces import Progress, Reducer, Seeds, Slot, lay_out
+from tests import partitions
 
 CPU = torch.device("cpu")
 SHAPES = ((8, 3, 3, 3), (8,), (20, 11), (11,), (1,))
@@ -47,6 +48,12 @@ class Case:
     """A NaN is sent alone, stays in send alone, takes others of its tensor along, or changes nothing."""
     count: Callable[[Tensor, dict[str, float]], int] | None = None
     """How many elements a worker selects, from send (n,) and its metrics; None: a dense reducer."""
+    counts: "Callable[[list[tuple[Step, ...]]], list[int]] | None" = None
+    """The same of each worker in the last of some steps, where it depends on the others or on its rank."""
+    is_union: bool = False
+    """All workers send their values at every selected index; so too where the setting exchange says it."""
+    decision: Callable[[int], int] | None = None
+    """The bytes of a broadcast before a sparsifier's collectives, of so many workers."""
     fixed_count: bool = False
     """The count is the same at every step."""
     sends_sizes: bool = True
@@ -64,6 +71,15 @@ class Case:
     given: for methods with matrix products or a narrower type. The row derives it."""
     unpromised: Mapping[Law, str] = field(default_factory=dict)
     """The laws that the method does not keep, each with the reason."""
+
+    @property
+    def sends_union(self) -> bool:
+        return self.is_union or self.settings.get("exchange") == "union"
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether it says how many elements a worker selects."""
+        return self.count is not None or self.counts is not None
 
     def __str__(self) -> str:
         """The row's name in pytest, the reducer in brackets: -k "[topk]" selects no row of global_topk."""
@@ -118,6 +134,7 @@ def nine_tenths(send: Tensor, metrics: dict[str, float]) -> int:
 BY_COUNT = {"exact_with": {"density": 1.0}, "fixed_count": True, "sends_sizes": False}
 TOPK, GLOBAL = {**BY_COUNT, "count": layerwise}, {**BY_COUNT, "count": overall}
 BY_THRESHOLD = {"exact_with": {"threshold": 1e-30}, "count": reached, "nan": "kept"}
+BY_ESTIMATE = {"count": reached, "nan": "kept"}
 SAGE = {"density": 0.05, "threshold": 0.03}
 UNION = {"exchange": "union"}
 HALF = {"gathers_only": False, "nan": "spreads", "collectives": (("all_reduce", 2 * N),)}
@@ -167,6 +184,65 @@ SVD = {"exact_with": {"rank": 9}, "nan": "spreads", "rounding": 2.3e-5}
 # As svd, but at most 11 atoms, each weighing at most sum sigma <= sqrt(11) sqrt(220) times the largest entry:
 # 2 (11 4 + 4 + 1) 2^-24 sqrt(11 220) = 2.9e-4.
 ATOMO = {"exact_with": {"rank": 9}, "nan": "kept", "rounding": 2.9e-4}
+
+FITTED = {
+    **BY_ESTIMATE,
+    "unpromised": {"one element": "what d = 0.05 of an exponential distribution exceeds is 3 times its mean"},
+}
+
+OWN_PART = "a worker selects in its own part of the gradient, and of what it has there"
+
+
+def in_slices(history: "list[tuple[Step, ...]]") -> list[int]:
+    """MiCRO's counts."""
+    return reaching_in(partitions.slices(N, len(history[-1])), history)
+
+
+def in_blocks(history: "list[tuple[Step, ...]]") -> list[int]:
+    """ExDyna's counts: 14 blocks of 32 elements, the last part 8 more."""
+    world_size = len(history[-1])
+    blocks, counts = partitions.Blocks(N, 14, world_size), list[int]()
+    for step in range(len(history)):
+        if step:
+            blocks.move([counts[(part - step + 1) % world_size] for part in range(world_size)])
+        counts = reaching_in(blocks.parts(), history[: step + 1])
+    return counts
+
+
+def reaching_in(parts: list[np.ndarray], history: "list[tuple[Step, ...]]") -> list[int]:
+    """How many reach the logged threshold in part (t + rank) mod W, t the last step."""
+    steps, world_size = history[-1], len(parts)
+    return [
+        int(
+            (
+                step.before[parts[(len(history) - 1 + rank) % world_size]].abs() >= step.metrics["threshold"]
+            ).sum()
+        )
+        for rank, step in enumerate(steps)
+    ]
+
+
+def in_layers(history: "list[tuple[Step, ...]]") -> list[int]:
+    """DEFT's counts, by the leader's bins and everyone's own k."""
+    world_size, number = len(history[-1]), len(history) - 1
+    of = partitions.layers(LAYOUT, world_size)
+    counts = [partitions.layer_counts(step.before.numpy(), of, int(0.05 * N)) for step in history[-1]]
+    bins = partitions.layer_bins(of, counts[number % world_size], world_size)
+    return [
+        sum(k for k, owner in zip(own, bins, strict=True) if owner == (number + rank) % world_size)
+        for rank, own in enumerate(counts)
+    ]
+
+
+DISJOINT = {"gathers_only": False, "is_union": True, "unpromised": {"one huge value": OWN_PART}}
+FOLLOWS = {
+    **DISJOINT,
+    "nan": "kept",
+    "unpromised": {
+        "one huge value": OWN_PART,
+        "zeros": "the threshold falls by half a per cent in a step in which nothing reaches it",
+    },
+}
 
 
 def by_level(send: Tensor, metrics: dict[str, float]) -> int:
@@ -249,6 +325,36 @@ CASES = [
     Case("signum", {"beta": 0.5}, **VOTE),
     Case("svd", {"rank": 2}, collectives=(("all_gather", 4 * (2 * (35 + 31) + 20)),), **SVD),
     Case("atomo", {"rank": 2}, message=matrix_atoms, **ATOMO),
+    Case("gaussian_k", {"density": 0.05}, **BY_ESTIMATE),
+    Case("gaussian_k", {"density": 0.05, **UNION}, gathers_only=False, **BY_ESTIMATE),
+    Case("redsync", {"density": 0.05}, **BY_ESTIMATE),
+    Case("redsync", {"density": 0.05, "search": "trimmed"}, **BY_ESTIMATE),
+    Case("sidco", {"density": 0.05}, **FITTED),
+    Case("sidco", {"density": 0.05, "distribution": "pareto", "stages": 2}, **BY_ESTIMATE),
+    Case("sidco", {"density": 0.05, "distribution": "gamma", "stages": "fixed_ratio"}, **BY_ESTIMATE),
+    Case("sidco", {"density": 0.05, "stages": 3, **UNION}, gathers_only=False, **FITTED),
+    Case(
+        "clt_k",
+        {"density": 0.05},
+        gathers_only=False,
+        exact_with={"density": 1.0},
+        count=overall,
+        fixed_count=True,
+        is_union=True,
+        nan="kept",
+        collectives=(("broadcast", 4 * 22), ("all_reduce", 4 * 22)),
+        unpromised={"one huge value": "only the leader's largest are sent"},
+    ),
+    Case("micro", {"density": 0.05, "threshold": 0.03}, counts=in_slices, **FOLLOWS),
+    Case("micro", {"density": 0.05, "threshold": 0.05, "band": "published"}, counts=in_slices, **FOLLOWS),
+    Case("exdyna", {"density": 0.05, "threshold": 0.03}, counts=in_blocks, **FOLLOWS),
+    Case(
+        "deft",
+        {"density": 0.05},
+        counts=in_layers,
+        decision=lambda world_size: 4 * len(partitions.layers(LAYOUT, world_size)),
+        **DISJOINT,
+    ),
 ]
 
 

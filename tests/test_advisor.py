@@ -112,19 +112,27 @@ def test_a_union_grows_by_the_power_that_was_measured(measured: float, expected:
     assert advisor.union_at(1024, everything) == 1
 
 
+def test_of_disjoint_selections_the_union_stays_and_each_worker_has_its_share() -> None:
+    disjoint = method(union_density=0.04, num_reduces=1, traffic=Traffic(400.0, 100.0, 0.0), is_disjoint=True)
+    reduced, gathered, *_ = disjoint.calls(4 * disjoint.world_size)
+    assert reduced == Call("all_reduce", 400)
+    assert gathered.kind == "all_gather"
+    assert sum(call.payload_bytes for call in disjoint.calls(4 * disjoint.world_size)) == 400 + 100 / 4
+
+
 # --- from runs ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.reducer != "accordion"], ids=str)
 def test_the_tables_know_what_kind_of_collective_a_reducer_makes(case: Any) -> None:
     """By the bytes on the wire of four workers, which differ for the two kinds."""
-    union = case.settings.get("exchange") == "union"
     assert set(REDUCERS) - {"accordion"} == set(REDUCES) | set(GATHERS)
     kind = "all_reduce" if case.reducer in REDUCES else "all_gather"
     for steps in LocalComm.run(4, lambda comm: run_case(case, comm, 2)):
         for counted in (step.counted for step in steps):
             expected = wire_bytes([Call(kind, counted["payload_bytes"])], 4)  # type: ignore[arg-type]
-            assert counted["wire_bytes"] < expected if union else counted["wire_bytes"] == expected
+            sent, is_mixed = counted["wire_bytes"], case.sends_union
+            assert sent < expected if is_mixed else sent == expected
 
 
 def measured_run(folder: Path, reducer: Any, payload: float, wire: float, size: int = 4, **more: Any) -> Run:

@@ -16,6 +16,8 @@ SHARED = {
     "reducers.lowrank",
     "reducers.largest",
     "reducers.density",
+    "reducers.disjoint",
+    "reducers.estimate",
     "reducers.quantize",
     "reducers.search",
     "reducers.sparse",

@@ -39,6 +39,7 @@ WITHOUT_WAITS = (
     "exact",
     "topk",
     "global_topk",
+    "clt_k",
     "powersgd",
     "random_k",
     "random_block",

@@ -153,15 +153,20 @@ class SpyComm(LocalComm):
         super()._broadcast(x, source)
 
 
-def counts_of(case: Case, steps: tuple[Step, ...]) -> list[int]:
-    """How many elements each worker should have selected, from what it wanted to send."""
+def counts_of(case: Case, history: list[tuple[Step, ...]]) -> list[int]:
+    """How many elements each worker should have selected in the last of these steps, from what it wanted to
+    send."""
+    if case.counts is not None:
+        return case.counts(history)
     assert case.count is not None
-    return [case.count(step.before, step.metrics) for step in steps]
+    return [case.count(step.before, step.metrics) for step in history[-1]]
 
 
-def expected_ledger(case: Case, number: int, steps: tuple[Step, ...], rank: int) -> dict[str, float]:
-    """The row's collectives; or 4 for the sizes and the longest ragged message; or 4 where sizes are sent,
-    then 8 kmax (gather) or 4 kmax + 4 |union|; padding up to the longest; the ring's bytes."""
+def expected_ledger(case: Case, history: list[tuple[Step, ...]], rank: int) -> dict[str, float]:
+    """The row's collectives; or 4 for the sizes and the longest ragged message; or the broadcast that there
+    may be, 4 where sizes are sent, then 8 kmax (gather) or 4 kmax + 4 |union|; padding up to the longest; the
+    ring's bytes."""
+    steps, number = history[-1], len(history) - 1
     world_size = len(steps)
     ring_reduce, ring_gather = 2 * (world_size - 1) / world_size, world_size - 1
     if case.collectives is not None:
@@ -178,10 +183,10 @@ def expected_ledger(case: Case, number: int, steps: tuple[Step, ...], rank: int)
         payload = 4 + max(lengths)
         padding, wire = max(lengths) - lengths[rank], payload * ring_gather
         return {"num_collectives": 2, "payload_bytes": payload, "padding_bytes": padding, "wire_bytes": wire}
-    counts = counts_of(case, steps)
+    counts = counts_of(case, history)
     longest, sizes = max(counts), 4 * case.sends_sizes
     num_gathers = 1 + case.sends_sizes
-    if case.settings.get("exchange") != "union":
+    if not case.sends_union:
         payload = sizes + 8 * longest
         padding = 8 * (longest - counts[rank])
         wire = payload * ring_gather
@@ -193,11 +198,12 @@ def expected_ledger(case: Case, number: int, steps: tuple[Step, ...], rank: int)
         }
     union = int(steps[0].mean.count_nonzero())
     gathered, reduced = sizes + 4 * longest, 4 * union
+    told = case.decision(world_size) if case.decision else 0
     return {
-        "num_collectives": num_gathers + 1,
-        "payload_bytes": gathered + reduced,
+        "num_collectives": num_gathers + 1 + (told > 0),
+        "payload_bytes": told + gathered + reduced,
         "padding_bytes": 4 * (longest - counts[rank]),
-        "wire_bytes": gathered * ring_gather + reduced * ring_reduce,
+        "wire_bytes": told * ring_reduce / 2 + gathered * ring_gather + reduced * ring_reduce,
     }
 
 
@@ -209,9 +215,11 @@ def test_the_ledger_is_the_closed_formula_and_the_tensors_bytes(case: Case, worl
         return run_case(case, comm, 6), comm.handed
 
     workers = SpyComm.run(world_size, spied)
-    for number, steps in enumerate(zip(*(steps for steps, _ in workers), strict=True)):
+    history = list(zip(*(steps for steps, _ in workers), strict=True))
+    for number, steps in enumerate(history):
         for rank, step in enumerate(steps):
-            assert step.counted == pytest.approx(expected_ledger(case, number, steps, rank), rel=1e-15)
+            expected = expected_ledger(case, history[: number + 1], rank)
+            assert step.counted == pytest.approx(expected, rel=1e-15)
     for steps, handed in workers:
         assert sum(handed) == sum(step.counted["payload_bytes"] for step in steps)
         assert len(handed) == sum(step.counted["num_collectives"] for step in steps)
@@ -219,10 +227,11 @@ def test_the_ledger_is_the_closed_formula_and_the_tensors_bytes(case: Case, worl
 
 @every_case
 def test_density_is_the_share_of_selected_elements(case: Case) -> None:
-    for steps in zip(*in_threads(case, 3), strict=True):
-        counts = [N] * 3 if case.count is None else counts_of(case, steps)
+    history = list(zip(*in_threads(case, 3), strict=True))
+    for number, steps in enumerate(history):
+        counts = counts_of(case, history[: number + 1]) if case.is_sparse else [N] * 3
         assert steps[0].density == sum(counts) / (3 * N)
-        if case.count is not None:
+        if case.is_sparse:
             assert steps[0].metrics["union_density"] == int(steps[0].mean.count_nonzero()) / N
 
 
@@ -231,7 +240,8 @@ def test_the_expected_payload_is_what_a_step_of_fixed_density_sends(case: Case) 
     for steps in in_threads(case, 2, num_steps=2):
         expected = case.build().expected_payload_bytes(2)
         sent = steps[0].counted["payload_bytes"]
-        assert sent <= expected if case.settings.get("exchange") == "union" else sent == expected
+        is_fixed = case.collectives is not None or not case.sends_union
+        assert sent == expected if is_fixed else sent <= expected
     assert case.build().expected_payload_bytes(1) == 0
 
 

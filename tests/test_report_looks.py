@@ -62,7 +62,7 @@ def test_colours_stand_out_on_white() -> None:
 
 def test_every_reducer_has_a_look_that_no_other_has_without_colour_either() -> None:
     assert set(REDUCERS) <= set(LOOKS)
-    assert len({look.marker for look in LOOKS.values()}) == len(LOOKS)
+    assert len({(look.marker, look.dash) for look in LOOKS.values()}) == len(LOOKS)
     pairs = [(look.colour, look.dash) for look in (*LOOKS.values(), *SPARE)]
     assert len(set(pairs)) == len(pairs)
 

@@ -15,9 +15,11 @@ from reducers import REDUCERS
 from reducers.powersgd import PowerSGD
 from sage.exchange.comm import LocalComm
 from sage.interfaces import Seeds, Slot
+from tests import partitions
 from tests.cases import LAYOUT, N, gradient, run_steps
 
 Signature = Callable[[np.ndarray], np.ndarray]
+MovedParts = Callable[[list[int]], list[np.ndarray]]
 GRADIENTS = np.stack([[gradient(rank, step).double().numpy() for rank in range(2)] for step in range(2)])
 DENSITY, THRESHOLD = 0.05, 0.03
 
@@ -225,6 +227,110 @@ def atomo(grads: np.ndarray) -> np.ndarray:
     return with_feedback(grads, sent)
 
 
+def gaussian_k(grads: np.ndarray) -> np.ndarray:
+    k, z = int(DENSITY * N), -1.959963984540054  # the normal distribution's quantile of 0.025
+
+    def sent(send: np.ndarray, step: int, rank: int) -> np.ndarray:
+        chosen = send.mean() - z * send.std(ddof=1)
+        for _ in range(2):
+            count = (np.abs(send) > chosen).sum()
+            chosen *= 0.5 if count < 2 * k / 3 else 1.5 if count > 4 * k / 3 else 1
+        return np.where(np.abs(send) > chosen, send, 0)
+
+    return with_feedback(grads, sent)
+
+
+def redsync(grads: np.ndarray) -> np.ndarray:
+    """The tree of ratios, written out: 0.5, then 0.25 or 0.75, then an eighth less or more."""
+    k = int(DENSITY * N)
+
+    def sent(send: np.ndarray, step: int, rank: int) -> np.ndarray:
+        size = np.abs(send)
+        ratio = 0.5
+        for half in (0.25, 0.125, 0):
+            above = size > size.mean() + ratio * (size.max() - size.mean())
+            if half == 0 or k < above.sum() < 2 * k:
+                break
+            ratio += -half if above.sum() < k / 2 else half
+        return np.where(above, send, 0)
+
+    return with_feedback(grads, sent)
+
+
+def sidco(grads: np.ndarray) -> np.ndarray:
+    """One stage: of the first five steps none is judged."""
+
+    def sent(send: np.ndarray, step: int, rank: int) -> np.ndarray:
+        return np.where(np.abs(send) > np.abs(send).mean() * np.log(1 / DENSITY), send, 0)
+
+    return with_feedback(grads, sent)
+
+
+def at_union(grads: np.ndarray, chosen: Callable[[np.ndarray, int], list[np.ndarray]]) -> np.ndarray:
+    """chosen(sends, step): the indices that each of some workers selects. All send what they have there."""
+    memory = np.zeros_like(grads[0])
+    for step, grad in enumerate(grads):
+        memory += grad
+        mask = at(set(np.concatenate(chosen(memory, step)).tolist()))
+        parts, memory = memory * mask, memory * ~mask
+    return parts.mean(0)
+
+
+def clt_k(grads: np.ndarray) -> np.ndarray:
+    k = int(DENSITY * N)
+    return at_union(grads, lambda sends, step: [np.argsort(-np.abs(sends[step % 2]))[:k]])
+
+
+def by_one_threshold(grads: np.ndarray, first: list[np.ndarray], moved: MovedParts) -> np.ndarray:
+    """first: the parts of the first step; moved: those of the second, from the counts of the first."""
+    counts: list[int] = []
+
+    def chosen(sends: np.ndarray, step: int) -> list[np.ndarray]:
+        threshold, parts = THRESHOLD, first
+        if step == 1:
+            exam = sum(counts) / int(DENSITY * N)
+            assert exam > 1.1
+            threshold, parts = 1.005 * THRESHOLD, moved(counts)
+        own = [parts[(step + rank) % 2] for rank in range(2)]
+        found = [part[np.abs(send[part]) >= threshold] for send, part in zip(sends, own, strict=True)]
+        counts[:] = map(len, found)
+        return found
+
+    return at_union(grads, chosen)
+
+
+def micro(grads: np.ndarray) -> np.ndarray:
+    parts = partitions.slices(N, 2)
+    return by_one_threshold(grads, parts, lambda counts: parts)
+
+
+def exdyna(grads: np.ndarray) -> np.ndarray:
+    blocks = partitions.Blocks(N, 7, 2)
+    first = blocks.parts()
+
+    def moved(counts: list[int]) -> list[np.ndarray]:
+        blocks.move(counts)
+        return blocks.parts()
+
+    return by_one_threshold(grads, first, moved)
+
+
+def deft(grads: np.ndarray) -> np.ndarray:
+    of = partitions.layers(LAYOUT, 2)
+
+    def chosen(sends: np.ndarray, step: int) -> list[np.ndarray]:
+        counts = [partitions.layer_counts(send, of, int(DENSITY * N)) for send in sends]
+        found = []
+        for layer, owner in enumerate(partitions.layer_bins(of, counts[step % 2], 2)):
+            rank = (owner - step) % 2
+            largest_first = np.argsort(-np.abs(sends[rank][of[layer]]))
+            count = len(of[layer]) if owner == -1 else counts[rank][layer]
+            found.append(of[layer][largest_first[:count]])
+        return found
+
+    return at_union(grads, chosen)
+
+
 SIGNATURES: dict[str, tuple[dict[str, object], Signature]] = {
     "exact": ({}, exact),
     "topk": ({"density": DENSITY}, topk),
@@ -240,6 +346,13 @@ SIGNATURES: dict[str, tuple[dict[str, object], Signature]] = {
     "signum": ({}, signum),
     "svd": ({"rank": 2}, svd),
     "atomo": ({"rank": 2}, atomo),
+    "gaussian_k": ({"density": DENSITY}, gaussian_k),
+    "redsync": ({"density": DENSITY}, redsync),
+    "sidco": ({"density": DENSITY}, sidco),
+    "clt_k": ({"density": DENSITY}, clt_k),
+    "micro": ({"threshold": THRESHOLD, "density": DENSITY}, micro),
+    "exdyna": ({"threshold": THRESHOLD, "density": DENSITY, "blocks": 7}, exdyna),
+    "deft": ({"density": DENSITY}, deft),
 }
 TOLERANCE = 2.0**-22
 """Relative to the largest magnitude of the mean. Both sides compute in float64: in float32, matrix products

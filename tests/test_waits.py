@@ -19,9 +19,11 @@ from tests.test_late import feedback_of
 from tests.toy import settings_of, trainer_of
 
 WORLD_SIZE, EVERY = 2, 3
-DEVICE_FREE = ("exact", "powersgd", "random_block", "topk", "global_topk")
+DEVICE_FREE = ("exact", "powersgd", "random_block", "topk", "global_topk", "clt_k")
 """The methods that wait for no device on a GPU's path, in torch operations; the others have paths of the
 CPU's own that are not replaced here."""
+SEARCHES_ANEW = ("gaussian_k", "redsync")
+"""How often these search for what reaches a threshold depends on the gradient."""
 
 
 @pytest.fixture(autouse=True)
@@ -97,7 +99,8 @@ def test_a_logging_step_waits_once_more_than_a_plain_one(name: str) -> None:
     plain, logging = waits_of(name)
     assert max(found["read"] for found in plain) == 1
     for found in logging:
-        assert found - Counter(read=1) in plain
+        rest = found - Counter(read=1)
+        assert rest in plain or (name in SEARCHES_ANEW and rest["read"] == 1)
 
 
 def test_every_wait_is_counted() -> None:

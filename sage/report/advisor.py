@@ -33,9 +33,14 @@ from sage.report.runs import COMPUTE, Run, mean_density, per_step
 
 GATHERS = {"sign_norm": 1, "signsgd": 1, "signum": 1, "svd": 1, "atomo": 2}
 GATHERS |= {"topk": 1, "global_topk": 1, "threshold": 2, "sage": 2}
+GATHERS |= {"gaussian_k": 2, "redsync": 2, "sidco": 2, "micro": 2, "exdyna": 2, "deft": 2}
 """How many all-gathers a method makes in a step; of two the first tells the lengths."""
-REDUCES = {"exact": 1, "random_k": 1, "random_block": 1, "powersgd": 2}
-"""How many all-reduces a method makes in a step. A method in neither table is taken to gather twice."""
+REDUCES = {"exact": 1, "random_k": 1, "random_block": 1, "powersgd": 2, "clt_k": 2}
+"""How many all-reduces a method makes in a step; a broadcast counts as one, though it sends half as much. A
+method in neither table is taken to gather twice."""
+DISJOINT = ("micro", "exdyna", "deft")
+"""Methods whose workers select in parts of their own, and reduce the values at all selections: these are as
+many with any number of workers, and each of them gathers its share."""
 
 
 class Traffic(NamedTuple):
@@ -61,14 +66,18 @@ class Method:
     density: float
     union_density: float | None
     """Where the reduced bytes are values at the union of all workers' selections; else None."""
+    is_disjoint: bool = False
+    """Whether no two workers select the same."""
 
     def calls(self, world_size: int) -> list[Call]:
         """A step's collectives for so many workers."""
         reduced = self.traffic.reduced_bytes
-        if self.union_density is not None:
+        if self.union_density is not None and not self.is_disjoint:
             reduced *= union_at(world_size, self) / self.union_density
         gathered = self.traffic.gathered_bytes - self.traffic.padding_bytes
         gathered *= padding_factor(world_size, self)
+        if self.is_disjoint:
+            gathered *= self.world_size / world_size
         return [
             *[Call("all_reduce", reduced / max(1, self.num_reduces))] * self.num_reduces,
             *[Call("all_gather", gathered / max(1, self.num_gathers))] * self.num_gathers,
@@ -192,7 +201,7 @@ def method_of(group: Group) -> Method:
     """What a configuration's runs measured, means over seeds."""
     run, mean = group.runs[0], _mean_over(group)
     reducer = _sending(run)
-    is_union = run.config.get("reducer.exchange") == "union"
+    is_union = run.config.get("reducer.exchange") == "union" or reducer in DISJOINT
     unions = [line["union_density"] for run in group.runs for line in run.steps if line.get("union_density")]
     union = fmean(unions) if is_union and unions else None
     densities = group.values(mean_density)
@@ -208,6 +217,7 @@ def method_of(group: Group) -> Method:
         world_size=run.world_size,
         density=fmean(densities) if densities else 1.0,
         union_density=union,
+        is_disjoint=reducer in DISJOINT,
     )
 
 

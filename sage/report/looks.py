@@ -1,7 +1,7 @@
 """How a reducer is drawn: the same colour, marker and dash in every picture, whatever else is in it.
 
 The five colours are dark enough for white paper, and differ for colour-blind eyes too. Reducers that share a
-colour differ in their dashes, and no two have the same marker: so all can be told apart in grey.
+colour differ in their dashes, and those that share a marker too: so all can be told apart in grey.
 """
 
 import hashlib
@@ -10,7 +10,11 @@ from dataclasses import dataclass
 
 BLACK, RED, BLUE, GREEN, PURPLE = "#000000", "#b82b01", "#0240c8", "#2da58b", "#821a75"
 COLOURS = (BLACK, RED, BLUE, GREEN, PURPLE)
+Dash = str | tuple[int, tuple[float, ...]]
+"""As matplotlib has it: a name, or an offset and the lengths of strokes and gaps."""
 SOLID, DASHED, DOTTED, DASHDOT = "-", "--", ":", "-."
+LONG_DOT: Dash = (0, (9, 2, 1, 2))
+DASH_DOTS: Dash = (0, (5, 2, 1, 2, 1, 2))
 FILLINGS = ("full", "none", "left", "bottom", "right", "top")
 """Of the markers of several configurations of one reducer, in their order."""
 
@@ -21,7 +25,7 @@ class Look:
 
     colour: str
     marker: str
-    dash: str
+    dash: Dash
 
 
 LOOKS = {
@@ -39,6 +43,13 @@ LOOKS = {
     "sign_norm": Look(GREEN, "p", SOLID),
     "signsgd": Look(RED, "d", DASHDOT),
     "signum": Look(BLACK, "8", DASHDOT),
+    "gaussian_k": Look(RED, "o", LONG_DOT),
+    "redsync": Look(BLUE, "v", LONG_DOT),
+    "sidco": Look(GREEN, "s", LONG_DOT),
+    "clt_k": Look(PURPLE, "o", DASH_DOTS),
+    "micro": Look(BLUE, "^", DASH_DOTS),
+    "exdyna": Look(RED, "D", DASH_DOTS),
+    "deft": Look(GREEN, "P", DASH_DOTS),
 }
 SPARE = tuple(
     Look(colour, marker, dash)

@@ -37,7 +37,16 @@ from sage.report.curves import (
     with_unit,
 )
 from sage.report.groups import Group, Section
-from sage.report.looks import FILLS, Look, Style, look_of, styles_of
+from sage.report.looks import (
+    DASH_DOTS,
+    FILLS,
+    LONG_DOT,
+    Dash,
+    Look,
+    Style,
+    look_of,
+    styles_of,
+)
 from sage.report.spread import BANDS, Band
 from sage.report.tables import mean_milliseconds
 
@@ -48,7 +57,8 @@ MOST_POINTS, FEWEST_POINTS, POINTS_OF_A_PANEL = 400, 40, 16_000
 """A curve keeps this many points: as many as a panel's share for it, within these limits."""
 PANEL_HEIGHT, BAR_HEIGHT = 380, 26
 """In pixels."""
-DASHES = {"-": "solid", "--": "dash", ":": "dot", "-.": "dashdot"}
+DASHES: dict[Dash, str] = {"-": "solid", "--": "dash", ":": "dot", "-.": "dashdot"}
+DASHES |= {LONG_DOT: "longdashdot", DASH_DOTS: "5px,2px,1px,2px,1px,2px"}
 SYMBOLS = {
     "o": "circle",
     "^": "triangle-up",
