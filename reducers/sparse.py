@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Annotated, ClassVar, Generic, Literal, TypeVar
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -34,6 +35,11 @@ Threshold = Annotated[float, Field(ge=1.2e-38, le=3.4e38)] | Literal["auto"]  # 
 def target_count(density: float, n: int) -> int:
     """k = max(1, floor(density n)), or 0 where n is 0."""
     return min(n, max(1, int(density * n)))
+
+
+def counts_of_parts(density: float | np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """target_count of each of sizes (parts,) int64; the density may be one for each."""
+    return np.minimum(sizes, np.maximum(1, (density * sizes).astype(np.int64)))
 
 
 def resolve_threshold(threshold: float | Literal["auto"], density: float, n: int) -> float:
