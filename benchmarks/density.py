@@ -255,7 +255,7 @@ def draw(rows: list[Row], file: Path) -> None:
     names = list(dict.fromkeys(row.config for row in rows))
     of_all = set.intersection(*({row.target for row in rows if row.config == name} for name in names))
     target = sorted(of_all)[(len(of_all) - 1) // 2]
-    figure = Figure(figsize=(4 * len(names), 3.2))
+    figure = Figure(figsize=(max(5, 4 * len(names)), 3.8), layout="constrained")
     panels = figure.subplots(1, len(names), sharey=True, squeeze=False)
     for panel, name in zip(panels[0], names, strict=True):
         for row in rows:
@@ -266,8 +266,8 @@ def draw(rows: list[Row], file: Path) -> None:
         panel.axhline(target, color="grey", linewidth=0.6)
         panel.set(title=name, xlabel="step", yscale="log")
     panels[0][0].set_ylabel(f"density, target {target:g}")
-    panels[0][-1].legend(fontsize=7)
-    figure.tight_layout()
+    handles, labels = panels[0][-1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
     figure.savefig(file, dpi=100)
 
 

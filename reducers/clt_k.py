@@ -7,7 +7,6 @@ from torch import Tensor
 
 from reducers.common import average_at
 from reducers.largest import LargestSparsifier
-from reducers.search import Part
 from reducers.sparse import UnionSettings, target_count
 from sage.config import Named
 from sage.interfaces import Communicator, Place, Seeds, Slot
@@ -34,8 +33,8 @@ class CltK(LargestSparsifier):
         super().__init__(config, layout, device)
         self.num_steps = 0
 
-    def parts(self, density: float) -> list[Part]:
-        return [Part(0, self.n, target_count(density, self.n))]
+    def places_in(self, layout: list[Slot]) -> list[tuple[int, int]]:
+        return [(0, self.n)]
 
     def reduce(self, send: Tensor, mean: Tensor, comm: Communicator) -> None:
         leader = self.num_steps % comm.world_size

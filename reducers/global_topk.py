@@ -5,8 +5,7 @@ from typing import ClassVar, Literal
 import torch
 
 from reducers.largest import LargestSparsifier
-from reducers.search import Part
-from reducers.sparse import SparsifierSettings, target_count
+from reducers.sparse import SparsifierSettings
 from sage.config import Named
 from sage.interfaces import Seeds, Slot
 
@@ -28,5 +27,5 @@ class GlobalTopK(LargestSparsifier):
     ) -> None:
         super().__init__(config, layout, device)
 
-    def parts(self, density: float) -> list[Part]:
-        return [Part(0, self.n, target_count(density, self.n))]
+    def places_in(self, layout: list[Slot]) -> list[tuple[int, int]]:
+        return [(0, self.n)]

@@ -4,11 +4,12 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from reducers.search import Part, search_for
-from reducers.sparse import CandidateSparsifier, SparsifierSettings, UnionSettings
+from reducers.search import Counts, Part, search_for
+from reducers.sparse import CandidateSparsifier, SparsifierSettings, UnionSettings, counts_of_parts
 from sage.interfaces import Slot
 
 
@@ -25,22 +26,32 @@ class LargestSparsifier(CandidateSparsifier[Any]):
         super().__init__(config, layout)
         self.layout = layout
         self._device = device
+        self.places = self.places_in(layout)
+        self._sizes = np.array([stop - start for start, stop in self.places], np.int64)
         self.num_draws = 0  # how often new positions for the sample were drawn
         self.inexact_steps = torch.zeros((), dtype=torch.int64, device=device)  # in which some were missed
         self.aim_anew(config.density)
 
     @abstractmethod
+    def places_in(self, layout: list[Slot]) -> list[tuple[int, int]]:
+        """Where each part starts and stops: in ascending order, and they leave nothing out."""
+
+    def counts(self, density: float) -> Counts:
+        """k_l = max(1, floor(density n_l)), n_l at most."""
+        return counts_of_parts(density, self._sizes)
+
     def parts(self, density: float) -> list[Part]:
-        """In ascending order, and they leave nothing out."""
+        pairs = zip(self.places, self.counts(density).tolist(), strict=True)
+        return [Part(*place, k) for place, k in pairs]
 
     def aim(self, density: float) -> None:
         """The sample is drawn anew only where the k have changed much."""
-        parts = self.parts(density)
-        if not self._search.can_aim(parts):
+        ks = self.counts(density)
+        if not self._search.can_aim(ks):
             self.aim_anew(density)
             return
         super().aim(density)
-        self._search.aim(parts)
+        self._search.aim(ks)
 
     def aim_anew(self, density: float) -> None:
         """The same, with a new sample."""
@@ -76,4 +87,4 @@ class LargestSparsifier(CandidateSparsifier[Any]):
         return {**super().metrics(), **counted}
 
     def target_counts(self) -> int:
-        return sum(part.k for part in self.parts(self.config.density))
+        return int(self.counts(self.config.density).sum())

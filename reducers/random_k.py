@@ -1,6 +1,5 @@
 """Random-k and random-block: all workers draw the same elements to send, so no index travels."""
 
-from abc import abstractmethod
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor
 
 from reducers.common import average_at
 from reducers.density import DensityReducer, DensitySettings
+from reducers.kernels.block import BlockDraw
 from reducers.kernels.distinct import DistinctDraw
 from sage.config import Named
 from sage.draws import Draws
@@ -36,6 +36,8 @@ class SharedDraw(DensityReducer):
     """
 
     state_names = ("generator",)
+    Draw: ClassVar[type[BlockDraw | DistinctDraw]]
+    """How S is drawn: elements (k,) int64 on the device, unique, in the same order on all workers."""
 
     def __init__(
         self, config: SharedDrawSettings, layout: list[Slot], *, seeds: Seeds, device: torch.device
@@ -47,7 +49,8 @@ class SharedDraw(DensityReducer):
         self.generator, self.device = Draws(seeds.common), device
         self.starts = torch.tensor([slot.start for slot in self.slots], dtype=torch.int64)  # (tensors,)
         self.sizes = torch.tensor([slot.size for slot in self.slots], dtype=torch.int64)
-        self.aim(config.density)
+        self._draw = self.Draw(self.starts, self.sizes, self._counts(config.density))
+        self.density = self._draw.total / self.n
 
     @classmethod
     def why_fixed(cls, config: Any) -> str:
@@ -55,8 +58,8 @@ class SharedDraw(DensityReducer):
 
     def aim(self, density: float) -> None:
         super().aim(density)
-        self.counts = self._counts(density)  # (tensors,)
-        self.density = int(self.counts.sum()) / self.n
+        self._draw.aim(self._counts(density))
+        self.density = self._draw.total / self.n
 
     def _counts(self, density: float) -> Tensor:
         """k_l (tensors,) int64, by target_count's rule."""
@@ -65,9 +68,9 @@ class SharedDraw(DensityReducer):
         rows = torch.tensor([slot.shape[0] if slot.shape else 1 for slot in self.slots])
         return (self.rank * (rows + self.sizes // rows)).minimum(self.sizes)
 
-    @abstractmethod
     def draw(self) -> Tensor:
-        """The indices S (k,) int64, on the device, unique, in the same order on all workers."""
+        """The next indices S (k,) int64."""
+        return self._draw.draw(self.generator.key(), self.device)
 
     def reduce(self, send: Tensor, mean: Tensor, comm: Communicator) -> None:
         indices = self.draw()  # (k,)
@@ -93,13 +96,7 @@ class RandomK(SharedDraw):
     """
 
     Settings: ClassVar[type[Named]] = RandomKSettings
-
-    def aim(self, density: float) -> None:
-        super().aim(density)
-        self._distinct = DistinctDraw(self.starts, self.sizes, self.counts)
-
-    def draw(self) -> Tensor:
-        return self._distinct.draw(self.generator.key(), self.device)
+    Draw = DistinctDraw
 
 
 class RandomBlock(SharedDraw):
@@ -109,17 +106,4 @@ class RandomBlock(SharedDraw):
     """
 
     Settings: ClassVar[type[Named]] = RandomBlockSettings
-
-    def aim(self, density: float) -> None:
-        super().aim(density)
-        counts, total = self.counts, int(self.counts.sum())
-        firsts = counts.cumsum(0) - counts
-        facts = torch.stack([torch.arange(len(counts)), firsts, self.starts, self.sizes], 1)  # (tensors, 4)
-        facts = facts.repeat_interleave(counts, 0, output_size=total).to(self.device)  # (k, 4)
-        self._tensors, firsts, self._starts, self._sizes = facts.T.contiguous().unbind()  # (k,) each
-        self._within = torch.arange(total, device=self.device) - firsts  # 0, 1, ..., k_l - 1
-        self._sizes_of_all = self.sizes.to(self.device)  # (tensors,)
-
-    def draw(self) -> Tensor:
-        offsets = self.generator.below(self._sizes_of_all)[self._tensors]  # (k,)
-        return self._starts + (offsets + self._within) % self._sizes
+    Draw = BlockDraw

@@ -36,6 +36,29 @@ MOST_CHANGE = 2.0
 """A sample serves for other k too, until K is by this factor another one than it was drawn for."""
 
 
+Counts = np.ndarray
+"""(parts,) int64, one number for each part."""
+
+
+def num_aimed_at(ks: Any, sizes: Any) -> Any:
+    """K = max(k, 4 sqrt n), of numbers or of arrays.
+
+    For a smaller K a larger sample would cost more than the fewer candidates above its bound save.
+    """
+    return np.maximum(ks, 4 * np.sqrt(sizes))
+
+
+def ranks_of_bounds(ks: Any, sizes: Any, nums_sampled: Any) -> Any:
+    """r = mu + 4 sqrt(mu), of numbers or of arrays: which of the sampled magnitudes, from the largest, is the
+    bound. nums_sampled: m, of samples that may have been drawn for other k."""
+    expected = nums_sampled * num_aimed_at(ks, sizes) / sizes  # mu = m K / n
+    return np.ceil(expected + NUM_DEVIATIONS * np.sqrt(expected)).astype(np.int64)
+
+
+def selects_few(ks: Any, sizes: Any) -> Any:
+    return ks <= MOST_SELECTED * sizes
+
+
 @dataclass(frozen=True)
 class Part:
     """Of the elements [start, stop) of the flat gradient k are selected."""
@@ -48,40 +71,26 @@ class Part:
     def size(self) -> int:
         return self.stop - self.start
 
-    def _num_aimed_at(self) -> float:
-        """K = max(k, 4 sqrt n): a smaller sample saves less than the candidates above its bound cost."""
-        return max(self.k, 4 * math.sqrt(self.size))
-
     def num_sampled(self) -> int:
         """m = max(8 n / K, (k n)^(1/3))."""
         cube_root: float = (self.k * self.size) ** (1 / 3)
-        return math.ceil(max(NUM_ABOVE * self.size / self._num_aimed_at(), cube_root))
-
-    def selects_few(self) -> bool:
-        return self.k <= MOST_SELECTED * self.size
+        return math.ceil(max(NUM_ABOVE * self.size / float(num_aimed_at(self.k, self.size)), cube_root))
 
     def is_worth_a_sample(self) -> bool:
-        return self.size > 0 and self.selects_few() and self.num_sampled() <= MOST_SAMPLED * self.size
+        few = self.size > 0 and selects_few(self.k, self.size)
+        return few and self.num_sampled() <= MOST_SAMPLED * self.size
 
-    def can_share_sample(self, other: "Part") -> bool:
-        """Whether what was drawn, or not drawn, for another k of the same elements does for this one."""
-        change = (self._num_aimed_at() or 1) / (other._num_aimed_at() or 1)  # 0 of no elements
-        return self.selects_few() == other.selects_few() and 1 / MOST_CHANGE < change < MOST_CHANGE
-
-    def rank_of_bound(self, num_sampled: int | None = None) -> int:
-        """r = mu + 4 sqrt(mu): which of the sampled magnitudes, from the largest, is the bound. num_sampled:
-        m of a sample that was drawn for another k; None: of its own."""
-        sampled = self.num_sampled() if num_sampled is None else num_sampled
-        expected = sampled * self._num_aimed_at() / self.size  # mu = m K / n
-        return math.ceil(expected + NUM_DEVIATIONS * math.sqrt(expected))
+    def rank_of_bound(self) -> int:
+        """Of its own sample."""
+        return int(ranks_of_bounds(self.k, self.size, self.num_sampled()))
 
     def room(self, num_sampled: int | None = None) -> int:
-        """For how many candidates there is room, where that must be known beforehand. num_sampled: as for
-        rank_of_bound; 0: there is no sample."""
+        """For how many candidates there is room, where that must be known beforehand. num_sampled: m of a
+        sample that was drawn for another k; None: of its own; 0: there is no sample."""
         if num_sampled == 0 or (num_sampled is None and not self.is_worth_a_sample()):
             return self.size
         sampled = self.num_sampled() if num_sampled is None else num_sampled
-        rank = self.rank_of_bound(sampled)
+        rank = int(ranks_of_bounds(self.k, self.size, sampled))
         most = self.size * (rank + ROOM_DEVIATIONS * math.sqrt(rank)) / sampled
         return min(self.size, math.ceil(most))
 
@@ -148,20 +157,27 @@ class Search(ABC, Generic[Candidates]):
         """After finish: whether the next step is to look at other positions."""
         self.has_missed = torch.zeros((), dtype=torch.bool, device=device)
         """After begin: whether this may be such a step."""
-        self._sampled_parts, self._device = parts, device
-        self._nums_sampled = [part.num_sampled() if part.is_worth_a_sample() else 0 for part in parts]
-        self.aim(parts)
+        self._device = device
+        self._places = [(part.start, part.stop) for part in parts]
+        self._sizes = np.array([part.size for part in parts], np.int64)
+        self._drawn_for = np.array([part.k for part in parts], np.int64)
+        nums_sampled = [part.num_sampled() if part.is_worth_a_sample() else 0 for part in parts]
+        self._nums_sampled = np.array(nums_sampled, np.int64)  # 0: of the part there is no sample
+        self.aim(self._drawn_for)
 
-    def can_aim(self, parts: list[Part]) -> bool:
-        """Whether this search's sample does for other k of the same parts."""
-        pairs = zip(parts, self._sampled_parts, strict=True)
-        return all(part.can_share_sample(other) for part, other in pairs)
+    def can_aim(self, ks: Counts) -> bool:
+        """Whether what was drawn, or not drawn, does for other k of the same parts."""
+        sizes, before = self._sizes, self._drawn_for
+        aimed, was = (np.maximum(num_aimed_at(k, sizes), 1) for k in (ks, before))  # 0 of no elements
+        as_few = selects_few(ks, sizes) == selects_few(before, sizes)
+        return bool((as_few & (aimed < MOST_CHANGE * was) & (was < MOST_CHANGE * aimed)).all())
 
-    def aim(self, parts: list[Part]) -> None:
+    def aim(self, ks: Counts) -> None:
         """Search for other k, in the same parts and with the same sample."""
-        self.parts = parts
-        pairs = zip(parts, self._nums_sampled, strict=True)
-        self._prepare([part.rank_of_bound(sampled) for part, sampled in pairs if sampled])
+        self._counts = ks.tolist()
+        sampled = self._nums_sampled > 0
+        facts = (ks[sampled], self._sizes[sampled], self._nums_sampled[sampled])
+        self._prepare(ranks_of_bounds(*facts).tolist())
 
     @abstractmethod
     def _prepare(self, ranks: list[int]) -> None:
@@ -187,7 +203,7 @@ class SampledSearch(Search[Found]):
     """For the CPU: where a part has too few candidates, it is searched whole."""
 
     def _prepare(self, ranks: list[int]) -> None:
-        self.ks = torch.tensor([part.k for part in self.parts])  # (parts,)
+        self.ks = torch.tensor(self._counts, dtype=torch.int64)  # (parts,)
         self._ranks = ranks
 
     def begin(self, send: Tensor, grad: Tensor | None, zeroes_grad: bool) -> Found:
@@ -202,8 +218,8 @@ class SampledSearch(Search[Found]):
             candidates = self._with_whole_parts(send, candidates)
         pieces = candidates.magnitudes.split(candidates.counts.tolist())
         thresholds = [
-            _kth_largest(own, part.k) if len(own) > part.k else -1.0  # all of them are above it
-            for own, part in zip(pieces, self.parts, strict=True)
+            _kth_largest(own, k) if len(own) > k else -1.0  # all of them are above it
+            for own, k in zip(pieces, self._counts, strict=True)
         ]
         return keep_largest(candidates, torch.tensor(thresholds, dtype=send.dtype), self.ks)
 
@@ -211,8 +227,8 @@ class SampledSearch(Search[Found]):
         """The same candidates, but all elements of a part that has fewer than k."""
         listed = candidates.indices.split(candidates.counts.tolist())
         pieces = [
-            own if len(own) >= part.k else torch.arange(part.start, part.stop)
-            for own, part in zip(listed, self.parts, strict=True)
+            own if len(own) >= k else torch.arange(*place)
+            for own, place, k in zip(listed, self._places, self._counts, strict=True)
         ]
         indices = torch.cat(pieces)
         return Found(indices, send[indices].abs(), torch.tensor([len(own) for own in pieces]))
@@ -242,12 +258,11 @@ class FixedSearch(Search[tuple[Tensor, Tensor]]):
 
     def _prepare(self, ranks: list[int]) -> None:
         """Without waiting for the device."""
-        ks = [part.k for part in self.parts]
         last = torch.tensor(ranks, dtype=torch.int64).sub_(1).to(self._device, non_blocking=True)
         self._bound_at = self.sample.pieces.firsts[:-1] + last
-        pairs = zip(self.parts, self._nums_sampled, strict=True)
-        self._rooms = Segments([part.room(sampled) for part, sampled in pairs], self._device)
-        self._sent = Segments(ks, self._device)
+        facts = zip(self._places, self._counts, self._nums_sampled.tolist(), strict=True)
+        self._rooms = Segments([Part(*place, k).room(sampled) for place, k, sampled in facts], self._device)
+        self._sent = Segments(self._counts, self._device)
         self._sent_at = self._rooms.firsts[self._sent.owners] + self._sent.ranks  # (sum of k,)
         self.ks = self._sent.lengths  # (parts,)
 

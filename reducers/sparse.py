@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Annotated, ClassVar, Generic, Literal, TypeVar
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -48,6 +49,12 @@ def indexable(layout: list[Slot]) -> int:
     if n >= 2**31:
         raise ValueError(f"a sparsifier's indices are int32: needs fewer than 2^31 elements, got {n}")
     return n
+
+
+def counts_of_parts(density: float | np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """target_count of each of sizes (parts,) int64; the density may be one for each."""
+    counts: np.ndarray = np.minimum(sizes, np.maximum(1, (density * sizes).astype(np.int64)))
+    return counts
 
 
 def resolve_threshold(threshold: float | Literal["auto"], density: float, n: int) -> float:

@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 from typing import ClassVar, Literal
 
+import numpy as np
 import torch
 
 from reducers.common import Leveled
 from reducers.largest import LargestSparsifier
-from reducers.search import Part
-from reducers.sparse import SparsifierSettings, target_count
+from reducers.search import Counts
+from reducers.sparse import SparsifierSettings, counts_of_parts
 from sage.config import Named
 from sage.interfaces import Seeds, Slot
 
@@ -29,18 +30,16 @@ class TopK(LargestSparsifier, Leveled):
     def __init__(
         self, config: TopKSettings, layout: list[Slot], *, seeds: Seeds, device: torch.device
     ) -> None:
-        self._levels: Sequence[float] = ()
-        self._places = [(slot.start, slot.stop, slot.size) for slot in layout]
+        self._levels: np.ndarray | None = None
         super().__init__(config, layout, device)
 
     def set_levels(self, levels: Sequence[float]) -> None:
         """Use these densities, one per slot, from now on, in place of the configuration's."""
-        self._levels = levels
+        self._levels = np.array(levels, np.float64)
         self.aim_anew(self.target_counts() / self.n)
 
-    def parts(self, density: float) -> list[Part]:
-        densities = self._levels or [density] * len(self._places)
-        return [
-            Part(start, stop, target_count(own, size))
-            for (start, stop, size), own in zip(self._places, densities, strict=True)
-        ]
+    def places_in(self, layout: list[Slot]) -> list[tuple[int, int]]:
+        return [(slot.start, slot.stop) for slot in layout]
+
+    def counts(self, density: float) -> Counts:
+        return super().counts(density) if self._levels is None else counts_of_parts(self._levels, self._sizes)

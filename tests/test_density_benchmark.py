@@ -25,14 +25,14 @@ def test_a_row_of_the_density_benchmark_is_what_a_sort_gives() -> None:
         squares = [np.sort(grad.numpy().astype(np.float64) ** 2)[::-1] for grad in gradients]
         kept.append(np.mean([own[:k].sum() / own.sum() for own in squares]))
         unions.append(len(torch.cat([grad.abs().topk(k).indices for grad in gradients]).unique()) / N)
-    row = entries["global_topk"].row("toy", N)
+    row = entries["global_topk"].row("toy", N, [])
     assert row.densities == [float(f"{k / N:.4g}")] * 3
     assert (row.counts, row.padding) == (1.0, 1.0)
     assert row.bias == pytest.approx(k / N / 0.05 - 1, rel=1e-12)
     assert row.union == pytest.approx(np.mean(unions), rel=1e-12)
     # Norms are of float32 with N = 545 squares: (N + 2) 2^-24 = 3.3e-5 at most, each.
     assert row.energy == pytest.approx(np.mean(kept), abs=1e-4)
-    assert entries["sage, 10 x fitted"].row("toy", N).densities[0] < 0.1 * k / N  # too high a threshold
+    assert entries["sage, 10 x fitted"].row("toy", N, []).densities[0] < 0.1 * k / N  # too high a threshold
 
 
 def test_the_first_steps_of_a_run_and_of_each_rate_are_not_counted() -> None:

@@ -1,13 +1,16 @@
 """The shared draws of random_k and random_block."""
 
 from collections import Counter
+from functools import partial
 from math import comb
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from benchmarks.gpu.waits import Waits
+from reducers.kernels.block import BlockDraw, PlainBlockDraw
 from reducers.kernels.distinct import DistinctDraw, PlainDraw, num_tries
 from reducers.random_k import RandomBlock, RandomBlockSettings, RandomK, RandomKSettings, SharedDraw
 from sage.interfaces import Seeds
@@ -55,11 +58,12 @@ def test_every_subset_is_drawn_as_often_as_any_other(n: int, k: int) -> None:
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 0.5, 0.7, 1.0])
-def test_both_forms_of_a_draw_have_the_same_elements(share: float) -> None:
+@pytest.mark.parametrize(("draw", "plain_draw"), [(DistinctDraw, PlainDraw), (BlockDraw, PlainBlockDraw)])
+def test_both_forms_of_a_draw_have_the_same_elements(draw: Any, plain_draw: Any, share: float) -> None:
     sizes = torch.tensor([1, 2, 3, 7, 8, 1000, 1, 4099])
     starts, counts = sizes.cumsum(0) - sizes + 10, (share * sizes).ceil().long()
-    parts = DistinctDraw(starts, sizes, counts)
-    plain = PlainDraw(parts, CPU)
+    parts = draw(starts, sizes, counts)
+    plain = plain_draw(parts, CPU)
     for key in (0, 1, 2**63, 2**64 - 1):
         drawn = parts.draw(key, CPU)
         assert torch.equal(drawn, plain(key))
@@ -67,13 +71,26 @@ def test_both_forms_of_a_draw_have_the_same_elements(share: float) -> None:
 
 
 def test_the_form_for_a_device_does_not_wait_for_it() -> None:
-    plain = PlainDraw(DistinctDraw(*(torch.tensor(x) for x in ([0, 40], [40, 60], [10, 50]))), CPU)
-    block = random_block(0.3, ((50, 40), (7,)))
+    parts = [torch.tensor(x) for x in ([0, 40], [40, 60], [10, 50])]
+    plain, block = PlainDraw(DistinctDraw(*parts), CPU), PlainBlockDraw(BlockDraw(*parts), CPU)
     waits = Waits()
     with waits.counted():
         plain(3)
-        block.draw()
+        block(3)
     assert not waits.found
+
+
+@pytest.mark.parametrize("name", ["random_k", "random_block"])
+def test_a_density_that_is_set_draws_what_a_reducer_of_that_density_draws(name: str) -> None:
+    shapes = ((50, 40), (7,), (1,))
+    make = partial(random_k, shapes=shapes) if name == "random_k" else partial(random_block, shapes=shapes)
+    reducer = make(0.01)
+    for num_draws, density in enumerate((0.3, 0.01, 0.9, 1.0, 0.05)):
+        reducer.set_density(density)
+        other = make(density)
+        other.generator.count = num_draws
+        assert torch.equal(reducer.draw(), other.draw())
+        assert reducer.density == other.density
 
 
 def test_draws_that_do_not_suffice_send_an_element_twice(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import torch
 from benchmarks.gpu.waits import Waits
 from reducers import REDUCERS, kernels, largest
 from reducers.kernels import plain
+from reducers.kernels.block import BlockDraw, PlainBlockDraw
 from reducers.search import FixedSearch
 from sage.config import Named
 from sage.exchange.comm import LocalComm
@@ -62,6 +63,7 @@ def device_path(monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU's search and kernels, in torch operations."""
     monkeypatch.setattr(largest, "search_for", lambda _: FixedSearch)
     monkeypatch.setattr(kernels, "form_for", lambda _: plain)
+    monkeypatch.setattr(BlockDraw, "draw", lambda self, key, device: PlainBlockDraw(self, device)(key))
 
 
 @pytest.mark.usefixtures("device_path")

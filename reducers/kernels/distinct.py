@@ -20,10 +20,15 @@ class DistinctDraw:
 
     def __init__(self, starts: Tensor, sizes: Tensor, counts: Tensor) -> None:
         """starts, sizes, counts (parts,) int64, on the CPU; 0 <= count <= size, 0 < size."""
-        self.starts, self.sizes, self.counts = starts, sizes, counts
-        self.total = int(counts.sum())
+        self.starts, self.sizes = starts, sizes
         self.marks = np.zeros(int(sizes.max()) if len(sizes) else 0, np.bool_)
         """Of the form for the CPU: what it has drawn of a part; False between two calls."""
+        self.aim(counts)
+
+    def aim(self, counts: Tensor) -> None:
+        """Draw so many (parts,) of each part from now on."""
+        self.counts = counts
+        self.total = int(counts.sum())
         self._plain: dict[torch.device, PlainDraw] = {}
 
     def draw(self, key: int, device: torch.device) -> Tensor:
@@ -49,27 +54,28 @@ class PlainDraw:
         tries = torch.tensor([num_tries(*pair) for pair in pairs], dtype=torch.int64)  # (parts,)
         mostly = drawn < parts.counts  # (parts,)
         pooled = torch.where(mostly, parts.sizes, 0)
-        outs = parts.counts.cumsum(0) - parts.counts  # (parts,): where their elements go in the result
-        indices = torch.arange(len(tries))
-        self._total, self._indices = parts.total, indices.to(device)
+        num_tried, num_pooled, self._total = int(tries.sum()), int(pooled.sum()), parts.total
+        # What is as long as there are parts is copied; what is longer is made where it is used.
+        facts = torch.stack([tries, pooled, drawn, mostly.long(), parts.starts, parts.sizes, parts.counts])
+        tries, pooled, drawn, mostly, starts, sizes, counts = facts.to(device, non_blocking=True)
+        outs = counts.cumsum(0) - counts  # (parts,): where their elements go in the result
+        pool_firsts = pooled.cumsum(0) - pooled  # (parts,)
+        self._indices = torch.arange(len(tries), device=device)
 
         # The draws (m,): their parts, their numbers in them, and of each what follows from the part.
-        owners = indices.repeat_interleave(tries)
-        firsts = tries.cumsum(0) - tries
-        self._numbers = (torch.arange(len(owners)) - firsts[owners]).to(device)
-        self._owners, self._firsts = owners.to(device), firsts[owners].to(device)
-        self._starts, self._sizes = parts.starts[owners].to(device), parts.sizes[owners].to(device)
-        self._drawn, self._outs = drawn[owners].to(device), outs[owners].to(device)
-        self._mostly = mostly[owners].to(device)
+        owners = self._owners = self._indices.repeat_interleave(tries, output_size=num_tried)
+        self._firsts = (tries.cumsum(0) - tries)[owners]
+        self._numbers = torch.arange(num_tried, device=device) - self._firsts
+        self._starts, self._sizes, self._drawn = starts[owners], sizes[owners], drawn[owners]
+        self._outs, self._mostly = outs[owners], mostly[owners].bool()
+        self._pool_offsets = (pool_firsts - starts)[owners]
 
         # The pool (p,): every element of the parts of which most are drawn.
-        owners = indices.repeat_interleave(pooled)
-        pool_firsts = pooled.cumsum(0) - pooled
-        self._pool = (parts.starts[owners] + torch.arange(len(owners)) - pool_firsts[owners]).to(device)
-        self._pool_offsets = (pool_firsts - parts.starts)[self._owners.cpu()].to(device)  # (m,)
-        self._pool_firsts, self._pool_counts = pool_firsts[owners].to(device), parts.counts[owners].to(device)
-        self._pool_outs = outs[owners].to(device)
-        self._spare = pad(parts.starts.repeat_interleave(parts.counts), (0, 1)).to(device)  # (total + 1,)
+        owners = self._indices.repeat_interleave(pooled, output_size=num_pooled)
+        self._pool_firsts, self._pool_counts = pool_firsts[owners], counts[owners]
+        self._pool = starts[owners] + torch.arange(num_pooled, device=device) - self._pool_firsts
+        self._pool_outs = outs[owners]
+        self._spare = pad(starts.repeat_interleave(counts, output_size=parts.total), (0, 1))  # (total + 1,)
 
     def __call__(self, key: int) -> Tensor:
         """The elements (total,) int64."""

@@ -21,7 +21,7 @@ def draw(parts: DistinctDraw, key: int) -> Tensor:
 
 
 @compiled
-def _bits_at(key: np.uint64, index: int) -> np.uint64:
+def bits_at(key: np.uint64, index: int) -> np.uint64:
     x = key + np.uint64(index) * STEP_64
     x = (x ^ (x >> S30)) * FIRST_64
     x = (x ^ (x >> S27)) * SECOND_64
@@ -33,7 +33,7 @@ def _draw_different(key: np.uint64, size: int, marks: np.ndarray, drawn: np.ndar
     """Fill drawn with the first different numbers below size of a sequence, and mark them."""
     number = count = 0
     while count < len(drawn):
-        place = np.int64((_bits_at(key, number) >> S1) % np.uint64(size))
+        place = np.int64((bits_at(key, number) >> S1) % np.uint64(size))
         number += 1
         if not marks[place]:
             marks[place] = True
@@ -55,7 +55,7 @@ def _draw(
         start, size, count = starts[part], sizes[part], counts[part]
         is_few = count <= size - count
         drawn = found[end : end + count] if is_few else np.empty(size - count, np.int64)
-        _draw_different(_bits_at(key, part), size, marks, drawn)
+        _draw_different(bits_at(key, part), size, marks, drawn)
         if not is_few:
             found[end : end + count] = np.flatnonzero(~marks[:size])
         marks[drawn] = False
