@@ -9,6 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 BLACK, RED, BLUE, GREEN, PURPLE = "#000000", "#b82b01", "#0240c8", "#2da58b", "#821a75"
+Marker = str | tuple[int, int, int] | tuple[tuple[int, int], ...]
+"""As matplotlib names it; or a star: its points, 1, and by how many degrees it is turned; or its corners."""
+Dash = str | tuple[int, tuple[int, int]]
+"""As matplotlib names it, or where it begins, and how many points are drawn and left out."""
+LONG_DASHED: Dash = (0, (9, 3))
+SQUARE_STAR, DIAMOND_STAR, HEXAGRAM = (4, 1, 45), (4, 1, 0), (6, 1, 0)
+HOURGLASS = ((-1, -1), (1, -1), (-1, 1), (1, 1), (-1, -1))
+BOWTIE = ((-1, -1), (-1, 1), (1, -1), (1, 1), (-1, -1))
 COLOURS = (BLACK, RED, BLUE, GREEN, PURPLE)
 SOLID, DASHED, DOTTED, DASHDOT = "-", "--", ":", "-."
 FILLINGS = ("full", "none", "left", "bottom", "right", "top")
@@ -20,8 +28,8 @@ class Look:
     """A reducer's own colour, marker and dash."""
 
     colour: str
-    marker: str
-    dash: str
+    marker: Marker
+    dash: Dash
 
 
 LOOKS = {
@@ -39,6 +47,11 @@ LOOKS = {
     "sign_norm": Look(GREEN, "p", SOLID),
     "signsgd": Look(RED, "d", DASHDOT),
     "signum": Look(BLACK, "8", DASHDOT),
+    "onebit": Look(GREEN, SQUARE_STAR, LONG_DASHED),
+    "qsgd": Look(BLUE, DIAMOND_STAR, LONG_DASHED),
+    "terngrad": Look(RED, HEXAGRAM, LONG_DASHED),
+    "natural": Look(PURPLE, HOURGLASS, LONG_DASHED),
+    "block_int": Look(BLACK, BOWTIE, LONG_DASHED),
 }
 SPARE = tuple(
     Look(colour, marker, dash)

@@ -36,7 +36,21 @@ from sage.report.curves import (
     with_unit,
 )
 from sage.report.groups import Group, Section
-from sage.report.looks import FILLS, Look, Style, look_of, styles_of
+from sage.report.looks import (
+    BOWTIE,
+    DIAMOND_STAR,
+    FILLS,
+    HEXAGRAM,
+    HOURGLASS,
+    LONG_DASHED,
+    SQUARE_STAR,
+    Dash,
+    Look,
+    Marker,
+    Style,
+    look_of,
+    styles_of,
+)
 from sage.report.spread import BANDS, Band
 from sage.report.tables import mean_milliseconds
 
@@ -47,8 +61,8 @@ MOST_POINTS, FEWEST_POINTS, POINTS_OF_A_PANEL = 400, 40, 16_000
 """A curve keeps this many points: as many as a panel's share for it, within these limits."""
 PANEL_HEIGHT, BAR_HEIGHT = 380, 26
 """In pixels."""
-DASHES = {"-": "solid", "--": "dash", ":": "dot", "-.": "dashdot"}
-SYMBOLS = {
+DASHES: dict[Dash, str] = {"-": "solid", "--": "dash", ":": "dot", "-.": "dashdot", LONG_DASHED: "longdash"}
+SYMBOLS: dict[Marker, str] = {
     "o": "circle",
     "^": "triangle-up",
     "s": "square",
@@ -64,6 +78,11 @@ SYMBOLS = {
     "d": "diamond-tall",
     "8": "octagon",
     "H": "hexagon2",
+    SQUARE_STAR: "star-square",
+    DIAMOND_STAR: "star-diamond",
+    HEXAGRAM: "hexagram",
+    HOURGLASS: "hourglass",
+    BOWTIE: "bowtie",
 }
 FILLINGS = {
     "full": ("", 7),
