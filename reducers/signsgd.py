@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from reducers.kernels.signs import num_bytes
-from reducers.quantize import vote
+from reducers.vote import vote
 from sage.config import Named
 from sage.interfaces import Communicator, Reducer, Seeds, Slot
 

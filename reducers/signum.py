@@ -7,7 +7,7 @@ from pydantic import Field
 from torch import Tensor
 
 from reducers.kernels.signs import num_bytes
-from reducers.quantize import vote
+from reducers.vote import vote
 from sage.config import Named
 from sage.interfaces import Communicator, Reducer, Seeds, Slot
 

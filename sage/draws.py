@@ -7,6 +7,8 @@ from sage.interfaces import Stateful
 
 STEP, FIRST_FACTOR, SECOND_FACTOR = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 """SplitMix64's constants."""
+CHUNK = 16_384
+"""Numbers that a CPU computes at a time: they stay in a core's cache."""
 NORMAL_SCALE = (3 / (2**32 - 1)) ** 0.5
 """1 / the standard deviation of a sum of four uniform integers below 2^16."""
 
@@ -36,7 +38,12 @@ class Draws(Stateful):
 
     def bits(self, size: int, device: torch.device) -> Tensor:
         """(size,) int64, 64 uniform bits each."""
-        return bits_at(self.key(), torch.arange(size, device=device))
+        key, chunk = self.key(), CHUNK if device.type == "cpu" else max(1, size)
+        found = torch.empty(size, dtype=torch.int64, device=device)
+        for start in range(0, size, chunk):
+            part = found[start : start + chunk]
+            part.copy_(bits_at(key, torch.arange(start, start + len(part), device=device)))
+        return found
 
     def below(self, highs: Tensor) -> Tensor:
         """A number in [0, high) for each of highs (count,) int64, uniform up to a relative high 2^-63."""
@@ -46,6 +53,14 @@ class Draws(Stateful):
         """float64 in [0, 1): multiples of 2^-53."""
         bits = self.bits(torch.Size(shape).numel(), device)
         return (_shifted(bits, 11).double() * 2.0**-53).view(shape)
+
+    def words(self, size: int, device: torch.device) -> Tensor:
+        """(size,) int32, 32 uniform bits each: the halves of 64, which cost half as much."""
+        return self.bits(-(-size // 2), device).view(torch.int32)[:size]
+
+    def fractions(self, size: int, device: torch.device) -> Tensor:
+        """(size,) float32 in [0, 1): multiples of 2^-24, from the upper bits of words."""
+        return (self.words(size, device) >> 8).bitwise_and_(2**24 - 1).float().mul_(2.0**-24)
 
     def normal(self, size: int, device: torch.device) -> Tensor:
         """(size,) float32, about normal, of mean 0 and variance 1: the sum of four uniform numbers.

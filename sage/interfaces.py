@@ -187,6 +187,11 @@ class Communicator(ABC):
         """Every worker's x (length,), lengths differ and may be 0: world_size tensors in rank order."""
 
     @abstractmethod
+    def all_to_all(self, x: Tensor) -> Tensor:
+        """x (world_size, ...), of one shape on all workers, has a row for each: returns the rows for this
+        worker, in rank order, in x's shape."""
+
+    @abstractmethod
     def broadcast(self, x: Tensor, source: int = 0) -> None:
         """Replace x by the source worker's x, in place."""
 

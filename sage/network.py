@@ -25,7 +25,7 @@ BUCKET_BYTES, FIRST_BUCKET_BYTES = 25 * 2**20, 2**20
 class Call(NamedTuple):
     """A collective, and the bytes that one worker hands to it."""
 
-    kind: Literal["all_reduce", "all_gather", "broadcast"]
+    kind: Literal["all_reduce", "all_gather", "all_to_all", "broadcast"]
     payload_bytes: float
 
 
@@ -41,6 +41,7 @@ class Link:
 
         ring all-reduce   2 (W - 1) messages of B / W bytes
         ring all-gather   W - 1 messages of B bytes
+        all-to-all        W - 1 messages of B / W bytes, one to each other worker
         broadcast         ceil(log2 W) messages of B bytes, down a binomial tree
         """
         if world_size == 1:
@@ -49,6 +50,8 @@ class Link:
             return 2 * (world_size - 1) * self._message(call.payload_bytes / world_size)
         if call.kind == "all_gather":
             return (world_size - 1) * self._message(call.payload_bytes)
+        if call.kind == "all_to_all":
+            return (world_size - 1) * self._message(call.payload_bytes / world_size)
         return ceil(log2(world_size)) * self._message(call.payload_bytes)
 
     def total_seconds(self, calls: Iterable[Call], world_size: int) -> float:
@@ -60,11 +63,12 @@ class Link:
 
 
 def wire_bytes(calls: Iterable[Call], world_size: int) -> float:
-    """What one worker sends: 2 (W - 1) / W B of an all-reduce, (W - 1) B of an all-gather, and of a broadcast
-    (W - 1) / W B on average."""
+    """What one worker sends: 2 (W - 1) / W B of an all-reduce, (W - 1) B of an all-gather, and (W - 1) / W B
+    of an all-to-all, and on average of a broadcast."""
     factors = {
         "all_reduce": 2 * (world_size - 1) / world_size,
         "all_gather": world_size - 1,
+        "all_to_all": (world_size - 1) / world_size,
         "broadcast": (world_size - 1) / world_size,
     }
     return sum(factors[call.kind] * call.payload_bytes for call in calls)

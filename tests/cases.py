@@ -16,7 +16,7 @@ from tests import partitions
 
 CPU = torch.device("cpu")
 SHAPES = ((8, 3, 3, 3), (8,), (20, 11), (11,), (1,))
-Collectives = tuple[tuple[Literal["all_reduce", "all_gather", "broadcast"], int], ...]
+Collectives = tuple[tuple[Literal["all_reduce", "all_gather", "all_to_all", "broadcast"], int], ...]
 Law = Literal["conservation", "zeros", "one huge value", "one element", "a worker without gradient"]
 
 
@@ -58,9 +58,9 @@ class Case:
     """The count is the same at every step."""
     sends_sizes: bool = True
     """A sparsifier's workers tell one another how long their messages are; not so where all know it."""
-    collectives: Collectives | None = None
-    """Every step's collectives and the bytes that a worker hands over, by hand from SHAPES; None: a
-    sparsifier's, which follow from the counts."""
+    collectives: Collectives | Callable[[int], Collectives] | None = None
+    """Every step's collectives and the bytes that a worker hands over, by hand from SHAPES, or from the
+    number of workers; None: a sparsifier's, which follow from the counts."""
     collectives_at: Mapping[int, Collectives] = field(default_factory=dict)
     """Those of single steps, by number, where they differ."""
     message: "Callable[[Step], int] | None" = None
@@ -177,6 +177,13 @@ VOTE = {
         "a worker without gradient": "it votes +1, since sign(0) = +1",
     },
 }
+# What a quantiser decodes is at most twice what it was given, and what is subtracted is rounded to the
+# precision of what stays: 2^-24 for each of |before|, |after| and what was decoded, at most 4 together.
+QUANTIZED: dict[str, Any] = {"nan": "spreads", "rounding": 4 * 2.0**-24}
+# Buckets of 128 elements: 2 for 216 and for 220 elements, 1 each for 8, 11 and 1.
+BUCKETS = 2 + 2 + 3
+SQUARE = {"one huge value": "its square is no float32, so that its bucket is scaled by the largest float32"}
+OF_A_TENSOR = {"one huge value": "its tensor's elements share their magnitudes"}
 # An entry of sum_i u_i (sigma_i v_i)^T has rounding errors of at most 2^-24 for each of its r W products, W
 # additions and a division, relative to max sigma, as U and V have orthonormal columns; max sigma is at most
 # sqrt(220) times the largest entry. Both mean and send have them: 2 (2 4 + 4 + 1) 2^-24 sqrt(220) = 2.3e-5.
@@ -243,6 +250,15 @@ FOLLOWS = {
         "zeros": "the threshold falls by half a per cent in a step in which nothing reaches it",
     },
 }
+
+
+def two_rounds(block_bytes: int) -> Callable[[int], Collectives]:
+    """5 blocks, as equal shares of as many workers: all shares to their owners, and one back to all."""
+    shares = {2: 3, 3: 2, 4: 2}
+    return lambda world_size: (
+        ("all_to_all", world_size * shares[world_size] * block_bytes),
+        ("all_gather", shares[world_size] * block_bytes),
+    )
 
 
 def by_level(send: Tensor, metrics: dict[str, float]) -> int:
@@ -323,6 +339,45 @@ CASES = [
     ),
     Case("signsgd", **VOTE),
     Case("signum", {"beta": 0.5}, **VOTE),
+    Case("onebit", collectives=(("all_gather", 8 * 5 + 57),), unpromised=OF_A_TENSOR, **QUANTIZED),
+    # 8 rows of 27 elements, 20 of 11, and three vectors.
+    Case(
+        "onebit",
+        {"scales": "row"},
+        collectives=(("all_gather", 8 * (8 + 20 + 3) + 57),),
+        unpromised=OF_A_TENSOR,
+        **QUANTIZED,
+    ),
+    Case("qsgd", collectives=(("all_gather", 4 * BUCKETS + N),), unpromised=SQUARE, **QUANTIZED),
+    Case(
+        "qsgd", {"bits": 4}, collectives=(("all_gather", 4 * BUCKETS + 228),), unpromised=SQUARE, **QUANTIZED
+    ),
+    Case(
+        "qsgd",
+        {"bits": 2, "bucket": 8},
+        collectives=(("all_gather", 4 * (27 + 1 + 28 + 2 + 1) + 114),),
+        unpromised=SQUARE,
+        nan="spreads",
+        rounding=8 * 2.0**-24,  # as above, but a norm is decoded: sqrt(8) of the largest magnitude at most
+    ),
+    Case(
+        "terngrad",
+        collectives=(("all_gather", 4 * 5 + 114),),
+        unpromised={"one huge value": "it is clipped"},
+        **QUANTIZED,
+    ),
+    Case("terngrad", {"clip": None}, collectives=(("all_gather", 4 * 5 + 114),), **QUANTIZED),
+    Case(
+        "natural",
+        collectives=(("all_gather", N),),
+        nan="kept",
+        rounding=QUANTIZED["rounding"],
+        unpromised={"one huge value": "2^18 is the most that is sent in a step"},
+    ),
+    # Five blocks, one a tensor, and the owner adds W times the second rounding's error: W decoded values are
+    # added, the sum divided and rounded, and its error subtracted.
+    Case("block_int", collectives=two_rounds(4 + 256), nan="spreads", rounding=8 * 2.0**-24),
+    Case("block_int", {"bits": 4}, collectives=two_rounds(4 + 128), nan="spreads", rounding=8 * 2.0**-24),
     Case("svd", {"rank": 2}, collectives=(("all_gather", 4 * (2 * (35 + 31) + 20)),), **SVD),
     Case("atomo", {"rank": 2}, message=matrix_atoms, **ATOMO),
     Case("gaussian_k", {"density": 0.05}, **BY_ESTIMATE),

@@ -44,6 +44,16 @@ def test_ragged_gather_returns_each_workers_own_length(lengths: tuple[int, ...])
         assert [part.tolist() for part in parts] == [[rank + 7] * lengths[rank] for rank in range(3)]
 
 
+def test_all_to_all_brings_each_worker_its_rows_in_rank_order() -> None:
+    def worker(comm: LocalComm) -> Tensor:
+        return comm.all_to_all(10 * comm.rank + torch.arange(6).view(3, 2))
+
+    arrived = run(3, worker)
+    assert [x.tolist() for x in arrived] == [
+        [[first + 2 * rank, first + 2 * rank + 1] for first in (0, 10, 20)] for rank in range(3)
+    ]
+
+
 def test_broadcast_takes_the_sources_values() -> None:
     def worker(comm: LocalComm) -> Tensor:
         x = torch.tensor([comm.rank])
@@ -58,11 +68,13 @@ def test_what_a_collective_returned_is_the_callers_to_change() -> None:
         x = torch.tensor([float(comm.rank)])
         gathered = comm.all_gather(x)
         gathered += 100 * (comm.rank + 1)
+        arrived = comm.all_to_all(x.repeat(2))
+        arrived += 7
         comm.all_reduce(x)
         x += comm.rank
-        return [*gathered.flatten().tolist(), x.item()]
+        return [*gathered.flatten().tolist(), *arrived.tolist(), x.item()]
 
-    assert run(2, worker) == [[100.0, 101.0, 1.0], [200.0, 201.0, 2.0]]
+    assert run(2, worker) == [[100.0, 101.0, 7.0, 8.0, 1.0], [200.0, 201.0, 7.0, 8.0, 2.0]]
 
 
 def count(call: Callable[[LocalComm], object], world_size: int) -> list[dict[str, float]]:
@@ -82,6 +94,7 @@ def test_the_ledger_counts_payload_padding_and_the_rings_bytes() -> None:
     x = torch.zeros(5)  # 20 bytes
     assert count(lambda comm: comm.all_reduce(x.clone()), 4)[0] == ledger(1, 20, 0, 20 * 2 * 3 / 4)
     assert count(lambda comm: comm.all_gather(x), 4)[0] == ledger(1, 20, 0, 20 * 3)
+    assert count(lambda comm: comm.all_to_all(torch.zeros(4, 5)), 4)[0] == ledger(1, 80, 0, 80 * 3 / 4)
     assert count(lambda comm: comm.broadcast(x.clone()), 4)[0] == ledger(1, 20, 0, 20 * 3 / 4)
     # Sizes 4 bytes each; then the longest, 3 elements of 4 bytes, of which worker r has r to send.
     ragged = count(lambda comm: comm.all_gather_ragged(torch.zeros(comm.rank)), 4)
@@ -104,6 +117,7 @@ def test_one_worker_has_no_collectives() -> None:
     comm.all_reduce(x)
     comm.broadcast(x)
     assert comm.all_gather(x).tolist() == [[0.0, 1.0, 2.0]]
+    assert comm.all_to_all(x[None]).tolist() == [[0.0, 1.0, 2.0]]
     assert [part.tolist() for part in comm.all_gather_ragged(x)] == [[0.0, 1.0, 2.0]]
     assert comm.ledger.take() == ledger(0, 0, 0, 0.0)
 
@@ -114,6 +128,7 @@ def test_one_worker_has_no_collectives() -> None:
         lambda comm: comm.all_reduce(torch.zeros(3)),
         lambda comm: comm.all_gather(torch.zeros(2)),
         lambda comm: comm.all_gather(torch.zeros(3, dtype=torch.int32)),
+        lambda comm: comm.all_to_all(torch.zeros(2, 3)),
         lambda comm: comm.broadcast(torch.zeros(3)),
     ],
 )

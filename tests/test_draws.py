@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from sage.draws import STEP, Draws, as_int64, bits_at
+from sage.draws import CHUNK, STEP, Draws, as_int64, bits_at
 from sage.interfaces import Stateful
 from tests.cases import CASES, Case
 
 CPU = torch.device("cpu")
-DRAWING = ("sage", "atomo", "random_k", "random_block")
+DRAWING = ("sage", "atomo", "random_k", "random_block", "qsgd", "terngrad", "natural")
 NUM = 100_000
 
 
@@ -61,6 +61,21 @@ def test_fractions_are_uniform_in_the_unit_interval() -> None:
     assert 0 <= drawn.min() <= drawn.max() < 1
     assert_uniform((drawn * 1000).long(), 1000)
     assert torch.equal((drawn * 2**53).round(), drawn * 2**53)
+
+
+def test_a_draw_is_the_same_however_it_is_cut_up() -> None:
+    draws = Draws(9)
+    drawn, key = draws.bits(2 * CHUNK + 3, CPU), Draws(9).key()
+    assert torch.equal(drawn, bits_at(key, torch.arange(2 * CHUNK + 3)))
+    assert draws.bits(0, CPU).shape == (0,)
+
+
+def test_words_are_the_halves_of_the_bits_and_fractions_their_upper_24_bits() -> None:
+    bits, words, fractions = Draws(9).bits(51, CPU), Draws(9).words(101, CPU), Draws(9).fractions(101, CPU)
+    halves = [half for number in bits.tolist() for half in (number % 2**32, number % 2**64 >> 32)]
+    assert [word % 2**32 for word in words.tolist()] == halves[:101]
+    assert fractions.dtype == torch.float32
+    assert fractions.tolist() == [(half >> 8) / 2**24 for half in halves[:101]]
 
 
 def test_about_normal_numbers_have_its_first_moments() -> None:

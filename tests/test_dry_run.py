@@ -5,6 +5,7 @@ import torch
 
 from reducers import REDUCERS
 from sage.interfaces import Progress
+from sage.network import Call
 from sage.training.dry_run import expected_calls
 from tests.cases import CASES, Case, N
 
@@ -22,5 +23,8 @@ def test_a_dry_run_predicts_the_bytes_that_a_reducer_expects(case: Case, world_s
     kinds = {call.kind for call in calls} - {"broadcast"}
     if case.sends_union and case.collectives is None:
         assert kinds == {"all_gather", "all_reduce"}
+    elif case.reducer == "block_int":
+        assert calls == [Call("all_to_all", pytest.approx(world_size * calls[1].payload_bytes)), calls[1]]
+        assert calls[1].kind == "all_gather"
     else:
         assert kinds == {"all_gather" if case.gathers_only else "all_reduce"}

@@ -81,6 +81,18 @@ def test_a_corrected_residual_by_hand() -> None:
     ]
 
 
+def test_a_moving_average_of_errors_by_hand() -> None:
+    grads = [[4.0, 1.0], [4.0, 1.0], [0.0, 0.0], [4.0, 1.0]]
+    # Errors (0, 1) and (0, 1.25): e = (0, 0.25), then 0.75 (0, 0.25) + 0.25 (0, 1.25) = (0, 0.5). The third
+    # step has no error: e = 0.75 (0, 0.5). The fourth one starts again at 0.
+    assert by_hand("loco", grads, decay=0.75, reset_steps=3) == [
+        [[4.0, 0.0], [0.0, 0.25]],
+        [[4.0, 0.0], [0.0, 0.5]],
+        [[0.0, 0.5], [0.0, 0.375]],
+        [[4.0, 0.0], [0.0, 0.25]],
+    ]
+
+
 def test_a_learning_rate_of_zero_leaves_the_memory_unscaled() -> None:
     grads = [[4.0, 1.0], [4.0, 1.0], [4.0, 1.0], [0.0, 0.0]]
     seen = by_hand("residual", grads, [0.0, 0.5, 0.0, 0.25], lr_correction=True)
@@ -207,6 +219,7 @@ FEEDBACK_SETTINGS = [
     ("none", {}),
     ("residual", {}),
     ("residual", {"decay": 0.9, "lr_correction": True}),
+    ("loco", {"reset_steps": 4}),
     ("momentum", {}),
     ("momentum", {"nesterov": True, "masking": False}),
 ]

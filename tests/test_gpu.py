@@ -46,6 +46,11 @@ WITHOUT_WAITS = (
     "sign_norm",
     "signsgd",
     "signum",
+    "onebit",
+    "qsgd",
+    "terngrad",
+    "natural",
+    "block_int",
 )
 """Reducers whose plain step never lets the host wait for the device."""
 NUM_LOGGING_WAITS = 3

@@ -148,6 +148,10 @@ class SpyComm(LocalComm):
         self.handed.append(x.nbytes)
         return super()._all_gather(x)
 
+    def _all_to_all(self, x: Tensor) -> Tensor:
+        self.handed.append(x.nbytes)
+        return super()._all_to_all(x)
+
     def _broadcast(self, x: Tensor, source: int) -> None:
         self.handed.append(x.nbytes)
         super()._broadcast(x, source)
@@ -171,7 +175,9 @@ def expected_ledger(case: Case, history: list[tuple[Step, ...]], rank: int) -> d
     ring_reduce, ring_gather = 2 * (world_size - 1) / world_size, world_size - 1
     if case.collectives is not None:
         collectives = case.collectives_at.get(number, case.collectives)
-        factors = {"all_reduce": ring_reduce, "all_gather": ring_gather, "broadcast": ring_reduce / 2}
+        collectives = collectives(world_size) if callable(collectives) else collectives
+        factors = {"all_reduce": ring_reduce, "all_gather": ring_gather}
+        factors |= dict.fromkeys(("all_to_all", "broadcast"), ring_reduce / 2)
         return {
             "num_collectives": len(collectives),
             "payload_bytes": sum(handed for _, handed in collectives),

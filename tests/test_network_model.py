@@ -17,21 +17,22 @@ def test_a_collective_takes_its_messages_one_after_the_other() -> None:
     message = 1e-3 + 1000 * FRAMES * 1e-6
     assert link.seconds(Call("all_reduce", 4000), 4) == pytest.approx(6 * message, rel=1e-12)
     assert link.seconds(Call("all_gather", 1000), 4) == pytest.approx(3 * message, rel=1e-12)
+    assert link.seconds(Call("all_to_all", 4000), 4) == pytest.approx(3 * message, rel=1e-12)
     assert link.seconds(Call("broadcast", 1000), 5) == pytest.approx(3 * message, rel=1e-12)
     calls = [Call("all_gather", 1000), Call("all_reduce", 4000)]
     assert link.total_seconds(calls, 4) == pytest.approx(9 * message, rel=1e-12)
 
 
-@pytest.mark.parametrize("kind", ["all_reduce", "all_gather", "broadcast"])
+@pytest.mark.parametrize("kind", ["all_reduce", "all_gather", "all_to_all", "broadcast"])
 def test_one_worker_waits_for_nobody(kind: str) -> None:
     assert Link(1e9).seconds(Call(kind, 1e9), 1) == 0  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("world_size", [2, 4, 5])
-@pytest.mark.parametrize("kind", ["all_reduce", "all_gather", "broadcast"])
+@pytest.mark.parametrize("kind", ["all_reduce", "all_gather", "all_to_all", "broadcast"])
 def test_the_bytes_on_the_wire_are_the_ledgers(kind: str, world_size: int) -> None:
     def worker(comm: LocalComm) -> float:
-        getattr(comm, kind)(torch.zeros(60))
+        getattr(comm, kind)(torch.zeros(world_size, 60 // world_size))
         return comm.ledger.wire_bytes
 
     for counted in LocalComm.run(world_size, worker):

@@ -192,7 +192,7 @@ def test_a_parameter_that_some_workers_use_gets_the_mean_and_one_that_none_uses_
     assert torch.equal(first, second)
 
 
-@pytest.mark.parametrize("feedback", ["residual", "momentum"])
+@pytest.mark.parametrize("feedback", ["residual", "loco", "momentum"])
 def test_what_waits_for_a_parameter_goes_on_waiting_while_it_is_unused(feedback: str) -> None:
     comm, model = LocalComm.alone(), Branches()
     gradient = GradientBuffer(model)

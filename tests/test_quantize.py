@@ -18,8 +18,8 @@ from reducers.kernels.signs import (
     unpack,
 )
 from reducers.kernels.signs_cpu import BYTES, CHUNK
-from reducers.quantize import majority
 from reducers.sign_norm import SignNorm, SignNormSettings
+from reducers.vote import majority
 from sage.exchange.comm import LocalComm
 from sage.interfaces import Seeds
 from tests.cases import layout_of

@@ -180,6 +180,82 @@ def sign_norm(grads: np.ndarray) -> np.ndarray:
     return with_feedback(grads, sent)
 
 
+def onebit(grads: np.ndarray) -> np.ndarray:
+    def sent(send: np.ndarray, step: int, rank: int) -> np.ndarray:
+        pieces = [send[slot.start : slot.stop] for slot in LAYOUT]
+        return np.concatenate([two_means(piece) for piece in pieces])
+
+    return with_feedback(grads, sent)
+
+
+def two_means(x: np.ndarray) -> np.ndarray:
+    negative = x < 0
+    means = [x[mask].mean() if mask.any() else 0.0 for mask in (negative, ~negative)]
+    return np.where(negative, *means)
+
+
+def drawn_words(rank: int, step: int) -> np.ndarray:
+    """32 bits for each element: the lower half of a number of 64, and then its upper half."""
+    key = number(Seeds.derive(1, rank).worker, step + 1)
+    numbers = [number(key, index) for index in range(-(-N // 2))]
+    return np.array([half for one in numbers for half in (one % 2**32, one >> 32)])[:N]
+
+
+def block_int(grads: np.ndarray) -> np.ndarray:
+    """Five blocks: the first worker owns the first three."""
+    owners = np.repeat([0, 0, 0, 1, 1], [slot.size for slot in LAYOUT])
+
+    def rounded(x: np.ndarray) -> np.ndarray:
+        pieces = [x[slot.start : slot.stop] for slot in LAYOUT]
+        scales = [np.abs(piece).max() / 127 for piece in pieces]
+        return np.concatenate([s * np.round(piece / s) for piece, s in zip(pieces, scales, strict=True)])
+
+    memory = np.zeros_like(grads[0])
+    for grad in grads:
+        memory += grad
+        parts = np.stack([rounded(one) for one in memory])
+        mean = rounded(parts.mean(0))
+        memory -= parts
+        memory += 2 * (parts.mean(0) - mean) * (owners == np.arange(2)[:, None])
+    return mean
+
+
+def qsgd(grads: np.ndarray) -> np.ndarray:
+    def sent(send: np.ndarray, step: int, rank: int) -> np.ndarray:
+        draws, decoded = (drawn_words(rank, step) >> 8) / 2**24, np.zeros(N)
+        for slot in LAYOUT:
+            for start in range(slot.start, slot.stop, 128):
+                here = slice(start, min(start + 128, slot.stop))
+                norm = np.linalg.norm(send[here])
+                y = 127 * np.abs(send[here]) / norm
+                level = np.floor(y) + (draws[here] < y - np.floor(y))
+                decoded[here] = np.sign(send[here]) * norm * level / 127
+        return decoded
+
+    return with_feedback(grads, sent)
+
+
+def terngrad(grads: np.ndarray) -> np.ndarray:
+    def sent(send: np.ndarray, step: int, rank: int) -> np.ndarray:
+        draws, decoded = (drawn_words(rank, step) >> 8) / 2**24, np.zeros(N)
+        for slot in LAYOUT:
+            x, u = send[slot.start : slot.stop], draws[slot.start : slot.stop]
+            scale = min(np.abs(x).max(), max(2.5 * x.std(), np.sqrt((x**2).mean())))
+            decoded[slot.start : slot.stop] = scale * np.sign(x) * (u * scale < np.abs(x))
+        return decoded
+
+    return with_feedback(grads, sent)
+
+
+def natural(grads: np.ndarray) -> np.ndarray:
+    def sent(send: np.ndarray, step: int, rank: int) -> np.ndarray:
+        mantissa, exponent = np.frexp(np.abs(send.astype(np.float32)))  # in [0.5, 1)
+        rest = np.round((2 * mantissa.astype(np.float64) - 1) * 2**23)
+        return np.sign(send) * np.ldexp(0.5, exponent + (rest > drawn_words(rank, step) >> 9))
+
+    return with_feedback(grads, sent)
+
+
 def signsgd(grads: np.ndarray) -> np.ndarray:
     return signs(signs(grads[-1]).sum(0))
 
@@ -342,6 +418,11 @@ SIGNATURES: dict[str, tuple[dict[str, object], Signature]] = {
     "random_k": ({"density": DENSITY}, random_k),
     "random_block": ({"density": DENSITY}, random_block),
     "sign_norm": ({}, sign_norm),
+    "onebit": ({}, onebit),
+    "block_int": ({}, block_int),
+    "qsgd": ({}, qsgd),
+    "terngrad": ({}, terngrad),
+    "natural": ({}, natural),
     "signsgd": ({}, signsgd),
     "signum": ({}, signum),
     "svd": ({"rank": 2}, svd),
@@ -356,8 +437,9 @@ SIGNATURES: dict[str, tuple[dict[str, object], Signature]] = {
 }
 TOLERANCE = 2.0**-22
 """Relative to the largest magnitude of the mean. Both sides compute in float64: in float32, matrix products
-and SVDs depend on the machine, and the second step feeds the first one's rounding back. Only sign_norm's
-magnitudes are float32, with one rounding of 2^-24 in each of two steps. Two methods differ by far more."""
+and SVDs depend on the machine, and the second step feeds the first one's rounding back. Only
+quantisers' magnitudes are float32, with two roundings of 2^-24 in each of two steps. Two methods differ by
+far more."""
 
 
 def distance(a: np.ndarray, b: np.ndarray) -> float:

@@ -57,6 +57,7 @@ def try_types(setup: Setup) -> Iterator[Row]:
             "sum": lambda x: comm._all_reduce(x, "sum"),
             "max": lambda x: comm._all_reduce(x, "max"),
             "gather": comm._all_gather,
+            "all to all": comm._all_to_all,
             "broadcast": lambda x: comm._broadcast(x, 0),
         }
         for dtype in TYPES:

@@ -91,6 +91,14 @@ class CountingComm(Communicator):
         gathered = self._counted_gather(padded, (longest - x.numel()) * x.element_size())
         return [row[:count] for row, count in zip(gathered, counts, strict=True)]
 
+    def all_to_all(self, x: Tensor) -> Tensor:
+        assert len(x) == self.world_size
+        if self.world_size == 1:
+            return x
+        self.ledger.add(x.nbytes, (self.world_size - 1) / self.world_size)  # a worker's own row stays
+        with self._clock.part("communicate"):
+            return self._all_to_all(x)
+
     def broadcast(self, x: Tensor, source: int = 0) -> None:
         if self.world_size > 1:
             self.ledger.add(x.nbytes, (self.world_size - 1) / self.world_size)
@@ -107,6 +115,9 @@ class CountingComm(Communicator):
 
     @abstractmethod
     def _all_gather(self, x: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def _all_to_all(self, x: Tensor) -> Tensor: ...
 
     @abstractmethod
     def _broadcast(self, x: Tensor, source: int) -> None: ...
@@ -157,6 +168,11 @@ class DistComm(CountingComm):
         gathered = x.new_empty(self.world_size * x.numel())
         self._call("all_gather", x, lambda: _all_gather_single(gathered, x.reshape(-1), self.group))
         return gathered.view(self.world_size, *x.shape)
+
+    def _all_to_all(self, x: Tensor) -> Tensor:
+        arrived = torch.empty_like(x)
+        self._call("all_to_all", x, lambda: dist.all_to_all_single(arrived, x.contiguous(), group=self.group))
+        return arrived
 
     def _broadcast(self, x: Tensor, source: int) -> None:
         self._call("broadcast", x, lambda: dist.broadcast(x, group=self.group, group_src=source))
@@ -247,6 +263,9 @@ class LocalComm(CountingComm):
     def _all_gather(self, x: Tensor) -> Tensor:
         return self._meet(_call("all_gather", x), x, torch.stack).clone()
 
+    def _all_to_all(self, x: Tensor) -> Tensor:
+        return self._meet(_call("all_to_all", x), x, _transposed)[self.rank].clone()
+
     def _broadcast(self, x: Tensor, source: int) -> None:
         x.copy_(self._meet(_call("broadcast", x, source), x, lambda xs: xs[source].clone()))
 
@@ -267,6 +286,11 @@ def _sum(xs: list[Tensor]) -> Tensor:
     for x in xs[1:]:
         total += x
     return total
+
+
+def _transposed(xs: list[Tensor]) -> Tensor:
+    """(W, W, ...): the rows for the first worker, then those for the second."""
+    return torch.stack(xs, 1)
 
 
 def _max(xs: list[Tensor]) -> Tensor:

@@ -25,6 +25,14 @@ class ResidualSettings(Named):
     would have moved them at its own step's learning rate."""
 
 
+class LoCoSettings(Named):
+    name: Literal["loco"] = "loco"
+    decay: float = Field(default=0.8, ge=0, lt=1)
+    """beta: what is kept of the average of past errors in a step; 0 is residual, but for the resets."""
+    reset_steps: int = Field(default=1024, ge=1)
+    """The average starts again at 0 after so many steps."""
+
+
 class MomentumSettings(Named):
     name: Literal["momentum"] = "momentum"
     momentum: float = Field(default=0.9, ge=0, lt=1)
@@ -116,6 +124,40 @@ class Residual(Feedback):
         reducer.accumulate(self.memory, grad, grad_is_mean=True)
 
 
+class LoCo(Feedback):
+    """h = g + e; send C(h); e = beta e + (1 - beta) (h - C(h)): a moving average of the errors, of which a
+    quantiser's single ones are noise.
+
+    Xie et al. 2024 (LoCo), arXiv 2407.04480, with e in float32 instead of 8 bits. What leaves the average is
+    never sent, so that what was sent and what waits do not add up to what was given.
+    """
+
+    Settings = LoCoSettings
+    state_names = ("memory", "count")
+    element_names = held_names = ("memory",)
+
+    def __init__(self, config: LoCoSettings, like: Tensor) -> None:
+        super().__init__(config, like)
+        self.decay, self.reset_steps = config.decay, config.reset_steps
+        self.count = 0
+        """Steps since the average was 0."""
+        self._before = torch.zeros_like(like)  # e of the step before
+
+    def begin_step(self, progress: Progress) -> None:
+        if self.count == self.reset_steps:
+            self.memory.zero_()
+            self.count = 0
+        self.count += 1
+
+    def compensate(self, reducer: Reducer, grad: Tensor) -> None:
+        self._before.copy_(self.memory)
+        reducer.accumulate(self.memory, grad, grad_is_mean=True)
+
+    def after_reduce(self, reducer: Reducer) -> None:
+        # e = (h - C(h)) + beta (e - (h - C(h)))
+        self.memory.lerp_(self._before, self.decay)
+
+
 class Momentum(Feedback):
     """Momentum before the exchange: u = mu u + g; v = v + u; what is sent leaves v, and its u becomes 0.
 
@@ -163,4 +205,9 @@ class Momentum(Feedback):
             self.velocity.index_fill_(0, reducer.sent_indices(), 0)  # sorts nothing, unlike an assignment
 
 
-FEEDBACKS: dict[str, type[Feedback]] = {"none": NoFeedback, "residual": Residual, "momentum": Momentum}
+FEEDBACKS: dict[str, type[Feedback]] = {
+    "none": NoFeedback,
+    "residual": Residual,
+    "loco": LoCo,
+    "momentum": Momentum,
+}

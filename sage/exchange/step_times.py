@@ -38,6 +38,10 @@ class TimedComm(Communicator):
         with self._noted():
             return self._comm.all_gather_ragged(x)
 
+    def all_to_all(self, x: Tensor) -> Tensor:
+        with self._noted():
+            return self._comm.all_to_all(x)
+
     def broadcast(self, x: Tensor, source: int = 0) -> None:
         with self._noted():
             self._comm.broadcast(x, source)

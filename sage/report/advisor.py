@@ -32,12 +32,14 @@ from sage.report.groups import Group, Section, exactness, is_overlapped
 from sage.report.runs import COMPUTE, Run, mean_density, per_step
 
 GATHERS = {"sign_norm": 1, "signsgd": 1, "signum": 1, "svd": 1, "atomo": 2}
+GATHERS |= {"onebit": 1, "qsgd": 1, "terngrad": 1, "natural": 1}
 GATHERS |= {"topk": 1, "global_topk": 1, "threshold": 2, "sage": 2}
 GATHERS |= {"gaussian_k": 2, "redsync": 2, "sidco": 2, "micro": 2, "exdyna": 2, "deft": 2}
 """How many all-gathers a method makes in a step; of two the first tells the lengths."""
-REDUCES = {"exact": 1, "random_k": 1, "random_block": 1, "powersgd": 2, "clt_k": 2}
-"""How many all-reduces a method makes in a step; a broadcast counts as one, though it sends half as much. A
-method in neither table is taken to gather twice."""
+REDUCES = {"exact": 1, "random_k": 1, "random_block": 1, "powersgd": 2, "clt_k": 2, "block_int": 1}
+"""How many all-reduces a method makes in a step; a broadcast counts as one, though it sends half as much.
+block_int's all-to-all and all-gather are the two rounds of one, whose second one its bytes count again: they
+are 1 / W too many. A method in neither table is taken to gather twice."""
 DISJOINT = ("micro", "exdyna", "deft")
 """Methods whose workers select in parts of their own, and reduce the values at all selections: these are as
 many with any number of workers, and each of them gathers its share."""

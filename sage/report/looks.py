@@ -9,9 +9,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 BLACK, RED, BLUE, GREEN, PURPLE = "#000000", "#b82b01", "#0240c8", "#2da58b", "#821a75"
-COLOURS = (BLACK, RED, BLUE, GREEN, PURPLE)
+Marker = str | tuple[int, int, int] | tuple[tuple[int, int], ...]
+"""As matplotlib names it; or a star: its points, 1, and by how many degrees it is turned; or its corners."""
 Dash = str | tuple[int, tuple[float, ...]]
 """As matplotlib has it: a name, or an offset and the lengths of strokes and gaps."""
+LONG_DASHED: Dash = (0, (9, 3))
+SQUARE_STAR, DIAMOND_STAR, HEXAGRAM = (4, 1, 45), (4, 1, 0), (6, 1, 0)
+HOURGLASS = ((-1, -1), (1, -1), (-1, 1), (1, 1), (-1, -1))
+BOWTIE = ((-1, -1), (-1, 1), (1, -1), (1, 1), (-1, -1))
+COLOURS = (BLACK, RED, BLUE, GREEN, PURPLE)
 SOLID, DASHED, DOTTED, DASHDOT = "-", "--", ":", "-."
 LONG_DOT: Dash = (0, (9, 2, 1, 2))
 DASH_DOTS: Dash = (0, (5, 2, 1, 2, 1, 2))
@@ -24,7 +30,7 @@ class Look:
     """A reducer's own colour, marker and dash."""
 
     colour: str
-    marker: str
+    marker: Marker
     dash: Dash
 
 
@@ -50,6 +56,11 @@ LOOKS = {
     "micro": Look(BLUE, "^", DASH_DOTS),
     "exdyna": Look(RED, "D", DASH_DOTS),
     "deft": Look(GREEN, "P", DASH_DOTS),
+    "onebit": Look(GREEN, SQUARE_STAR, LONG_DASHED),
+    "qsgd": Look(BLUE, DIAMOND_STAR, LONG_DASHED),
+    "terngrad": Look(RED, HEXAGRAM, LONG_DASHED),
+    "natural": Look(PURPLE, HOURGLASS, LONG_DASHED),
+    "block_int": Look(BLACK, BOWTIE, LONG_DASHED),
 }
 SPARE = tuple(
     Look(colour, marker, dash)

@@ -38,11 +38,18 @@ from sage.report.curves import (
 )
 from sage.report.groups import Group, Section
 from sage.report.looks import (
+    BOWTIE,
     DASH_DOTS,
+    DIAMOND_STAR,
     FILLS,
+    HEXAGRAM,
+    HOURGLASS,
+    LONG_DASHED,
     LONG_DOT,
+    SQUARE_STAR,
     Dash,
     Look,
+    Marker,
     Style,
     look_of,
     styles_of,
@@ -57,9 +64,9 @@ MOST_POINTS, FEWEST_POINTS, POINTS_OF_A_PANEL = 400, 40, 16_000
 """A curve keeps this many points: as many as a panel's share for it, within these limits."""
 PANEL_HEIGHT, BAR_HEIGHT = 380, 26
 """In pixels."""
-DASHES: dict[Dash, str] = {"-": "solid", "--": "dash", ":": "dot", "-.": "dashdot"}
+DASHES: dict[Dash, str] = {"-": "solid", "--": "dash", ":": "dot", "-.": "dashdot", LONG_DASHED: "longdash"}
 DASHES |= {LONG_DOT: "longdashdot", DASH_DOTS: "5px,2px,1px,2px,1px,2px"}
-SYMBOLS = {
+SYMBOLS: dict[Marker, str] = {
     "o": "circle",
     "^": "triangle-up",
     "s": "square",
@@ -75,6 +82,11 @@ SYMBOLS = {
     "d": "diamond-tall",
     "8": "octagon",
     "H": "hexagon2",
+    SQUARE_STAR: "star-square",
+    DIAMOND_STAR: "star-diamond",
+    HEXAGRAM: "hexagram",
+    HOURGLASS: "hourglass",
+    BOWTIE: "bowtie",
 }
 FILLINGS = {
     "full": ("", 7),

@@ -122,19 +122,26 @@ def expected_calls(reducer: Reducer, flat: Tensor, config: Named, world_size: in
     what it has gathered the indices of is expected to meet no index twice, though these workers both select
     the same.
     """
-    comm = EchoComm()
-    send, mean = torch.randn(flat.shape, device=flat.device), torch.zeros_like(flat)
-    reducer.accumulate(send, mean)
-    reducer.reduce(send, mean, comm)
-    kinds = {call.kind for call in comm.calls}
+    calls = _echoed_calls(reducer, flat, 2)
+    if any(call.kind == "all_to_all" for call in calls):  # whose messages depend on the number of workers
+        calls = _echoed_calls(reducer, flat, world_size)
+    kinds = {call.kind for call in calls}
     is_union = type(reducer).is_sparsifier(config) and kinds == {"all_gather", "all_reduce"}
     made = [
-        Call(kind, size * (world_size if is_union and kind == "all_reduce" else 1))
-        for kind, size in comm.calls
+        Call(kind, size * (world_size if is_union and kind == "all_reduce" else 1)) for kind, size in calls
     ]
     in_all = sum(call.payload_bytes for call in made)
     factor = reducer.expected_payload_bytes(world_size) / in_all if in_all else 0.0
     return [Call(kind, size * factor) for kind, size in made]
+
+
+def _echoed_calls(reducer: Reducer, flat: Tensor, world_size: int) -> list[Call]:
+    """Those of a step on drawn numbers among workers that all have the same."""
+    comm = EchoComm(world_size)
+    send, mean = torch.randn(flat.shape, device=flat.device), torch.zeros_like(flat)
+    reducer.accumulate(send, mean)
+    reducer.reduce(send, mean, comm)
+    return comm.calls
 
 
 def _single_trainer(settings: RunSettings, parts: TrainingParts) -> Trainer:
