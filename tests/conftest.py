@@ -13,6 +13,7 @@ from tests.forks import Forks
 
 environment.set_defaults()
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the programs that the tests start; torchrun sets it, too
+os.environ.pop("COLUMNS", None)  # pytest-xdist's, of the terminal: what is printed here goes to no terminal
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 COSTLY = (
