@@ -45,7 +45,8 @@ class CltK(LargestSparsifier):
         else:
             self._candidates = None
             count = target_count(self.target_density, self.n)
-            indices = torch.empty(count, dtype=torch.int32, device=send.device)
+            # Overwritten, but by a leader that is only pretended (sage.exchange.echo).
+            indices = torch.arange(count, dtype=torch.int32, device=send.device)
         comm.broadcast(indices, leader)
         # 2. Everybody's values there.
         self._gathered, self._sent = [indices], indices.long()

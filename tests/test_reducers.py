@@ -10,7 +10,8 @@ import torch
 from reducers import REDUCERS, build_reducer
 from sage.config import ConfigError
 from sage.exchange.comm import LocalComm
-from tests.cases import LAYOUT, N, gradient
+from sage.exchange.echo import EchoComm
+from tests.cases import CASES, LAYOUT, Case, N, gradient, run_case
 
 ROOT = Path(__file__).parent.parent
 OWN = '''
@@ -111,3 +112,11 @@ def test_a_wrapper_of_ones_own_receives_its_inner_reducer_built() -> None:
 def test_a_class_that_is_not_a_reducer_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"expected a subclass of sage\.interfaces\.Reducer"):
         build_reducer("own:Place", LAYOUT, worker=0)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_steps_among_workers_that_are_only_pretended_are_whole(case: Case) -> None:
+    """As warm-up and benchmarks make them, whichever of the workers has the word."""
+    for step in run_case(case, EchoComm(), 3):
+        assert step.mean.isfinite().all()
+        assert step.counted["payload_bytes"] > 0

@@ -25,7 +25,7 @@ from sage.interfaces import Communicator, Progress, Seeds, Slot
 from sage.locks import lock
 from tests.cases import CASES, CPU, LAYOUT, Case, N, gradient
 
-MODULES = [f"reducers.kernels.{name}" for name in ("cpu", "distinct_cpu", "signs_cpu")]
+MODULES = [f"reducers.kernels.{name}" for name in ("block_cpu", "cpu", "distinct_cpu", "signs_cpu")]
 WITHOUT_KERNELS = {"exact", "powersgd", "svd", "atomo", "block_int", "qsgd", "natural"}
 """As an accordion of powersgd is."""
 
