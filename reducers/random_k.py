@@ -10,6 +10,7 @@ from reducers.common import average_at
 from reducers.density import DensityReducer, DensitySettings
 from reducers.kernels.block import BlockDraw
 from reducers.kernels.distinct import DistinctDraw
+from reducers.kernels.parts import PartsDraw
 from sage.config import Named
 from sage.draws import Draws
 from sage.interfaces import Communicator, Seeds, Slot
@@ -36,7 +37,7 @@ class SharedDraw(DensityReducer):
     """
 
     state_names = ("generator",)
-    Draw: ClassVar[type[BlockDraw | DistinctDraw]]
+    Draw: ClassVar[type[PartsDraw]]
     """How S is drawn: elements (k,) int64 on the device, unique, in the same order on all workers."""
 
     def __init__(

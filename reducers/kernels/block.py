@@ -1,38 +1,20 @@
 """Consecutive elements of each part of a vector, from a drawn one on, without waiting for the device."""
 
-from importlib import import_module
-
 import torch
 from torch import Tensor
 
+from reducers.kernels.parts import Draw, PartsDraw
 from sage.draws import bits_at, modulo
 
 
-class BlockDraw:
-    """count consecutive elements of each part [start, start + size) of a vector.
+class BlockDraw(PartsDraw):
+    """Consecutive elements of each part; the first is drawn, uniform, and at the part's end a block wraps
+    around to its start."""
 
-    The first is drawn, uniform; at the part's end a block wraps around to its start.
-    """
+    cpu_module = "reducers.kernels.block_cpu"
 
-    def __init__(self, starts: Tensor, sizes: Tensor, counts: Tensor) -> None:
-        """starts, sizes, counts (parts,) int64, on the CPU; 0 <= count <= size, 0 < size."""
-        self.starts, self.sizes = starts, sizes
-        self.aim(counts)
-
-    def aim(self, counts: Tensor) -> None:
-        """Draw so many (parts,) of each part from now on."""
-        self.counts = counts
-        self.total = int(counts.sum())
-        self._plain: dict[torch.device, PlainBlockDraw] = {}
-
-    def draw(self, key: int, device: torch.device) -> Tensor:
-        """The elements (total,) int64, part by part. key: of a draw (sage.draws)."""
-        if device.type == "cpu":
-            drawn: Tensor = import_module("reducers.kernels.block_cpu").draw(self, key)
-            return drawn
-        if device not in self._plain:
-            self._plain[device] = PlainBlockDraw(self, device)
-        return self._plain[device](key)
+    def plain(self, device: torch.device) -> Draw:
+        return PlainBlockDraw(self, device)
 
 
 class PlainBlockDraw:

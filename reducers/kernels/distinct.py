@@ -1,6 +1,5 @@
 """Different elements of each part of a vector, drawn without waiting for the device."""
 
-from importlib import import_module
 from math import ceil, log, sqrt
 
 import numpy as np
@@ -8,37 +7,26 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from reducers.kernels.parts import Draw, PartsDraw
 from sage.draws import bits_at, modulo
 
 
-class DistinctDraw:
-    """count different elements of each part [start, start + size) of a vector, every subset as likely.
+class DistinctDraw(PartsDraw):
+    """Different elements of each part, every subset as likely.
 
     A part has a sequence of numbers below its size, uniform and independent: the first count different ones
     are a sample without replacement. Where more than half of a part is drawn, what stays is.
     """
 
+    cpu_module = "reducers.kernels.distinct_cpu"
+
     def __init__(self, starts: Tensor, sizes: Tensor, counts: Tensor) -> None:
-        """starts, sizes, counts (parts,) int64, on the CPU; 0 <= count <= size, 0 < size."""
-        self.starts, self.sizes = starts, sizes
+        super().__init__(starts, sizes, counts)
         self.marks = np.zeros(int(sizes.max()) if len(sizes) else 0, np.bool_)
         """Of the form for the CPU: what it has drawn of a part; False between two calls."""
-        self.aim(counts)
 
-    def aim(self, counts: Tensor) -> None:
-        """Draw so many (parts,) of each part from now on."""
-        self.counts = counts
-        self.total = int(counts.sum())
-        self._plain: dict[torch.device, PlainDraw] = {}
-
-    def draw(self, key: int, device: torch.device) -> Tensor:
-        """The elements (total,) int64, part by part. key: of a draw (sage.draws)."""
-        if device.type == "cpu":
-            drawn: Tensor = import_module("reducers.kernels.distinct_cpu").draw(self, key)
-            return drawn
-        if device not in self._plain:
-            self._plain[device] = PlainDraw(self, device)
-        return self._plain[device](key)
+    def plain(self, device: torch.device) -> Draw:
+        return PlainDraw(self, device)
 
 
 class PlainDraw:
