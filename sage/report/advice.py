@@ -290,5 +290,5 @@ def _draw_speedups(axes: "Axes", xs: Sequence[float], lines: Sequence[SpeedLine]
 
 def _mark_break_even(axes: "Axes", advice: Advice) -> None:
     for group, speed in break_evens(advice):
-        colour = look_of(group.runs[0].config["reducer.name"]).colour
+        colour = look_of(group.reducer).colour
         axes.plot(speed, 1, marker="x", markersize=12, markeredgewidth=2, color=colour, linestyle="none")

@@ -27,9 +27,13 @@ class Group:
     """Its number in the section, where labels are too long for a table; else None."""
 
     @property
+    def reducer(self) -> str:
+        return str(self.runs[0].config["reducer.name"])
+
+    @property
     def short_label(self) -> str:
         """What a table and a bar say: the label, or the number and the reducer."""
-        return self.label if self.number is None else f"{self.number} {self.runs[0].config['reducer.name']}"
+        return self.label if self.number is None else f"{self.number} {self.reducer}"
 
     @property
     def done(self) -> bool:
@@ -192,7 +196,7 @@ def find_baseline(group: Group, groups: Sequence[Group], name: str | None) -> Gr
     if name is None:
         return find_exact(group, groups)
     named = _find_alike(group, groups, lambda other: name in (other.label, other.short_label))
-    return named or _find_alike(group, groups, lambda other: other.runs[0].config["reducer.name"] == name)
+    return named or _find_alike(group, groups, lambda other: other.reducer == name)
 
 
 def _find_alike(group: Group, groups: Sequence[Group], is_wanted: Callable[[Group], bool]) -> Group | None:

@@ -59,7 +59,7 @@ def pages(section: Section, band: Band = "std") -> list[Page]:
     """Divide a section into pictures of about as many configurations each."""
     count = len(section.groups)
     size = ceil(count / min(ceil(count / MOST_PER_PICTURE), MOST_PICTURES))
-    styles = styles_of([group.runs[0].config["reducer.name"] for group in section.groups])
+    styles = styles_of([group.reducer for group in section.groups])
     return [
         Page(
             section.workload,

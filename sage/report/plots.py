@@ -194,7 +194,7 @@ def curves_plot(section: Section, band: Band) -> Plot:
     """Score over epochs, bytes and seconds; density and threshold over steps. One legend hides a
     configuration everywhere."""
     groups = section.groups
-    styles = styles_of([group.runs[0].config["reducer.name"] for group in groups])
+    styles = styles_of([group.reducer for group in groups])
     lines = [Named(_name(group), style) for group, style in zip(groups, styles, strict=True)]
     layout, traces = _layout(rows=3, columns=2), []
     for panel, name in enumerate(PANELS, 1):
@@ -371,12 +371,8 @@ def _break_even_traces(advice: Advice) -> list[Trace]:
     places = {group.label: str(index) for index, (group, _) in enumerate(advice.methods, first)}
     return [
         {"type": "scatter", "x": [speed], "y": [1], "mode": "markers", "showlegend": False}
-        | {"marker": {"symbol": "x-thin-open", "size": 12, "color": _colour(group)}}
+        | {"marker": {"symbol": "x-thin-open", "size": 12, "color": look_of(group.reducer).colour}}
         | {"legendgroup": places[group.label]}
         | {"hovertemplate": f"{escaped(group.label)}<br>break-even: {readable_speed(speed)}<extra></extra>"}
         for group, speed in break_evens(advice)
     ]
-
-
-def _colour(group: Group) -> str:
-    return look_of(group.runs[0].config["reducer.name"]).colour
